@@ -1,0 +1,201 @@
+#include <c10/util/Logging.h>
+
+#include <atomic>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "backend/algorithm.h"
+#include "backend/errors.h"
+#include "backend/transport.h"
+#include "backend/watchdog.h"
+#include "bootstrap/agreement.h"
+#include "common/error.h"
+#include "driver/cuda_driver.h"
+#include "driver/nccl.h"
+#include "kernels/launch.h"
+
+namespace mnnvl {
+namespace {
+
+constexpr int64_t kDefaultWorkspaceBytes = int64_t{64} << 20;
+constexpr int64_t kMinWorkspaceBytes = int64_t{1} << 20;
+constexpr int kMinComputeCapability = 90;  // multimem and griddepcontrol
+
+WorkspaceLayout layout_for(const TransportOptions& options, int world_size) {
+  if (options.stage_bytes > 0) return WorkspaceLayout::make(options.stage_bytes, /*pipe_bytes=*/0, world_size);
+  const int64_t bytes = options.workspace_bytes ? options.workspace_bytes : kDefaultWorkspaceBytes;
+  if (bytes < kMinWorkspaceBytes) {
+    fail(ErrorKind::kInvalidArgument, "workspace_bytes: expected at least ", kMinWorkspaceBytes, ", got ", bytes);
+  }
+  // Three eighths for the Lamport generations, the rest for the epoch slots.
+  const int64_t stage = bytes / 16;
+  return WorkspaceLayout::make(stage, bytes - 2 * kGenerations * stage, world_size);
+}
+
+struct MailboxDeleter {
+  void operator()(HostMailbox* mailbox) const { kernels::free_mailbox(mailbox); }
+};
+
+class CudaTransport final : public Transport {
+ public:
+  CudaTransport(Exchange& exchange, int device, const TransportOptions& options)
+      : device_(device), strategy_(options.strategy) {
+    const std::string where = str("cuda:", device);
+    const CudaDriver* driver = nullptr;
+    const NcclLibrary* nccl = nullptr;
+    // Every kernel is loaded now: a lazy load later could wait for a peer's spinning kernel.
+    agree(exchange, "loading the CUDA driver and kernels", where, [&] {
+      kernels::load_all(device);
+      driver = &real_driver();
+      if (options.bootstrap == Bootstrap::kNccl) nccl = &load_nccl(options.nccl_path);
+      group_.layout = layout_for(options, exchange.size());
+      mailbox_.reset(kernels::allocate_mailbox());
+    });
+
+    SymmetricBufferOptions buffer_options;
+    buffer_options.device = device;
+    buffer_options.bytes = size_t(group_.layout.total_bytes);
+    buffer_options.fill = kLamportSentinel;
+    buffer_options.multicast = options.multicast ? MulticastMode::kAuto : MulticastMode::kOff;
+    buffer_options.bootstrap = options.bootstrap;
+    buffer_options.host_id = options.host_id;
+    buffer_options.timeout_ms = int(options.timeout_ms);
+    buffer_ = SymmetricBuffer::create(*driver, nccl, kernels::device_ops(), exchange, buffer_options);
+
+    group_.rank = exchange.rank();
+    group_.world_size = exchange.size();
+    for (int r = 0; r < exchange.size(); ++r) group_.peers[r] = reinterpret_cast<std::byte*>(buffer_->address(r));
+    group_.multicast = reinterpret_cast<std::byte*>(buffer_->multicast_address());
+    group_.mailbox = mailbox_.get();
+    set_timeout(options.timeout_ms);
+
+    shape_.world_size = exchange.size();
+    shape_.multicast = group_.multicast != nullptr;
+    shape_.compute_capability = buffer_->min_compute_capability();
+    shape_.multiprocessors = buffer_->min_multiprocessors();
+    shape_.layout = group_.layout;
+
+    // The last stage: nobody may store a flag here before the flags are zero.
+    agree(exchange, "initialising the control area", where, [&] {
+      if (shape_.compute_capability < kMinComputeCapability) {
+        fail(ErrorKind::kUnsupported, "mnnvl needs GPUs of compute capability 9.0 or newer in the whole group, found ",
+             shape_.compute_capability / 10, ".", shape_.compute_capability % 10);
+      }
+      const int64_t words = (group_.layout.total_bytes - group_.layout.signal_offset) / 4;
+      kernels::device_ops().fill_words(device, buffer_->address(group_.rank) + uint64_t(group_.layout.signal_offset), 0,
+                                       size_t(words));
+    });
+    watchdog_.emplace(mailbox_.get(), buffer_->peer_pids(),
+                      [this] { LOG(ERROR) << to_error(mailbox_->record, timeout_seconds()).what(); });
+  }
+
+  // Waits for the kernels in flight, which end by their deadline at the latest. Peers may still store into this rank's
+  // memory afterwards: their mappings keep it alive.
+  ~CudaTransport() override {
+    kernels::synchronize_device(device_);
+    watchdog_.reset();
+  }
+
+  void all_reduce(const void* in, void* out, int64_t numel, Dtype dtype, ReduceOp op, Strategy strategy, bool pdl,
+                  void* stream) override {
+    check_usable();
+    const Choice choice =
+        choose_all_reduce(shape_, numel, dtype, strategy == Strategy::kAuto ? strategy_ : strategy);
+    kernels::Launch launch;
+    launch.blocks = choice.blocks;
+    launch.threads = choice.threads;
+    launch.pdl = pdl;
+    launch.stream = stream;
+    kernels::AllReduceParams params;
+    params.group = group_;
+    params.dtype = dtype;
+    params.op = op;
+    for (int64_t begin = 0; begin < numel; begin += choice.launch_elements) {
+      params.in = static_cast<const std::byte*>(in) + begin * element_size(dtype);
+      params.out = static_cast<std::byte*>(out) + begin * element_size(dtype);
+      params.numel = min64(choice.launch_elements, numel - begin);
+      switch (choice.algorithm) {
+        case Algorithm::kOneShotLamport: kernels::launch_oneshot_lamport_allreduce(params, launch); break;
+        case Algorithm::kTwoShotLamport: kernels::launch_twoshot_lamport_allreduce(params, launch); break;
+        case Algorithm::kTwoShotEpoch: kernels::launch_twoshot_epoch_allreduce(params, launch); break;
+      }
+    }
+  }
+
+  void all_gather(const void* in, void* const* outs, int64_t bytes, void* stream) override {
+    kernels::GatherParams params;
+    params.in = in;
+    std::copy(outs, outs + group_.world_size, params.outs);
+    gather(params, bytes, stream);
+  }
+
+  void broadcast(void* data, int64_t bytes, int root, void* stream) override {
+    kernels::GatherParams params;
+    params.in = data;
+    params.outs[root] = data;
+    params.source = root;
+    params.operation = Operation::kBroadcast;
+    gather(params, bytes, stream);
+  }
+
+  void barrier(void* stream) override {
+    kernels::GatherParams params;
+    params.operation = Operation::kBarrier;
+    gather(params, 0, stream);
+  }
+
+  void check() override {
+    if (__atomic_load_n(&mailbox_->record.valid, __ATOMIC_ACQUIRE) != 0) {
+      throw to_error(mailbox_->record, timeout_seconds());
+    }
+    if (__atomic_load_n(&mailbox_->abort, __ATOMIC_ACQUIRE) != 0) {
+      fail(ErrorKind::kAborted, "mnnvl: abort() was called on this group on rank ", group_.rank);
+    }
+  }
+
+  void abort() override { __atomic_store_n(&mailbox_->abort, 1u, __ATOMIC_RELEASE); }
+  void set_timeout(int64_t timeout_ms) override { group_.timeout_ns = uint64_t(timeout_ms) * 1'000'000; }
+  int64_t capacity_bytes() const override { return group_.layout.generation_bytes; }
+
+ private:
+  double timeout_seconds() const { return double(group_.timeout_ns) * 1e-9; }
+
+  // Before a launch. A peer that has ended is a failure only for calls that still need it.
+  void check_usable() {
+    check();
+    if (const int dead = watchdog_->dead_rank(); dead >= 0) {
+      fail(ErrorKind::kPeerFailed, "mnnvl: the process of rank ", dead, " has ended; rank ", group_.rank,
+           " can make no further collective with it");
+    }
+  }
+
+  void gather(kernels::GatherParams& params, int64_t bytes, void* stream) {
+    check_usable();
+    const Choice choice = choose_gather(shape_, bytes);
+    params.group = group_;
+    params.bytes = bytes;
+    kernels::Launch launch;
+    launch.blocks = choice.blocks;
+    launch.threads = choice.threads;
+    launch.stream = stream;
+    kernels::launch_epoch_gather(params, launch);
+  }
+
+  // Members are destroyed in reverse: the watchdog before the mailbox it reads.
+  int device_;
+  Strategy strategy_;
+  DeviceGroup group_{};
+  GroupShape shape_;
+  std::unique_ptr<HostMailbox, MailboxDeleter> mailbox_;
+  std::unique_ptr<SymmetricBuffer> buffer_;
+  std::optional<Watchdog> watchdog_;
+};
+
+}  // namespace
+
+std::unique_ptr<Transport> make_cuda_transport(Exchange& exchange, int device, const TransportOptions& options) {
+  return std::make_unique<CudaTransport>(exchange, device, options);
+}
+
+}  // namespace mnnvl

@@ -1,0 +1,334 @@
+#include "backend/process_group.h"
+
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "backend/errors.h"
+#include "backend/store_exchange.h"
+#include "backend/tensors.h"
+#include "backend/work.h"
+
+namespace mnnvl {
+namespace {
+
+constexpr int kAsyncStreamPriority = -1;  // communication first, as every backend does
+
+// The collective is over as soon as it begins: nothing to send.
+c10::intrusive_ptr<CpuWork> completed_work(int rank, c10d::OpType op, std::vector<at::Tensor> outputs) {
+  auto work = c10::make_intrusive<CpuWork>(rank, op, outputs, outputs);
+  work->complete(nullptr);
+  return work;
+}
+
+}  // namespace
+
+ProcessGroupMNNVL::ProcessGroupMNNVL(c10::intrusive_ptr<c10d::Store> store, int rank, int size,
+                                     c10::intrusive_ptr<Options> options)
+    : Backend(rank, size), store_(std::move(store)), options_(std::move(options)) {
+  TORCH_CHECK_VALUE(size >= 1 && size <= kMaxWorldSize, "mnnvl: world size: expected 1 to ", kMaxWorldSize, ", got ",
+                    size);
+  TORCH_CHECK_VALUE(rank >= 0 && rank < size, "mnnvl: rank: expected 0 to ", size - 1, ", got ", rank);
+  TORCH_CHECK_VALUE(options_->timeout.count() > 0, "mnnvl: timeout: expected more than 0 ms, got ",
+                    options_->timeout.count());
+  options_->transport.timeout_ms = options_->timeout.count();
+}
+
+ProcessGroupMNNVL::~ProcessGroupMNNVL() {
+  try {
+    shutdown();
+  } catch (const std::exception& error) {
+    TORCH_WARN("mnnvl: ", error.what());
+  }
+}
+
+std::shared_ptr<Transport> ProcessGroupMNNVL::transport_for(at::Device device) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  TORCH_CHECK_WITH(DistBackendError, !closed_, "mnnvl: this process group has been shut down");
+  std::shared_ptr<Transport>& transport = device.is_cpu() ? cpu_ : cuda_;
+  if (device.is_cuda() && cuda_device_) {
+    TORCH_CHECK_VALUE(*cuda_device_ == device, "mnnvl: this rank of the group uses ", *cuda_device_,
+                      ", got a tensor on ", device, "; a rank has one GPU");
+  }
+  if (transport) return transport;
+  // Numbered, since a retry after a failed set-up must not read the keys of the first; ranks fail together.
+  const int attempt = attempts_[device.is_cpu() ? 0 : 1]++;
+  StoreExchange exchange(store_, str("mnnvl/", device.is_cpu() ? "cpu" : "cuda", attempt), rank_, size_,
+                         options_->timeout);
+  if (device.is_cpu()) {
+    transport = make_cpu_transport(exchange, options_->transport);
+  } else {
+    const c10::impl::VirtualGuardImpl guard(device.type());
+    const at::Device previous = guard.exchangeDevice(device);
+    try {
+      transport = make_cuda_transport(exchange, device.index(), options_->transport);
+    } catch (...) {
+      guard.setDevice(previous);
+      throw;
+    }
+    guard.setDevice(previous);
+    cuda_device_ = device;
+  }
+  return transport;
+}
+
+c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::run(c10d::OpType op, at::Device device, bool async,
+                                                      std::vector<at::Tensor> inputs,
+                                                      std::vector<at::Tensor> outputs, Body body) {
+  return at_torch_boundary([&]() -> c10::intrusive_ptr<c10d::Work> {
+    std::shared_ptr<Transport> transport = transport_for(device);
+    ++sequence_;
+    if (device.is_cpu()) {
+      return run_on_cpu(op, async, std::move(inputs), std::move(outputs), std::move(transport), std::move(body));
+    }
+    return run_on_cuda(op, device, async, std::move(inputs), std::move(outputs), std::move(transport), body);
+  });
+}
+
+c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::run_on_cuda(c10d::OpType op, at::Device device, bool async,
+                                                              std::vector<at::Tensor> inputs,
+                                                              std::vector<at::Tensor> outputs,
+                                                              std::shared_ptr<Transport> transport, const Body& body) {
+  std::lock_guard<std::mutex> lock(cuda_mutex_);
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  const c10::Stream current = guard.getStream(device);
+  c10::Stream stream = current;
+  if (async) {
+    if (!async_stream_) async_stream_ = guard.getStreamFromGlobalPool(device, kAsyncStreamPriority < 0);
+    stream = *async_stream_;
+    c10::Event ready(device.type());
+    ready.record(current);
+    stream.wait(ready);
+  }
+  // The caller's tensors may be made on another stream than the one they are used on.
+  c10::StreamGuard stream_guard(stream);
+  const bool capturing = stream_order_.enter(stream);
+  body(*transport, stream.native_handle());
+  if (async) {
+    for (const auto* list : {&inputs, &outputs}) {
+      for (const at::Tensor& tensor : *list) guard.recordDataPtrOnStream(tensor.storage().data_ptr(), stream);
+    }
+  }
+  const bool blocking = options_->blocking_wait || op == c10d::OpType::BARRIER;
+  return c10::make_intrusive<CudaWork>(rank_, op, inputs, std::move(outputs), stream, std::move(transport), capturing,
+                                       blocking, options_->transport.timeout_ms);
+}
+
+c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::run_on_cpu(c10d::OpType op, bool async,
+                                                             std::vector<at::Tensor> inputs,
+                                                             std::vector<at::Tensor> outputs,
+                                                             std::shared_ptr<Transport> transport, Body body) {
+  auto work = c10::make_intrusive<CpuWork>(rank_, op, inputs, std::move(outputs));
+  // `inputs` keeps the tensors alive until the body has run.
+  auto job = [work, body = std::move(body), transport = std::move(transport), inputs = std::move(inputs)] {
+    std::exception_ptr failure;
+    try {
+      at_torch_boundary([&] { body(*transport, /*stream=*/nullptr); });
+    } catch (...) {
+      failure = std::current_exception();
+    }
+    work->complete(failure);
+  };
+  std::unique_lock<std::mutex> lock(queue_mutex_);
+  if (!async && queue_.empty() && !worker_busy_) {
+    // On the caller's own thread, which would only wait: no hand-over to pay for.
+    worker_busy_ = true;
+    lock.unlock();
+    job();
+    lock.lock();
+    worker_busy_ = false;
+    if (!queue_.empty()) queue_cv_.notify_all();
+    return work;
+  }
+  if (!worker_.joinable()) worker_ = std::thread([this] { work_loop(); });
+  queue_.push_back(std::move(job));
+  queue_cv_.notify_all();
+  return work;
+}
+
+void ProcessGroupMNNVL::work_loop() {
+  std::unique_lock<std::mutex> lock(queue_mutex_);
+  for (;;) {
+    queue_cv_.wait(lock, [this] { return (!queue_.empty() && !worker_busy_) || worker_stop_; });
+    if (queue_.empty()) {
+      if (worker_stop_) return;
+      continue;
+    }
+    if (worker_busy_) continue;
+    std::function<void()> job = std::move(queue_.front());
+    queue_.pop_front();
+    worker_busy_ = true;
+    lock.unlock();
+    job();
+    job = nullptr;  // drops its tensors without the lock
+    lock.lock();
+    worker_busy_ = false;
+  }
+}
+
+c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::allreduce(std::vector<at::Tensor>& tensors,
+                                                            const c10d::AllreduceOptions& opts) {
+  check_single(tensors, "all_reduce");
+  const at::Tensor& tensor = tensors[0];
+  const Dtype dtype = reduce_dtype(tensor);
+  const ReduceOp op = reduce_op(opts.reduceOp);
+  if (size_ == 1 || tensor.numel() == 0) return completed_work(rank_, c10d::OpType::ALLREDUCE, tensors);
+  return run(c10d::OpType::ALLREDUCE, tensor.device(), opts.asyncOp, tensors, tensors,
+             [data = tensor.data_ptr(), numel = tensor.numel(), dtype, op](Transport& transport, void* stream) {
+               transport.all_reduce(data, data, numel, dtype, op, Strategy::kAuto, /*pdl=*/false, stream);
+             });
+}
+
+c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::broadcast(std::vector<at::Tensor>& tensors,
+                                                            const c10d::BroadcastOptions& opts) {
+  check_single(tensors, "broadcast");
+  const at::Tensor& tensor = tensors[0];
+  TORCH_CHECK_VALUE(opts.rootRank >= 0 && opts.rootRank < size_, "mnnvl broadcast: root: expected 0 to ", size_ - 1,
+                    ", got ", opts.rootRank);
+  if (size_ == 1 || tensor.numel() == 0) return completed_work(rank_, c10d::OpType::BROADCAST, tensors);
+  return run(c10d::OpType::BROADCAST, tensor.device(), opts.asyncOp, tensors, tensors,
+             [data = tensor.data_ptr(), bytes = int64_t(tensor.nbytes()), root = int(opts.rootRank)](
+                 Transport& transport, void* stream) { transport.broadcast(data, bytes, root, stream); });
+}
+
+c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::allgather(std::vector<std::vector<at::Tensor>>& outputs,
+                                                            std::vector<at::Tensor>& inputs,
+                                                            const c10d::AllgatherOptions& opts) {
+  check_single(inputs, "all_gather");
+  const at::Tensor input = inputs[0].contiguous();
+  TORCH_CHECK_VALUE(outputs.size() == 1 && outputs[0].size() == size_t(size_), "mnnvl all_gather: tensor_list: expected ",
+                    size_, " tensors, got ", outputs.empty() ? 0 : outputs[0].size());
+  std::vector<at::Tensor>& wanted = outputs[0];
+  std::vector<at::Tensor> landing;  // where contributions land: the output itself unless it isn't contiguous
+  bool direct = true;
+  for (const at::Tensor& output : wanted) {
+    TORCH_CHECK_VALUE(output.layout() == at::kStrided, "mnnvl all_gather: tensor_list: expected dense tensors");
+    check_same(output, input, "all_gather", "tensor_list");
+    TORCH_CHECK_VALUE(output.numel() == input.numel(), "mnnvl all_gather: tensor_list: expected tensors of ",
+                      input.numel(), " elements like the input, got ", output.numel());
+    direct = direct && output.is_contiguous();
+    landing.push_back(output.is_contiguous() ? output : at::empty_like(output, at::MemoryFormat::Contiguous));
+  }
+  if (size_ == 1) {
+    wanted[0].copy_(input);
+    return completed_work(rank_, c10d::OpType::ALLGATHER, wanted);
+  }
+  if (input.numel() == 0) return completed_work(rank_, c10d::OpType::ALLGATHER, wanted);
+  std::vector<at::Tensor> kept{input};
+  kept.insert(kept.end(), landing.begin(), landing.end());
+  return run(c10d::OpType::ALLGATHER, input.device(), opts.asyncOp, std::move(kept), wanted,
+             [input, landing, wanted, direct](Transport& transport, void* stream) {
+               std::vector<void*> outs;
+               for (const at::Tensor& tensor : landing) outs.push_back(tensor.data_ptr());
+               transport.all_gather(input.data_ptr(), outs.data(), int64_t(input.nbytes()), stream);
+               if (direct) return;
+               for (size_t i = 0; i < wanted.size(); ++i) {
+                 if (!wanted[i].is_same(landing[i])) at::Tensor(wanted[i]).copy_(landing[i], /*non_blocking=*/true);
+               }
+             });
+}
+
+c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::_allgather_base(at::Tensor& output, at::Tensor& input,
+                                                                  const c10d::AllgatherOptions& opts) {
+  check_dense(input, "all_gather_into_tensor", "input");
+  check_dense(output, "all_gather_into_tensor", "output");
+  check_same(output, input, "all_gather_into_tensor", "output");
+  TORCH_CHECK_VALUE(output.is_contiguous() && input.is_contiguous(),
+                    "mnnvl all_gather_into_tensor: expected contiguous tensors");
+  TORCH_CHECK_VALUE(output.numel() == input.numel() * size_, "mnnvl all_gather_into_tensor: output: expected ",
+                    input.numel() * size_, " elements, got ", output.numel());
+  if (size_ == 1) {
+    output.view(-1).copy_(input.view(-1));
+    return completed_work(rank_, c10d::OpType::_ALLGATHER_BASE, {output});
+  }
+  if (input.numel() == 0) return completed_work(rank_, c10d::OpType::_ALLGATHER_BASE, {output});
+  return run(c10d::OpType::_ALLGATHER_BASE, input.device(), opts.asyncOp, {input, output}, {output},
+             [in = input.data_ptr(), out = static_cast<std::byte*>(output.data_ptr()),
+              bytes = int64_t(input.nbytes()), size = size_](Transport& transport, void* stream) {
+               std::vector<void*> outs;
+               for (int r = 0; r < size; ++r) outs.push_back(out + r * bytes);
+               transport.all_gather(in, outs.data(), bytes, stream);
+             });
+}
+
+at::Device ProcessGroupMNNVL::barrier_device(const c10d::BarrierOptions& opts) const {
+  const auto with_index = [](at::Device device) {
+    if (!device.is_cuda() || device.has_index()) return device;
+    return c10::impl::VirtualGuardImpl(device.type()).getDevice();
+  };
+  if (opts.device) return with_index(*opts.device);
+  if (!opts.device_ids.empty()) return at::Device(at::kCUDA, at::DeviceIndex(opts.device_ids[0]));
+  if (getBoundDeviceId()) return *getBoundDeviceId();
+  if (cuda_device_) return *cuda_device_;
+  return at::Device(at::kCPU);
+}
+
+c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::barrier(const c10d::BarrierOptions& opts) {
+  if (size_ == 1) return completed_work(rank_, c10d::OpType::BARRIER, {});
+  return run(c10d::OpType::BARRIER, barrier_device(opts), opts.asyncOp, {}, {},
+             [](Transport& transport, void* stream) { transport.barrier(stream); });
+}
+
+c10::intrusive_ptr<c10d::Backend> ProcessGroupMNNVL::split(const c10::intrusive_ptr<c10d::Store>& store,
+                                                           const std::vector<int>& ranks,
+                                                           const c10::intrusive_ptr<c10d::Backend::Options>& opts) {
+  const auto mine = std::find(ranks.begin(), ranks.end(), rank_);
+  if (mine == ranks.end()) return nullptr;
+  auto options = c10::make_intrusive<Options>(opts ? opts->timeout : options_->timeout);
+  options->transport = options_->transport;
+  options->blocking_wait = options_->blocking_wait;
+  return c10::make_intrusive<ProcessGroupMNNVL>(store, int(mine - ranks.begin()), int(ranks.size()), options);
+}
+
+void ProcessGroupMNNVL::eagerConnectSingleDevice(at::Device device) {
+  if (size_ > 1) at_torch_boundary([&] { transport_for(device); });
+}
+
+void ProcessGroupMNNVL::setTimeout(std::chrono::milliseconds timeout) {
+  TORCH_CHECK_VALUE(timeout.count() > 0, "mnnvl: timeout: expected more than 0 ms, got ", timeout.count());
+  std::lock_guard<std::mutex> lock(mutex_);
+  options_->timeout = timeout;
+  options_->transport.timeout_ms = timeout.count();
+  for (const auto& transport : {cpu_, cuda_}) {
+    if (transport) transport->set_timeout(timeout.count());
+  }
+}
+
+c10d::ErrorType ProcessGroupMNNVL::getError() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& transport : {cpu_, cuda_}) {
+    if (!transport) continue;
+    try {
+      transport->check();
+    } catch (const Error& error) {
+      return error.kind() == ErrorKind::kTimeout      ? c10d::ErrorType::TIMEOUT
+             : error.kind() == ErrorKind::kPeerFailed ? c10d::ErrorType::REMOTE_ERROR
+                                                      : c10d::ErrorType::COMM_ERROR;
+    }
+  }
+  return c10d::ErrorType::SUCCESS;
+}
+
+void ProcessGroupMNNVL::abort() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& transport : {cpu_, cuda_}) {
+    if (transport) transport->abort();
+  }
+}
+
+void ProcessGroupMNNVL::shutdown() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) return;
+    closed_ = true;
+  }
+  {
+    std::lock_guard<std::mutex> lock(queue_mutex_);
+    worker_stop_ = true;
+  }
+  queue_cv_.notify_all();
+  if (worker_.joinable()) worker_.join();  // runs what is queued; each job ends by its deadline
+  cpu_.reset();
+  cuda_.reset();  // works still held by the user keep it until they go
+}
+
+}  // namespace mnnvl

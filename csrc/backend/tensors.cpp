@@ -1,0 +1,48 @@
+#include "backend/tensors.h"
+
+namespace mnnvl {
+
+void check_dense(const at::Tensor& tensor, const char* op, const char* argument) {
+  TORCH_CHECK_VALUE(tensor.defined(), "mnnvl ", op, ": ", argument, ": expected a tensor, got an undefined one");
+  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, "mnnvl ", op, ": ", argument,
+                    ": expected a dense tensor, got layout ", tensor.layout(), "; use .to_dense()");
+  TORCH_CHECK_VALUE(tensor.is_cpu() || tensor.is_cuda(), "mnnvl ", op, ": ", argument,
+                    ": expected a CPU or CUDA tensor, got device ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.is_non_overlapping_and_dense(), "mnnvl ", op, ": ", argument,
+                    ": expected a dense, non-overlapping tensor, got sizes ", tensor.sizes(), " with strides ",
+                    tensor.strides(), "; use .contiguous()");
+}
+
+void check_single(const std::vector<at::Tensor>& tensors, const char* op) {
+  TORCH_CHECK_VALUE(tensors.size() == 1, "mnnvl ", op, ": expected one tensor per rank, got ", tensors.size());
+  check_dense(tensors[0], op, "tensor");
+}
+
+void check_same(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument) {
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), "mnnvl ", op, ": ", argument, ": expected a tensor on ",
+                    like.device(), ", got one on ", tensor.device());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), "mnnvl ", op, ": ", argument, ": expected dtype ",
+                   like.scalar_type(), ", got ", tensor.scalar_type());
+}
+
+Dtype reduce_dtype(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return Dtype::kFloat32;
+    case at::kHalf: return Dtype::kFloat16;
+    case at::kBFloat16: return Dtype::kBFloat16;
+    default: break;
+  }
+  TORCH_CHECK_TYPE(false, "mnnvl all_reduce: tensor: expected dtype float32, float16 or bfloat16, got ",
+                   tensor.scalar_type());
+}
+
+ReduceOp reduce_op(const c10d::ReduceOp& op) {
+  if (op == c10d::ReduceOp::SUM) return ReduceOp::kSum;
+  if (op == c10d::ReduceOp::AVG) return ReduceOp::kAvg;
+  static constexpr const char* kNames[] = {"SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR", "PREMUL_SUM"};
+  const auto index = static_cast<size_t>(static_cast<c10d::ReduceOp::RedOpType>(op));
+  TORCH_CHECK_VALUE(false, "mnnvl all_reduce: op: expected SUM or AVG, got ",
+                    index < std::size(kNames) ? kNames[index] : "an unknown operation");
+}
+
+}  // namespace mnnvl

@@ -1,0 +1,95 @@
+#include "bootstrap/agreement.h"
+
+#include "bootstrap/record.h"
+
+namespace mnnvl {
+namespace {
+
+struct Outcome {
+  bool ok = false;
+  ErrorKind kind = ErrorKind::kSystem;
+  std::string where;
+  std::string payload;  // bytes when ok, else the reason
+
+  std::string serialise() const { return RecordWriter().put(ok).put(kind).put(where).put(payload).bytes(); }
+  static Outcome parse(const std::string& bytes) {
+    Outcome outcome;
+    RecordReader reader(bytes);
+    reader.get(outcome.ok).get(outcome.kind).get(outcome.where).get(outcome.payload).finish();
+    return outcome;
+  }
+  bool own_failure() const { return kind != ErrorKind::kTimeout && kind != ErrorKind::kPeerFailed; }
+};
+
+Outcome run(const std::string& where, const std::function<std::string()>& local) {
+  Outcome outcome;
+  try {
+    outcome.payload = local();
+    outcome.ok = true;
+    return outcome;
+  } catch (const Error& error) {
+    outcome.kind = error.kind();
+    outcome.payload = error.what();
+  } catch (const std::exception& error) {
+    outcome.payload = error.what();
+  }
+  outcome.where = where;
+  return outcome;
+}
+
+// The failure that all ranks report: the lowest rank's own failure, else the lowest rank's; none is nothing.
+std::optional<Error> root_cause(const std::string& stage, const std::vector<Outcome>& outcomes) {
+  const Outcome* root = nullptr;
+  for (const Outcome& outcome : outcomes) {
+    if (outcome.ok) continue;
+    if (root == nullptr || (!root->own_failure() && outcome.own_failure())) root = &outcome;
+  }
+  if (root == nullptr) return std::nullopt;
+  return Error(root->kind, str(stage, " failed on rank ", root - outcomes.data(), " (", root->where, "): ", root->payload));
+}
+
+std::optional<Error> agree_on(Exchange& exchange, const std::string& stage, const std::string& where,
+                              const std::function<std::string()>& local, std::vector<std::string>* payloads) {
+  std::vector<Outcome> outcomes{run(where, local)};
+  if (exchange.size() > 1) {
+    std::vector<std::string> records;
+    std::string mine = outcomes[0].serialise();
+    try {
+      records = exchange.all_gather(mine);
+    } catch (const Error& error) {
+      // The own failure, if any, tells more than the exchange's.
+      std::string own = outcomes[0].ok ? "" : str(" (this rank had failed: ", outcomes[0].payload, ")");
+      fail(error.kind(), stage, ": ", error.what(), own);
+    }
+    outcomes.clear();
+    for (const std::string& record : records) outcomes.push_back(Outcome::parse(record));
+  }
+  if (std::optional<Error> error = root_cause(stage, outcomes)) return error;
+  for (Outcome& outcome : outcomes) payloads->push_back(std::move(outcome.payload));
+  return std::nullopt;
+}
+
+}  // namespace
+
+void agree(Exchange& exchange, const std::string& stage, const std::string& where, const std::function<void()>& local) {
+  if (std::optional<Error> error = try_agree(exchange, stage, where, local)) throw *error;
+}
+
+std::vector<std::string> agree_gather(Exchange& exchange, const std::string& stage, const std::string& where,
+                                      const std::function<std::string()>& local) {
+  std::vector<std::string> payloads;
+  if (std::optional<Error> error = agree_on(exchange, stage, where, local, &payloads)) throw *error;
+  return payloads;
+}
+
+std::optional<Error> try_agree(Exchange& exchange, const std::string& stage, const std::string& where,
+                               const std::function<void()>& local) {
+  std::vector<std::string> payloads;
+  auto without_payload = [&local] {
+    local();
+    return std::string();
+  };
+  return agree_on(exchange, stage, where, without_payload, &payloads);
+}
+
+}  // namespace mnnvl

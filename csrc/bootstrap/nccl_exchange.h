@@ -1,0 +1,54 @@
+// An Exchange over NCCL, for the one stage in which ranks swap memory handles. It owns the smallest communicator NCCL can make, a
+// stream and a few hundred bytes of device memory per rank, and gives all of it back in its destructor.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bootstrap/exchange.h"
+#include "driver/cuda_driver.h"
+#include "driver/nccl.h"
+
+namespace mnnvl {
+
+struct NcclExchangeOptions {
+  std::string where;          // this rank's host and device, for errors
+  size_t record_bytes = 128;  // no record is longer
+  int timeout_ms = 0;         // of each wait; a peer's silence ends by then
+  bool allow_multicast = false;
+};
+
+class NcclExchange final : public Exchange {
+ public:
+  // Collective over `inner`, which carries the unique id and the agreements. The caller has made the device's context current. Throws
+  // the same Error on every rank. NCCL makes NVLink multicast objects of its own unless NCCL_NVLS_ENABLE=0; without
+  // `allow_multicast` that variable is therefore set in this process first (a NCCL that has read it before keeps its value).
+  static std::unique_ptr<NcclExchange> create(const CudaDriver& driver, const NcclLibrary& nccl, Exchange& inner,
+                                              const NcclExchangeOptions& options);
+  ~NcclExchange() override;
+
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  // After a failure the communicator is aborted at destruction, so that no rank waits for another there.
+  std::vector<std::string> all_gather(const std::string& mine) override;
+
+ private:
+  class Stream;
+  class Memory;
+  class Communicator;
+
+  NcclExchange(const CudaDriver& driver, const NcclLibrary& nccl, int rank, int size, const NcclExchangeOptions& options);
+
+  const CudaDriver& driver_;
+  const NcclLibrary& nccl_;
+  const int rank_;
+  const int size_;
+  const size_t slot_bytes_;
+  const int timeout_ms_;
+  std::unique_ptr<Stream> stream_;
+  std::unique_ptr<Memory> memory_;  // slot [0] is sent, slots [1, size] are received
+  std::unique_ptr<Communicator> communicator_;
+};
+
+}  // namespace mnnvl

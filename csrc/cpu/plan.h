@@ -1,0 +1,53 @@
+// How a call becomes steps: pure functions of arguments that are the same on all ranks, so that all ranks count the same steps.
+// Nothing here may look at the machine.
+#pragma once
+
+#include <cstdint>
+
+#include "common/math.h"
+#include "protocol/types.h"
+
+namespace mnnvl::cpu {
+
+// Tuned on 2 cores of an AMD EPYC 9004, with 2 and 4 ranks; see csrc/cpu/README in the final report's table.
+constexpr int64_t kOneShotMaxBytes2 = 64 << 10;  // world size 2
+constexpr int64_t kOneShotMaxBytes = 32 << 10;   // times 2 / world size beyond
+constexpr int64_t kMaxChunkBytes = 256 << 10;    // a rank's input, output and slot of one step stay in its L2
+
+inline Strategy select_strategy(Strategy asked, int64_t bytes, int world_size) {
+  if (asked != Strategy::kAuto) return asked;
+  const int64_t limit = world_size == 2 ? kOneShotMaxBytes2 : kOneShotMaxBytes * 2 / world_size;
+  return bytes <= limit ? Strategy::kOneShot : Strategy::kTwoShot;
+}
+
+// Equal chunks of whole 64-byte lines, the last one shorter.
+struct Chunks {
+  int64_t total_bytes;
+  int64_t chunk_bytes;
+  int64_t count;
+
+  int64_t begin(int64_t i) const { return i * chunk_bytes; }
+  int64_t bytes(int64_t i) const { return min64(chunk_bytes, total_bytes - begin(i)); }
+};
+
+inline Chunks make_chunks(int64_t total_bytes, int64_t slot_size) {
+  const int64_t at_most = min64(slot_size, kMaxChunkBytes);
+  const int64_t chunk = align_up(ceil_div(total_bytes, ceil_div(total_bytes, at_most)), 64);
+  return {total_bytes, chunk, ceil_div(total_bytes, chunk)};
+}
+
+// The bytes of a chunk that rank `owner` reduces in two-shot. Slices are whole 64-byte lines (four packs): a finer cut would let
+// two ranks write into one line of the output-sized working set for a gain of at most 48 bytes of balance.
+struct Slice {
+  int64_t begin;
+  int64_t bytes;
+};
+
+inline Slice slice_of(int64_t chunk_bytes, int owner, int world_size) {
+  const int64_t lines = ceil_div(chunk_bytes, 64);
+  const int64_t begin = min64(lines * owner / world_size * 64, chunk_bytes);
+  const int64_t end = min64(lines * (owner + 1) / world_size * 64, chunk_bytes);
+  return {begin, end - begin};
+}
+
+}  // namespace mnnvl::cpu

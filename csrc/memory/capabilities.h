@@ -1,0 +1,59 @@
+// What each rank can do, and the one plan that all ranks derive from it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "driver/cuda_driver.h"
+#include "memory/host_identity.h"
+#include "memory/symmetric_buffer.h"
+
+namespace mnnvl {
+
+struct Capabilities {
+  HostIdentity host;
+  int device = 0;  // CUDA ordinal
+  std::string device_name;
+  std::string device_uuid;     // "GPU-…"
+  int compute_capability = 0;  // 90, 100, …
+  int multiprocessors = 0;
+  uint64_t granularity = 0;  // of an allocation
+  // Why a handle type can't be used, empty when a small allocation of that type could be made and exported.
+  std::string fd_problem;
+  std::string fabric_problem;
+  std::string cluster_uuid;    // of the NVLink fabric; empty: in none
+  uint32_t clique = 0;
+  std::string cluster_problem;    // why in none
+  std::string multicast_problem;  // why this rank can't or may not use multicast, empty when it can
+  Bootstrap bootstrap = Bootstrap::kNccl;
+  uint64_t bytes = 0;  // what the options ask for; the same everywhere, or it is an error
+  uint32_t fill = 0;
+
+  std::string serialise() const;
+  static Capabilities parse(const std::string& bytes);
+  std::string where() const;  // "host a, device 0 NVIDIA H100 GPU-…"
+};
+
+struct Plan {
+  HandleType handle = HandleType::kPosixFd;
+  bool multicast = false;           // to be tried
+  std::string multicast_problem;    // why not, naming the rank
+  Bootstrap bootstrap = Bootstrap::kNccl;
+  uint64_t granularity = 0;  // the largest of all ranks
+  int min_compute_capability = 0;
+  int min_multiprocessors = 0;
+};
+
+// Looks at this rank: tries a small allocation and export per handle type, releases it, and asks NVML about the fabric. Never creates
+// or probes multicast: its support is an attribute. Throws Error when the device can't be used at all, or when its context is not current.
+Capabilities find_capabilities(const CudaDriver& driver, const SymmetricBufferOptions& options);
+
+// Pure: the same plan, or the same Error, on every rank. kUnsupported with a table of all ranks when no handle type serves them all;
+// kInvalidArgument when ranks ask for different buffers.
+Plan choose_plan(const std::vector<Capabilities>& ranks);
+
+// The name and value of the first environment variable set that forbids multicast, else empty.
+std::string multicast_forbidden();
+
+}  // namespace mnnvl

@@ -1,0 +1,30 @@
+// Names that every layer shares: limits, dtypes, operations, strategies. Plain C++ for host and device.
+#pragma once
+
+#include <cstdint>
+
+namespace mnnvl {
+
+constexpr int kMaxWorldSize = 72;     // one NVL72 rack
+constexpr int kMaxFastWorldSize = 8;  // world sizes with a specialised kernel; larger ones take the loop
+constexpr int kPackBytes = 16;        // one vector access; the unit of every Lamport protocol
+
+enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class ReduceOp : int { kSum = 0, kAvg = 1 };
+// The values are FlashInfer's MNNVLAllreduceFusionStrategy.
+enum class Strategy : int { kOneShot = 0, kTwoShot = 1, kAuto = 99 };
+enum class Operation : int { kAllReduce = 0, kAllGather = 1, kBroadcast = 2, kBarrier = 3 };
+
+constexpr int element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+constexpr const char* name(Operation op) {
+  switch (op) {
+    case Operation::kAllReduce: return "all_reduce";
+    case Operation::kAllGather: return "all_gather";
+    case Operation::kBroadcast: return "broadcast";
+    case Operation::kBarrier: return "barrier";
+  }
+  return "?";
+}
+
+}  // namespace mnnvl

@@ -1,0 +1,51 @@
+"""The compiled module: the only way from Python to csrc/. Timeouts are milliseconds, sizes bytes."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch._C._distributed_c10d import Backend, Store
+
+class Comm(Protocol):
+    def all_gather(self, data: bytes) -> list[bytes]: ...
+
+class ProcessGroupMNNVL(Backend):
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        *,
+        timeout_ms: int,
+        workspace_bytes: int = 0,
+        strategy: int = 99,
+        multicast: bool = True,
+        bootstrap: int = 0,
+        host_id: str = "",
+        blocking_wait: bool = False,
+        nccl_path: str = "",
+    ) -> None: ...
+
+class Workspace:
+    def __init__(
+        self,
+        comm: Comm,
+        rank: int,
+        size: int,
+        *,
+        device_type: str,
+        device_index: int,
+        buffer_size_bytes: int,
+        timeout_ms: int,
+        multicast: bool = True,
+        bootstrap: int = 0,
+        host_id: str = "",
+        nccl_path: str = "",
+    ) -> None: ...
+    @property
+    def buffer_size_bytes(self) -> int: ...
+    def all_reduce(self, input: torch.Tensor, output: torch.Tensor, strategy: int, pdl: bool) -> None: ...
+    def destroy(self) -> None: ...
+
+def build_info() -> Mapping[str, Any]: ...
+def probe() -> Mapping[str, Any]: ...

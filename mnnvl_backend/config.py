@@ -1,0 +1,144 @@
+"""The one reader of the environment, and the merge of environment and Options into what the compiled module takes."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mnnvl_backend.options import MIN_WORKSPACE_BYTES, Options
+from mnnvl_backend.strategy import STRATEGY_NAMES, MNNVLAllreduceFusionStrategy
+
+BOOTSTRAP_CODES = {"nccl": 0, "store": 1}  # mnnvl::Bootstrap
+DEFAULT_TIMEOUT_MS = 30 * 60 * 1000  # c10d's default, for workspaces, which have no group to take one from
+
+
+def _choice(**values: Any) -> Callable[[str], Any]:
+    return lambda text: values[text.lower()]
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([kmg]?)(?:i?b)?", text.strip().lower())
+    if not match:
+        raise ValueError(text)
+    size = int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2]]
+    if size < MIN_WORKSPACE_BYTES:
+        raise ValueError(text)
+    return size
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of the environment; `parse` raises KeyError or ValueError on a malformed value."""
+
+    name: str
+    expected: str
+    default: str
+    meaning: str
+    parse: Callable[[str], Any] | None = None  # None: read by setup.py only
+
+
+# README and doctor print this list; nothing else of this package reads the environment at run time.
+VARIABLES = [
+    Variable("MNNVL_STRATEGY", "oneshot, twoshot or auto", "auto",
+             "forces the all-reduce algorithm", _choice(**STRATEGY_NAMES)),
+    Variable("MNNVL_MULTICAST", "0, 1 or auto", "auto",
+             "0 forbids multicast objects; otherwise used where supported and no other switch forbids them",
+             _choice(**{"0": False, "1": True, "auto": "auto"})),
+    Variable("MNNVL_BOOTSTRAP", "nccl or store", "nccl",
+             "how memory handles are exchanged; store allows several ranks on one GPU",
+             _choice(nccl="nccl", store="store")),
+    Variable("MNNVL_WORKSPACE_BYTES", "bytes, at least 1M, with an optional suffix K, M or G", "by world size",
+             "peer-mapped memory per rank and device type", _size),
+    Variable("MNNVL_HOST_ID", "any text", "found out", "what this rank says its host is (for tests)", str),
+    Variable("MNNVL_BLOCKING_WAIT", "0 or 1", "0",
+             "1: wait() on CUDA work blocks the host until the work has ended", _choice(**{"0": False, "1": True})),
+    Variable("MNNVL_CUDA_ARCHS", "architectures like 90;100", "the GPUs present, else 90;100",
+             "build: what kernels are compiled for"),
+    Variable("MNNVL_WITH_CUDA", "0 or 1", "1 if nvcc is found", "build: 0 skips the kernels, 1 fails without nvcc"),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """The environment's say; None: it has none."""
+
+    strategy: MNNVLAllreduceFusionStrategy | None = None
+    multicast: bool | str | None = None
+    bootstrap: str | None = None
+    workspace_bytes: int | None = None
+    host_id: str | None = None
+    blocking_wait: bool | None = None
+    multicast_forbidden_by: tuple[str, ...] = ()
+
+
+def multicast_switches(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Settings in force that forbid creating multicast objects, as NAME=value. Foreign variables are never an error:
+    any value of torch's switch but 0 counts, since a wrong guess could take a whole host's GPUs out of service."""
+    found = [name for name, off in (("MNNVL_MULTICAST", ("0",)), ("NCCL_NVLS_ENABLE", ("0",)))
+             if environ.get(name, "").strip() in off]  # fmt: skip
+    if environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "").strip() not in ("", "0"):
+        found.append("TORCH_SYMM_MEM_DISABLE_MULTICAST")
+    return tuple(f"{name}={environ[name]}" for name in found)
+
+
+def read_environment(environ: Mapping[str, str] | None = None) -> Config:
+    """Reads every variable; empty counts as unset.
+
+    Raises:
+        ValueError: a malformed value, naming variable, what was expected and what was found.
+    """
+    environ = os.environ if environ is None else environ
+    known = {v.name: v for v in VARIABLES}
+    for name in sorted(n for n in environ if n.startswith("MNNVL_") and n not in known):
+        warnings.warn(f"{name} is not a variable of mnnvl_backend and has no effect; known: {', '.join(known)}",
+                      stacklevel=2)  # fmt: skip
+    values = {}
+    for variable in VARIABLES:
+        text = environ.get(variable.name, "")
+        if not text or variable.parse is None:
+            continue
+        try:
+            values[variable.name.removeprefix("MNNVL_").lower()] = variable.parse(text)
+        except (KeyError, ValueError):
+            raise ValueError(f"{variable.name}: expected {variable.expected}, got {text!r}") from None
+    return Config(**values, multicast_forbidden_by=multicast_switches(environ))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Environment and Options merged: the environment, where it speaks, wins; for multicast every "no" counts."""
+
+    workspace_bytes: int  # 0: the compiled module's default
+    strategy: MNNVLAllreduceFusionStrategy
+    multicast: bool  # allowed, not required
+    bootstrap: str
+    host_id: str  # empty: found out
+    blocking_wait: bool
+    timeout_ms: int
+
+    @property
+    def bootstrap_code(self) -> int:
+        return BOOTSTRAP_CODES[self.bootstrap]
+
+
+def merge(options: Options, config: Config, timeout_ms: int = DEFAULT_TIMEOUT_MS) -> Settings:
+    """`timeout_ms` is the group's; Options.timeout goes before it."""
+    options.validate()
+    strategy = options.strategy
+    if not isinstance(strategy, MNNVLAllreduceFusionStrategy):
+        strategy = STRATEGY_NAMES[strategy]
+    if options.timeout is not None:
+        timeout_ms = max(1, int(options.timeout.total_seconds() * 1000))
+    return Settings(
+        workspace_bytes=config.workspace_bytes or options.workspace_bytes or 0,
+        strategy=strategy if config.strategy is None else config.strategy,
+        multicast=options.multicast is not False and not config.multicast_forbidden_by,
+        bootstrap=config.bootstrap or options.bootstrap,
+        host_id=config.host_id or "",
+        blocking_wait=bool(config.blocking_wait),
+        timeout_ms=timeout_ms,
+    )
