@@ -125,7 +125,8 @@ def ninja_path(path: str | Path) -> str:
 def build_kernels(toolkit: Toolkit) -> list[str]:
     """Compiles csrc/kernels/*.cu, only those whose source, headers or flags changed. Returns the objects."""
     # fmt: off
-    flags = ["-std=c++17", "-O3", "-lineinfo", "-cudart", "static", "-DMNNVL_WITH_CUDA=1", f"-I{ROOT / 'csrc'}",
+    flags = ["-std=c++17", "-O3", "-lineinfo", "-cudart", "static", "-DMNNVL_WITH_CUDA=1",
+             f'-DMNNVL_ARCHITECTURES="{";".join(toolkit.archs)}"', f"-I{ROOT / 'csrc'}",
              *(f"-I{d}" for d in toolkit.include_dirs), "-Xcompiler", "-fPIC,-Wall",
              *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in toolkit.archs)]
     # fmt: on
@@ -167,8 +168,7 @@ class Build(BuildExtension):
         for extension in self.extensions:
             extension.define_macros += [
                 ("MNNVL_WITH_CUDA", "1" if toolkit else "0"),
-                ("MNNVL_CUDA_ARCHS", '"%s"' % (";".join(toolkit.archs) if toolkit else "")),
-                ("MNNVL_NVCC_VERSION", '"%s"' % (toolkit.version if toolkit else "")),
+                ("MNNVL_NVCC_VERSION", f'"{toolkit.version if toolkit else ""}"'),
             ]
             if toolkit:
                 extension.extra_objects += build_kernels(toolkit)

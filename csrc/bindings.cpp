@@ -7,7 +7,9 @@
 #include "backend/algorithm.h"
 #include "backend/process_group.h"
 #include "backend/workspace.h"
+#if __has_include("driver/fake_setup.h")
 #include "driver/fake_setup.h"
+#endif
 #include "kernels/launch.h"
 #include "memory/probe.h"
 

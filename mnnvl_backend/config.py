@@ -77,12 +77,17 @@ class Config:
 
 def multicast_switches(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Settings in force that forbid creating multicast objects, as NAME=value. Foreign variables are never an error:
-    any value of torch's switch but 0 counts, since a wrong guess could take a whole host's GPUs out of service."""
-    found = [name for name, off in (("MNNVL_MULTICAST", ("0",)), ("NCCL_NVLS_ENABLE", ("0",)))
-             if environ.get(name, "").strip() in off]  # fmt: skip
-    if environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "").strip() not in ("", "0"):
-        found.append("TORCH_SYMM_MEM_DISABLE_MULTICAST")
-    return tuple(f"{name}={environ[name]}" for name in found)
+    any value of torch's switch that isn't a plain no counts, since a wrong guess could take a host's GPUs out of
+    service. csrc/memory has the same rule, as a second line of defence."""
+
+    def says_no(name: str, unset: bool) -> bool:
+        text = environ.get(name, "").strip().lower()
+        return text in ("0", "off", "false", "no", "n") if text else unset
+
+    forbidding = [name for name in ("MNNVL_MULTICAST", "NCCL_NVLS_ENABLE") if says_no(name, unset=False)]
+    if not says_no("TORCH_SYMM_MEM_DISABLE_MULTICAST", unset=True):
+        forbidding.append("TORCH_SYMM_MEM_DISABLE_MULTICAST")
+    return tuple(f"{name}={environ[name]}" for name in forbidding)
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> Config:

@@ -37,59 +37,45 @@ Outcome run(const std::string& where, const std::function<std::string()>& local)
   return outcome;
 }
 
-// The failure that all ranks report: the lowest rank's own failure, else the lowest rank's; none is nothing.
-std::optional<Error> root_cause(const std::string& stage, const std::vector<Outcome>& outcomes) {
+// The failure that all ranks report: the lowest rank's own failure, else the lowest rank's.
+void throw_root_cause(const std::string& stage, const std::vector<Outcome>& outcomes) {
   const Outcome* root = nullptr;
   for (const Outcome& outcome : outcomes) {
     if (outcome.ok) continue;
     if (root == nullptr || (!root->own_failure() && outcome.own_failure())) root = &outcome;
   }
-  if (root == nullptr) return std::nullopt;
-  return Error(root->kind, str(stage, " failed on rank ", root - outcomes.data(), " (", root->where, "): ", root->payload));
+  if (root == nullptr) return;
+  throw AgreedError(root->kind, str(stage, " failed on rank ", root - outcomes.data(), " (", root->where, "): ", root->payload));
 }
 
-std::optional<Error> agree_on(Exchange& exchange, const std::string& stage, const std::string& where,
-                              const std::function<std::string()>& local, std::vector<std::string>* payloads) {
+}  // namespace
+
+std::vector<std::string> agree_gather(Exchange& exchange, const std::string& stage, const std::string& where,
+                                      const std::function<std::string()>& local) {
   std::vector<Outcome> outcomes{run(where, local)};
   if (exchange.size() > 1) {
     std::vector<std::string> records;
-    std::string mine = outcomes[0].serialise();
     try {
-      records = exchange.all_gather(mine);
+      records = exchange.all_gather(outcomes[0].serialise());
     } catch (const Error& error) {
-      // The own failure, if any, tells more than the exchange's.
+      // This rank's own failure, if any, tells more than the exchange's.
       std::string own = outcomes[0].ok ? "" : str(" (this rank had failed: ", outcomes[0].payload, ")");
       fail(error.kind(), stage, ": ", error.what(), own);
     }
     outcomes.clear();
     for (const std::string& record : records) outcomes.push_back(Outcome::parse(record));
   }
-  if (std::optional<Error> error = root_cause(stage, outcomes)) return error;
-  for (Outcome& outcome : outcomes) payloads->push_back(std::move(outcome.payload));
-  return std::nullopt;
-}
-
-}  // namespace
-
-void agree(Exchange& exchange, const std::string& stage, const std::string& where, const std::function<void()>& local) {
-  if (std::optional<Error> error = try_agree(exchange, stage, where, local)) throw *error;
-}
-
-std::vector<std::string> agree_gather(Exchange& exchange, const std::string& stage, const std::string& where,
-                                      const std::function<std::string()>& local) {
+  throw_root_cause(stage, outcomes);
   std::vector<std::string> payloads;
-  if (std::optional<Error> error = agree_on(exchange, stage, where, local, &payloads)) throw *error;
+  for (Outcome& outcome : outcomes) payloads.push_back(std::move(outcome.payload));
   return payloads;
 }
 
-std::optional<Error> try_agree(Exchange& exchange, const std::string& stage, const std::string& where,
-                               const std::function<void()>& local) {
-  std::vector<std::string> payloads;
-  auto without_payload = [&local] {
+void agree(Exchange& exchange, const std::string& stage, const std::string& where, const std::function<void()>& local) {
+  agree_gather(exchange, stage, where, [&local] {
     local();
     return std::string();
-  };
-  return agree_on(exchange, stage, where, without_payload, &payloads);
+  });
 }
 
 }  // namespace mnnvl

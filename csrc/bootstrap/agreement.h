@@ -3,7 +3,6 @@
 #pragma once
 
 #include <functional>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,8 +11,15 @@
 
 namespace mnnvl {
 
+// What agree() throws: every rank of the group throws the same one, so a rank that catches it may take another path, knowing that all
+// ranks do. Errors of the exchange itself are plain Errors and may differ between ranks.
+class AgreedError : public Error {
+ public:
+  using Error::Error;
+};
+
 // Collective. Runs `local` (which must not itself wait for a peer longer than its own deadline), then exchanges its
-// outcome. Returns when every rank succeeded; otherwise throws on every rank the same Error: the failure of the lowest
+// outcome. Returns when every rank succeeded; otherwise throws on every rank the same AgreedError: the failure of the lowest
 // failing rank, with its kind, and a text of the form "<stage> failed on rank 2 (<where>): <reason>". A rank that
 // failed by itself comes before ranks that only noticed a peer's silence (kTimeout, kPeerFailed).
 // `where` describes this rank (host and device) and is used only if this rank fails.
@@ -22,10 +28,5 @@ void agree(Exchange& exchange, const std::string& stage, const std::string& wher
 // As agree(), and each rank's `local` returns bytes: gives all ranks' bytes, by rank.
 std::vector<std::string> agree_gather(Exchange& exchange, const std::string& stage, const std::string& where,
                                       const std::function<std::string()>& local);
-
-// As agree(), for a stage that is optional: returns that same Error on every rank instead of throwing it, nothing when every
-// rank succeeded. Still throws when the exchange itself fails.
-std::optional<Error> try_agree(Exchange& exchange, const std::string& stage, const std::string& where,
-                               const std::function<void()>& local);
 
 }  // namespace mnnvl

@@ -93,6 +93,7 @@ Capabilities find_capabilities(const CudaDriver& driver, const SymmetricBufferOp
   if (found.fabric_problem.empty()) found.fabric_problem = try_handle_type(driver, found.device, HandleType::kFabric, found.granularity);
 
   std::string forbidden = multicast_forbidden();
+  found.multicast_forbidden = !forbidden.empty();
   if (options.multicast == MulticastMode::kOff) {
     found.multicast_problem = "switched off" + (forbidden.empty() ? "" : " by " + forbidden);
   } else if (!forbidden.empty()) {
@@ -110,7 +111,7 @@ std::string Capabilities::serialise() const {
   host.serialise(writer);
   writer.put(device).put(device_name).put(device_uuid).put(compute_capability).put(multiprocessors).put(granularity);
   writer.put(fd_problem).put(fabric_problem).put(cluster_uuid).put(clique).put(cluster_problem).put(multicast_problem);
-  writer.put(bootstrap).put(bytes).put(fill);
+  writer.put(multicast_forbidden).put(bootstrap).put(bytes).put(fill);
   return writer.bytes();
 }
 
@@ -120,7 +121,7 @@ Capabilities Capabilities::parse(const std::string& record) {
   c.host = HostIdentity::parse(reader);
   reader.get(c.device).get(c.device_name).get(c.device_uuid).get(c.compute_capability).get(c.multiprocessors).get(c.granularity);
   reader.get(c.fd_problem).get(c.fabric_problem).get(c.cluster_uuid).get(c.clique).get(c.cluster_problem).get(c.multicast_problem);
-  reader.get(c.bootstrap).get(c.bytes).get(c.fill).finish();
+  reader.get(c.multicast_forbidden).get(c.bootstrap).get(c.bytes).get(c.fill).finish();
   return c;
 }
 

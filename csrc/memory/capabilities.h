@@ -26,6 +26,7 @@ struct Capabilities {
   uint32_t clique = 0;
   std::string cluster_problem;    // why in none
   std::string multicast_problem;  // why this rank can't or may not use multicast, empty when it can
+  bool multicast_forbidden = false;  // by a variable of the environment: binding for NCCL too
   Bootstrap bootstrap = Bootstrap::kNccl;
   uint64_t bytes = 0;  // what the options ask for; the same everywhere, or it is an error
   uint32_t fill = 0;
@@ -39,6 +40,7 @@ struct Plan {
   HandleType handle = HandleType::kPosixFd;
   bool multicast = false;           // to be tried
   std::string multicast_problem;    // why not, naming the rank
+  bool multicast_forbidden = false; // on some rank, by a variable of the environment
   Bootstrap bootstrap = Bootstrap::kNccl;
   uint64_t granularity = 0;  // the largest of all ranks
   int min_compute_capability = 0;

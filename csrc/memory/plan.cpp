@@ -120,6 +120,7 @@ Plan choose_plan(const std::vector<Capabilities>& ranks) {
   plan.min_compute_capability = ranks[0].compute_capability;
   plan.min_multiprocessors = ranks[0].multiprocessors;
   for (const Capabilities& c : ranks) {
+    plan.multicast_forbidden = plan.multicast_forbidden || c.multicast_forbidden;
     plan.granularity = std::max(plan.granularity, c.granularity);
     plan.min_compute_capability = std::min(plan.min_compute_capability, c.compute_capability);
     plan.min_multiprocessors = std::min(plan.min_multiprocessors, c.multiprocessors);

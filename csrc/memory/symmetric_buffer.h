@@ -40,6 +40,8 @@ class SymmetricBuffer {
   virtual size_t bytes() const = 0;
   virtual uint64_t address(int rank) const = 0;      // where rank's memory is mapped here
   virtual uint64_t multicast_address() const = 0;    // 0 without multicast
+  // Why there is no multicast, naming the rank; empty with it.
+  virtual const std::string& multicast_problem() const = 0;
   virtual HandleType handle_type() const = 0;
   virtual int min_multiprocessors() const = 0;       // smallest SM count of the group: launch shapes must agree
   virtual int min_compute_capability() const = 0;    // 90, 100, …

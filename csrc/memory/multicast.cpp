@@ -1,0 +1,73 @@
+#include "memory/multicast.h"
+
+#include <algorithm>
+
+#include "bootstrap/agreement.h"
+#include "bootstrap/record.h"
+#include "memory/capabilities.h"
+
+namespace mnnvl {
+namespace {
+
+void check_allowed() {
+  std::string forbidden = multicast_forbidden();
+  if (!forbidden.empty()) fail(ErrorKind::kUnsupported, "multicast is switched off by ", forbidden);
+}
+
+}  // namespace
+
+size_t multicast_granularity(const SetupContext& context, size_t size) {
+  std::vector<std::string> answers = agree_gather(context.exchange, "asking for the multicast granularity", context.where, [&] {
+    check_allowed();
+    CUmulticastObjectProp prop{};
+    prop.numDevices = static_cast<unsigned int>(context.size());
+    prop.size = size;
+    prop.handleTypes = driver_handle_type(context.handle);
+    size_t granularity = 0;
+    check(context.driver, context.driver.multicast_get_granularity(&granularity, &prop, kGranularityMinimum),
+          "cuMulticastGetGranularity");
+    return RecordWriter().put(static_cast<uint64_t>(granularity)).bytes();
+  });
+  uint64_t largest = 1;
+  for (const std::string& answer : answers) {
+    uint64_t granularity = 0;
+    RecordReader(answer).get(granularity).finish();
+    largest = std::max(largest, granularity);
+  }
+  return largest;
+}
+
+std::unique_ptr<Multicast> Multicast::create(const SetupContext& context, const Allocation& memory, size_t size, size_t alignment) {
+  const CudaDriver& driver = context.driver;
+  auto self = std::make_unique<Multicast>();
+
+  // Nobody creates before everybody has looked at the switches once more.
+  agree(context.exchange, "checking the multicast switches", context.where, check_allowed);
+
+  std::vector<SharedHandle> handles =
+      exchange_handles(context, RecordRoute(), "the multicast object", [&]() -> const Allocation* {
+        if (context.rank() != 0) return nullptr;
+        self->object_ = Allocation::create_multicast(driver, context.handle, size, context.size());
+        return &self->object_;
+      });
+  agree(context.exchange, "importing the multicast object", context.where, [&] {
+    if (context.rank() != 0) self->object_ = handles[0].import(driver);
+    if (self->object_.handle() == 0) fail(ErrorKind::kSystem, "the import succeeded but gave no multicast object");
+  });
+  handles.clear();
+
+  agree(context.exchange, "adding devices to the multicast object", context.where, [&] {
+    CUdevice device = 0;
+    check(driver, driver.device_get(&device, context.device), "cuDeviceGet");
+    check(driver, driver.multicast_add_device(self->object_.handle(), device), "cuMulticastAddDevice", " of device ", context.device);
+  });
+  agree(context.exchange, "binding memory to the multicast object", context.where, [&] {
+    self->binding_ = std::make_unique<MulticastBinding>(driver, context.device, self->object_, memory, size);
+  });
+  agree(context.exchange, "mapping the multicast object", context.where, [&] {
+    self->mapping_ = std::make_unique<Mapping>(driver, context.device, self->object_, size, alignment);
+  });
+  return self;
+}
+
+}  // namespace mnnvl

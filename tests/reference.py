@@ -1,0 +1,76 @@
+"""What every transport must give, bit for bit: the sequential float32 sum in rank order, rounded once."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTEGER_OF = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+CANONICAL_NAN = {torch.float32: 0x7FFFFFFF, torch.float16: 0x7FFF, torch.bfloat16: 0x7FFF}
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """The elements' bits as integers, on the CPU."""
+    return x.detach().cpu().contiguous().view(INTEGER_OF[x.dtype])
+
+
+def rank_order_sum(inputs: list[torch.Tensor], average: bool = False) -> torch.Tensor:
+    """All-reduce of `inputs` (CPU tensors of one dtype, in rank order): float32 sum in rank order, divided by their
+    number if `average`, rounded once; NaN in its canonical bits, -0 as +0. One input comes back as it is."""
+    if len(inputs) == 1:
+        return inputs[0].clone()
+    dtype = inputs[0].dtype
+    total = inputs[0].float()
+    for x in inputs[1:]:
+        total = total + x.float()
+    if average:
+        total = total / float(len(inputs))
+    out = total.to(dtype)
+    out = torch.where(out == 0, torch.zeros_like(out), out)
+    nan = torch.tensor(CANONICAL_NAN[dtype], dtype=INTEGER_OF[dtype]).view(dtype)
+    return torch.where(torch.isnan(out), nan, out)
+
+
+def assert_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
+    """Raises with the first differing elements."""
+    a, e = bits(actual), bits(expected)
+    assert a.shape == e.shape, f"{what}: shape {tuple(a.shape)}, expected {tuple(e.shape)}"
+    wrong = torch.nonzero(a.flatten() != e.flatten()).flatten()
+    if wrong.numel() == 0:
+        return
+    at = wrong[:4].tolist()
+    raise AssertionError(
+        f"{what}: {wrong.numel()} of {a.numel()} elements differ, first at {at}: "
+        f"got {[hex(int(a.flatten()[i]) & 0xFFFFFFFF) for i in at]}, "
+        f"expected {[hex(int(e.flatten()[i]) & 0xFFFFFFFF) for i in at]}"
+    )
+
+
+def random_input(rank: int, numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Rank's input, which every rank can make: normal values over several binades, some exact zeros of both signs."""
+    generator = torch.Generator().manual_seed(seed * 1009 + rank)
+    x = torch.randn(numel, generator=generator) * torch.exp2(
+        torch.randint(-12, 12, (numel,), generator=generator).float()
+    )
+    x[torch.rand(numel, generator=generator) < 0.02] = -0.0
+    x[torch.rand(numel, generator=generator) < 0.01] = 0.0
+    return x.to(dtype)
+
+
+def every_16_bit_pattern(rank: int, dtype: torch.dtype) -> torch.Tensor:
+    """All 65,536 values of a 16-bit dtype, in an order of the rank's own; rank 0 has them ascending."""
+    patterns = torch.arange(65536, dtype=torch.int32)
+    if rank:
+        patterns = patterns[torch.randperm(65536, generator=torch.Generator().manual_seed(rank))]
+    return torch.where(patterns >= 32768, patterns - 65536, patterns).to(torch.int16).view(dtype)
+
+
+def float32_edges(rank: int) -> torch.Tensor:
+    """Every pairing of float32 edge values: rank 0 has each value repeated, the others cycle through them shifted."""
+    words = [0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x807FFFFF, 0x00800000, 0x80800000,
+             0x3F800000, 0xBF800000, 0x3F800001, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000,
+             0xFFC00000, 0x7F800001, 0xFFBFFFFF, 0x33800000, 0xB3800000, 0x4B800000, 0xCB800000]  # fmt: skip
+    values = torch.tensor([w - (1 << 32) if w >> 31 else w for w in words], dtype=torch.int32)
+    if rank == 0:
+        return values.repeat_interleave(len(words)).view(torch.float32)
+    return values.roll(rank - 1).repeat(len(words)).view(torch.float32)
