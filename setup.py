@@ -23,6 +23,9 @@ from pathlib import Path
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+# ninja from a wheel lies beside the interpreter, which need not be on the PATH.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
 ROOT = Path(__file__).resolve().parent
 CUDA_BUILD = ROOT / "build" / "kernels"
 DEFAULT_ARCHS = ["90", "100"]
@@ -172,11 +175,9 @@ class Build(BuildExtension):
             ]
             if toolkit:
                 extension.extra_objects += build_kernels(toolkit)
-                # Our copy of the runtime stays ours: its symbols must not meet those of torch's libcudart.
                 extension.extra_link_args += [
                     f"-L{toolkit.library_dir}",
                     "-l:libcudart_static.a",
-                    "-Wl,--exclude-libs,libcudart_static.a",
                     "-ldl",
                     "-lrt",
                     "-lpthread",
@@ -193,7 +194,9 @@ setup(
             depends=files("*.h"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": ["-O2", "-g0", "-Wall", "-fvisibility=hidden"]},
-            extra_link_args=["-Wl,--no-undefined-version"],
+            # Copies of static libraries stay ours: the CUDA runtime must not meet that of torch, nor a C++ runtime that
+            # some compilers link statically that of the process.
+            extra_link_args=["-Wl,--exclude-libs,ALL"],
         )
     ],
     cmdclass={"build_ext": Build.with_options(use_ninja=True)},

@@ -1,6 +1,5 @@
 """The compiled module: the only way from Python to csrc/. Timeouts are milliseconds, sizes bytes."""
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,15 +14,14 @@ class ProcessGroupMNNVL(Backend):
         store: Store,
         rank: int,
         size: int,
-        *,
         timeout_ms: int,
-        workspace_bytes: int = 0,
-        strategy: int = 99,
-        multicast: bool = True,
-        bootstrap: int = 0,
-        host_id: str = "",
-        blocking_wait: bool = False,
-        nccl_path: str = "",
+        workspace_bytes: int,
+        strategy: int,
+        multicast: bool,
+        bootstrap: int,
+        host_id: str,
+        blocking_wait: bool,
+        nccl_path: str,
     ) -> None: ...
 
 class Workspace:
@@ -32,20 +30,22 @@ class Workspace:
         comm: Comm,
         rank: int,
         size: int,
-        *,
         device_type: str,
         device_index: int,
         buffer_size_bytes: int,
         timeout_ms: int,
-        multicast: bool = True,
-        bootstrap: int = 0,
-        host_id: str = "",
-        nccl_path: str = "",
+        multicast: bool,
+        bootstrap: int,
+        host_id: str,
+        nccl_path: str,
     ) -> None: ...
     @property
     def buffer_size_bytes(self) -> int: ...
     def all_reduce(self, input: torch.Tensor, output: torch.Tensor, strategy: int, pdl: bool) -> None: ...
     def destroy(self) -> None: ...
 
-def build_info() -> Mapping[str, Any]: ...
-def probe() -> Mapping[str, Any]: ...
+def build_info() -> dict[str, Any]: ...
+def probe(nccl_path: str) -> dict[str, Any]: ...
+def choose_all_reduce(
+    world_size: int, numel: int, dtype: int, strategy: int, stage_bytes: int, pipe_bytes: int
+) -> tuple[str, int, int, int]: ...

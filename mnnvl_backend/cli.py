@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--max-bytes", type=_size, default=64 << 20, help="default 64M")
     bench.add_argument("--replays", type=int, default=31, help="samples per size and peer")
     bench.add_argument("--only", help="comma-separated peers, e.g. mnnvl,nccl")
+    bench.add_argument("--multicast", action="store_true", help="let mnnvl and its peers make multicast objects")
     bench.add_argument("--output", help="folder for the dated results, markdown and JSON")
     return top
 
@@ -57,4 +58,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.replays,
         arguments.only.split(",") if arguments.only else None,
         arguments.output,
+        arguments.multicast,
     )

@@ -4,8 +4,9 @@ the adapter that the compiled module calls."""
 from __future__ import annotations
 
 import pickle
+import weakref
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
@@ -33,9 +34,8 @@ class StoreComm:
     Collective calls: all ranks in the same order, one thread at a time.
     """
 
-    # Workspaces made so far per group name. Never reset: a group made again after destroy_process_group may find the
-    # old keys in the same store.
-    _made: dict[str, int] = {}  # noqa: RUF012
+    # Workspaces made so far over each group: every rank counts the same, since making one is collective.
+    _made: ClassVar[weakref.WeakKeyDictionary[ProcessGroup, int]] = weakref.WeakKeyDictionary()
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
@@ -46,7 +46,7 @@ class StoreComm:
         """Over the store of a process group; None: the default group."""
         c10d = dist.distributed_c10d
         group = group or c10d._get_default_group()
-        number = cls._made[group.group_name] = cls._made.get(group.group_name, 0) + 1
+        number = cls._made[group] = cls._made.get(group, 0) + 1
         store = PrefixStore(f"mnnvl_workspace/{number}", c10d._get_process_group_store(group))
         return cls(store, group.rank(), group.size(), timeout)
 
@@ -72,9 +72,10 @@ class StoreComm:
                 f"workspace set-up, rank {self._rank}: ranks {late} of {self._size} did not come within {self._timeout}"
             ) from error
         result = [pickle.loads(self._store.get(key)) for key in keys]
-        # Everybody is in this round, so everybody has read the one before.
-        if self._round > 0:
-            self._store.delete_key(f"{self._round - 1}/{self._rank}")
+        # The last to read takes the keys away: a group made again later may find itself in the same store.
+        if self._store.add(f"{self._round}/read", 1) == self._size:
+            for key in [*keys, f"{self._round}/read"]:
+                self._store.delete_key(key)
         self._round += 1
         return result
 

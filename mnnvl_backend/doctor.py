@@ -10,10 +10,9 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-IMEX_CHANNELS = Path("/dev/nvidia-caps-imex-channels")
+IMEX_CHANNELS = "/dev/nvidia-caps-imex-channels"
 
 
 def _guarded(probe: Callable[[], Any]) -> Any:
@@ -71,20 +70,16 @@ def _build() -> dict[str, Any]:
 
 
 def _probe() -> dict[str, Any]:
-    from mnnvl_backend.registration import load_compiled
+    """Fields as in csrc/memory/probe.h."""
+    from mnnvl_backend.registration import load_compiled, nccl_path
 
-    return dict(load_compiled().probe())
+    return dict(load_compiled().probe(nccl_path()))
 
 
 def _nccl() -> str:
     from mnnvl_backend.registration import nccl_path
 
     return nccl_path() or "no nvidia-nccl wheel; libnccl.so.2 is looked for by name"
-
-
-def _imex() -> str:
-    channels = sorted(p.name for p in IMEX_CHANNELS.iterdir()) if IMEX_CHANNELS.is_dir() else []
-    return ", ".join(channels) or f"none in {IMEX_CHANNELS}: no fabric handles, so no groups over several hosts"
 
 
 def _switches() -> dict[str, Any]:
@@ -104,46 +99,61 @@ def _cpu_plan(build: Any) -> dict[str, str]:
     return {"plan": "shared memory (memfd), one host"}
 
 
+def _obstacle(devices: list[dict[str, Any]], why: Callable[[dict[str, Any]], str]) -> str:
+    """The first device's reason, empty if no device has one."""
+    return next((f"device {d.get('ordinal')}: {reason}" for d in devices if (reason := why(d))), "")
+
+
+def _why_not_fabric(device: dict[str, Any]) -> str:
+    if not device.get("fabric_handles"):
+        return "the driver says that it exports no fabric handles"
+    if not device.get("cluster_uuid"):
+        return str(device.get("fabric_problem") or "in no NVLink fabric cluster")
+    return ""
+
+
 def _cuda_plan(build: Any, probe: Any, switches: Any) -> dict[str, str]:
-    """Of a group over all GPUs of this machine."""
+    """Of a group over all GPUs of this machine, as far as attributes tell."""
     for part in (build, probe):
         if problem := _problem(part):
             return {"plan": "none", "why": problem}
-    if "none" in str(build["kernels"]):
+    if str(build["kernels"]).startswith("none"):
         return {"plan": "none", "why": "built without kernels: install nvcc and build again"}
     devices = probe.get("devices") or []
     if not devices:
-        return {"plan": "none", "why": _problem(probe.get("libcuda")) or "no CUDA device"}
+        return {"plan": "none", "why": probe.get("driver_problem") or "no CUDA device"}
+    if broken := _obstacle(devices, lambda d: str(d.get("problem") or "")):
+        return {"plan": "none", "why": broken}
 
-    def obstacle(key: str) -> str:
-        return next((f"device {d.get('ordinal')}: {d[key]}" for d in devices if d.get(key)), "")
-
-    plan: dict[str, str] = {}
-    if not (fabric := obstacle("fabric_problem")):
-        plan["plan"] = "fabric handles (several hosts of one NVLink clique)"
-    elif not (fd := obstacle("fd_problem")):
-        plan["plan"] = "POSIX file descriptors (this host only)"
-        plan["why not fabric handles"] = fabric
+    fabric = "" if probe.get("imex_channels") else f"no IMEX channel in {IMEX_CHANNELS}"
+    fabric = _obstacle(devices, _why_not_fabric) or fabric
+    fd = _obstacle(devices, lambda d: "" if d.get("fd_handles") else "the driver says that it exports no descriptors")
+    if not fabric:
+        plan = {"plan": "fabric handles (also over several hosts of one NVLink clique)"}
+    elif not fd:
+        plan = {"plan": "POSIX file descriptors (this host only)", "why not fabric handles": fabric}
     else:
         return {"plan": "none", "why": f"fabric handles: {fabric}; file descriptors: {fd}"}
     multicast = "" if switches.get("multicast") == "allowed" else str(switches.get("multicast"))
-    multicast = multicast or obstacle("multicast_problem")
+    multicast = multicast or _obstacle(devices, lambda d: "" if d.get("multicast") else "no multicast support")
     plan["stores"] = "unicast" if multicast else "multicast"
     if multicast:
         plan["why not multicast"] = multicast
+    if probe.get("nccl_problem"):
+        plan["bootstrap"] = f"only Options(bootstrap='store'), NCCL can't be loaded: {probe['nccl_problem']}"
     return plan
 
 
 def examine() -> dict[str, Any]:
     """The whole report, as JSON's types."""
-    build, probe, switches = _guarded(_build), _guarded(_probe), _guarded(_switches)
+    build, switches = _guarded(_build), _guarded(_switches)
+    probe = {"problem": "not looked at without the compiled module"} if _problem(build) else _guarded(_probe)
     return {
         "versions": _guarded(_versions),
         "registration": _guarded(_registered),
         "build": build,
         "machine": probe,
         "NCCL wheel": _guarded(_nccl),
-        "IMEX channels": _guarded(_imex),
         "switches": switches,
         "CPU tensors": _guarded(lambda: _cpu_plan(build)),
         "CUDA tensors": _guarded(lambda: _cuda_plan(build, probe, switches)),

@@ -1,8 +1,8 @@
 """Checks who may include what in csrc/ (the house rules; csrc/README.md):
 
-    bindings -> backend -> {kernels/launch.h, cpu, memory, bootstrap} -> driver -> common
-    protocol sees only common; kernels and cpu see protocol and common
-    torch headers in backend/ and bindings.cpp only; <<< in kernels/*.cu and *.cuh only
+bindings -> backend -> {kernels/launch.h, cpu, memory, bootstrap} -> driver -> common
+protocol sees only common; kernels and cpu see protocol and common
+torch headers in backend/ and bindings.cpp only; <<< in kernels/*.cu and *.cuh only
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def test_chunks_through_a_small_workspace(ranks, device, strategy):
 
 def offsets_body(rank: Rank) -> None:
     for dtype in DTYPES:
-        for offset in range(0, 9):
+        for offset in range(9):
             for numel in (1, 5, 8, 17, 1031):
                 reduce_and_check(rank, numel, dtype, seed=offset, offset=offset)
 
@@ -102,11 +102,11 @@ def test_average(ranks, device, world_size):
 def patterns_body(rank: Rank) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         inputs = [every_16_bit_pattern(r, dtype) for r in range(rank.world_size)]
-        x = inputs[rank.rank].to(rank.device)
+        x = inputs[rank.rank].to(rank.device, copy=True)
         dist.all_reduce(x)
         assert_bits(x, rank_order_sum(inputs), f"all patterns of {dtype}")
     inputs = [float32_edges(r) for r in range(rank.world_size)]
-    x = inputs[rank.rank].to(rank.device)
+    x = inputs[rank.rank].to(rank.device, copy=True)
     dist.all_reduce(x)
     assert_bits(x, rank_order_sum(inputs), "float32 edge values")
 
@@ -142,7 +142,7 @@ def interleaving_body(rank: Rank, calls: int, seed: int) -> None:
         numel = int(2 ** plan.uniform(0, 17))
         asynchronous = plan.random() < 0.5
         inputs = [random_input(r, numel, dtype, call) for r in range(rank.world_size)]
-        x = inputs[rank.rank].to(rank.device)
+        x = inputs[rank.rank].to(rank.device, copy=True)
         what = f"call {call}: {kind} of {numel} x {dtype}"
         if kind == "all_reduce":
             work = dist.all_reduce(x, group=group, async_op=True)

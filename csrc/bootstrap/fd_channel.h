@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "bootstrap/unique_fd.h"
+#include "driver/unique_fd.h"
 
 namespace mnnvl {
 

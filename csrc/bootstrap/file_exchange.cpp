@@ -20,7 +20,10 @@ std::string FileExchange::path(int peer) const { return str(directory_, "/", rou
 std::vector<std::string> FileExchange::all_gather(const std::string& mine) {
   // Written aside and renamed, so that a file that can be opened is whole.
   std::string aside = path(rank_) + ".part";
-  std::ofstream(aside, std::ios::binary) << mine;
+  std::ofstream file(aside, std::ios::binary);
+  file << mine;
+  file.close();
+  if (!file) fail_errno(errno, "writing ", aside);
   if (rename(aside.c_str(), path(rank_).c_str()) != 0) fail_errno(errno, "rename of ", aside);
 
   Deadline deadline(timeout_ms_);

@@ -1,6 +1,7 @@
 // An Exchange between processes that share a directory, whatever their network: for tests and diagnosis.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "bootstrap/exchange.h"

@@ -1,5 +1,7 @@
 #include "bootstrap/nccl_exchange.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <thread>
@@ -12,7 +14,8 @@ namespace mnnvl {
 namespace {
 
 constexpr int64_t kSlotAlignment = 16;
-void nap() { std::this_thread::sleep_for(std::chrono::microseconds(200)); }
+constexpr int kRoundMs = 500;  // how long a rank waits before it looks whether another has failed
+const char kStage[] = "exchanging memory handles over NCCL";
 
 }  // namespace
 
@@ -25,14 +28,11 @@ class NcclExchange::Stream {
   ~Stream() { driver_.stream_destroy(stream_); }
   CUstream get() const { return stream_; }
 
-  void wait(const char* what, int timeout_ms) const {
-    Deadline deadline(timeout_ms);
-    CUresult code;
-    while ((code = driver_.stream_query(stream_)) == kCudaNotReady) {
-      if (deadline.passed()) fail(ErrorKind::kTimeout, what, " did not finish within ", timeout_ms, " ms");
-      nap();
-    }
-    check(driver_, code, "cuStreamQuery", " after ", what);
+  bool idle() const {
+    CUresult code = driver_.stream_query(stream_);
+    if (code == kCudaNotReady) return false;
+    check(driver_, code, "cuStreamQuery", " after ncclAllGather");
+    return true;
   }
 
  private:
@@ -53,13 +53,13 @@ class NcclExchange::Memory {
   CUdeviceptr address_ = 0;
 };
 
-// A non-blocking communicator: every call returns at once, and the waits are ours, with a deadline.
+// A non-blocking communicator: every call returns at once, and the waits are ours.
 class NcclExchange::Communicator {
  public:
   Communicator(const NcclLibrary& nccl, int timeout_ms) : nccl_(nccl), timeout_ms_(timeout_ms) {}
   ~Communicator() {
     if (comm_ == nullptr) return;
-    if (!failed_ && finished()) {
+    if (sound_ && finalised()) {
       nccl_.comm_destroy(comm_);
     } else {
       nccl_.comm_abort(comm_);
@@ -70,69 +70,93 @@ class NcclExchange::Communicator {
     NcclConfig config;
     config.blocking = 0;
     config.min_ctas = config.max_ctas = 1;  // one channel: its buffers are what a communicator costs
-    run("ncclCommInitRankConfig", [&] { return nccl_.comm_init_rank_config(&comm_, size, id, rank, &config); });
+    start("ncclCommInitRankConfig", nccl_.comm_init_rank_config(&comm_, size, id, rank, &config));
   }
 
   void all_gather(CUdeviceptr send, CUdeviceptr receive, size_t bytes, const Stream& stream) {
-    run("ncclAllGather", [&] { return nccl_.all_gather_bytes(send, receive, bytes, comm_, stream.get()); });
-    failed_ = true;  // until it has ended
-    stream.wait("ncclAllGather", timeout_ms_);
-    failed_ = false;
+    start("ncclAllGather", nccl_.all_gather_bytes(send, receive, bytes, comm_, stream.get()));
   }
+
+  // False while the call that was started last is not through.
+  bool settled() const {
+    NcclResult result = kNcclSuccess;
+    NcclResult code = nccl_.comm_get_async_error(comm_, &result);
+    if (code == kNcclSuccess) code = result;
+    if (code != kNcclSuccess && code != kNcclInProgress) raise(code);
+    return code == kNcclSuccess;
+  }
+
+  void set_sound(bool sound) { sound_ = sound; }
 
  private:
-  template <typename Call>
-  void run(const char* function, const Call& call) {
-    failed_ = true;
-    NcclResult result = settle(call());
-    if (result == kNcclInProgress) {
-      fail(ErrorKind::kTimeout, function, " did not finish within ", timeout_ms_, " ms: some rank did not take part, or NCCL can't connect");
-    }
-    if (result != kNcclSuccess) fail(ErrorKind::kSystem, function, " failed: ", nccl_.error_text(result, comm_));
-    failed_ = false;
+  void start(const char* function, NcclResult result) {
+    sound_ = false;
+    function_ = function;
+    if (result != kNcclSuccess && result != kNcclInProgress) raise(result);
+  }
+  [[noreturn]] void raise(NcclResult result) const {
+    fail(ErrorKind::kSystem, function_, " failed: ", nccl_.error_text(result, comm_));
   }
 
-  // Waits while the communicator is busy.
-  NcclResult settle(NcclResult result) const {
-    Deadline deadline(timeout_ms_);
-    while (result == kNcclInProgress && comm_ != nullptr && !deadline.passed()) {
-      nap();
-      NcclResult code = nccl_.comm_get_async_error(comm_, &result);
-      if (code != kNcclSuccess) return code;
+  bool finalised() const {
+    NcclResult result = nccl_.comm_finalize(comm_);
+    for (Deadline deadline(timeout_ms_); result == kNcclInProgress && !deadline.passed();) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      if (nccl_.comm_get_async_error(comm_, &result) != kNcclSuccess) return false;
     }
-    return result;
+    return result == kNcclSuccess;
   }
-
-  bool finished() const { return settle(nccl_.comm_finalize(comm_)) == kNcclSuccess; }
 
   const NcclLibrary& nccl_;
   const int timeout_ms_;
   NcclComm comm_ = nullptr;
-  bool failed_ = false;
+  const char* function_ = "";
+  bool sound_ = false;  // nothing under way, nothing failed: to be destroyed rather than aborted
 };
 
-NcclExchange::NcclExchange(const CudaDriver& driver, const NcclLibrary& nccl, int rank, int size,
-                           const NcclExchangeOptions& options)
+NcclExchange::NcclExchange(const CudaDriver& driver, Exchange& inner, const NcclExchangeOptions& options)
     : driver_(driver),
-      nccl_(nccl),
-      rank_(rank),
-      size_(size),
+      inner_(inner),
+      where_(options.where),
+      rank_(inner.rank()),
+      size_(inner.size()),
       slot_bytes_(align_up(static_cast<int64_t>(options.record_bytes + sizeof(uint32_t)), kSlotAlignment)),
       timeout_ms_(options.timeout_ms) {}
 
 NcclExchange::~NcclExchange() = default;
 
+// Waits until `ready` holds on every rank, in short rounds that end in an agreement: what NCCL does on one rank after the other has failed
+// (wait, mostly) then ends for both.
+template <typename Ready>
+void NcclExchange::wait_together(const std::string& stage, const Ready& ready) {
+  Deadline deadline(timeout_ms_);
+  bool all_ready = false;
+  while (!all_ready) {
+    std::vector<std::string> states = agree_gather(inner_, stage, where_, [&] {
+      Deadline round(kRoundMs);
+      while (!ready()) {
+        if (deadline.passed()) {
+          fail(ErrorKind::kTimeout, "NCCL did not finish within ", timeout_ms_, " ms: can the ranks reach each other over its network (NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO)?");
+        }
+        if (round.passed()) return std::string("busy");
+        std::this_thread::sleep_for(std::chrono::microseconds(200));
+      }
+      return std::string("ready");
+    });
+    all_ready = std::all_of(states.begin(), states.end(), [](const std::string& state) { return state == "ready"; });
+  }
+}
+
 std::unique_ptr<NcclExchange> NcclExchange::create(const CudaDriver& driver, const NcclLibrary& nccl, Exchange& inner,
                                                    const NcclExchangeOptions& options) {
-  const int rank = inner.rank(), size = inner.size();
-  std::unique_ptr<NcclExchange> self(new NcclExchange(driver, nccl, rank, size, options));
+  std::unique_ptr<NcclExchange> self(new NcclExchange(driver, inner, options));
 
   // Whatever can fail on one rank alone fails here, so that the initialisation below finds every rank in it.
   std::vector<std::string> ids = agree_gather(inner, "preparing the NCCL exchange", options.where, [&] {
     if (!options.allow_multicast) setenv("NCCL_NVLS_ENABLE", "0", /*overwrite=*/1);
     self->stream_ = std::make_unique<Stream>(driver);
-    self->memory_ = std::make_unique<Memory>(driver, self->slot_bytes_ * (size + 1));
-    if (rank != 0) return std::string();
+    self->memory_ = std::make_unique<Memory>(driver, self->slot_bytes_ * (self->size_ + 1));
+    if (self->rank_ != 0) return std::string();
     NcclUniqueId id{};
     NcclResult result = nccl.get_unique_id(&id);
     if (result != kNcclSuccess) fail(ErrorKind::kSystem, "ncclGetUniqueId failed: ", nccl.error_text(result, nullptr));
@@ -142,31 +166,42 @@ std::unique_ptr<NcclExchange> NcclExchange::create(const CudaDriver& driver, con
   MNNVL_ASSERT(ids[0].size() == sizeof(id.internal), "unique id of ", ids[0].size(), " bytes");
   std::memcpy(id.internal, ids[0].data(), sizeof(id.internal));
 
+  const std::string stage = "creating the NCCL communicator";
   self->communicator_ = std::make_unique<Communicator>(nccl, options.timeout_ms);
-  agree(inner, "creating the NCCL communicator", options.where, [&] { self->communicator_->init(size, id, rank); });
+  agree(inner, stage, options.where, [&] { self->communicator_->init(self->size_, id, self->rank_); });
+  self->wait_together(stage, [&] { return self->communicator_->settled(); });
+  self->communicator_->set_sound(true);
   return self;
 }
 
 std::vector<std::string> NcclExchange::all_gather(const std::string& mine) {
-  uint32_t length = static_cast<uint32_t>(mine.size());
-  MNNVL_ASSERT(mine.size() + sizeof(length) <= slot_bytes_, "record of ", mine.size(), " bytes in slots of ", slot_bytes_);
+  const uint32_t length = static_cast<uint32_t>(mine.size());
   std::string slots(slot_bytes_ * size_, '\0');
-  std::memcpy(&slots[0], &length, sizeof(length));
-  std::memcpy(&slots[sizeof(length)], mine.data(), mine.size());
-
   CUdeviceptr send = memory_->get(), receive = send + slot_bytes_;
-  check(driver_, driver_.memcpy_htod(send, slots.data(), slot_bytes_), "cuMemcpyHtoD", " of a handle record");
-  communicator_->all_gather(send, receive, slot_bytes_, *stream_);
-  check(driver_, driver_.memcpy_dtoh(&slots[0], receive, slots.size()), "cuMemcpyDtoH", " of the handle records");
+  agree(inner_, kStage, where_, [&] {
+    MNNVL_ASSERT(mine.size() + sizeof(length) <= slot_bytes_, "record of ", mine.size(), " bytes in slots of ", slot_bytes_);
+    std::memcpy(&slots[0], &length, sizeof(length));
+    std::memcpy(&slots[sizeof(length)], mine.data(), mine.size());
+    check(driver_, driver_.memcpy_htod(send, slots.data(), slot_bytes_), "cuMemcpyHtoD", " of a handle record");
+    communicator_->all_gather(send, receive, slot_bytes_, *stream_);
+  });
+  wait_together(kStage, [&] { return communicator_->settled() && stream_->idle(); });
+  communicator_->set_sound(true);
 
   std::vector<std::string> records;
-  for (int peer = 0; peer < size_; ++peer) {
-    const char* slot = slots.data() + peer * slot_bytes_;
-    std::memcpy(&length, slot, sizeof(length));
-    if (length > slot_bytes_ - sizeof(length)) fail(ErrorKind::kSystem, "NCCL delivered a malformed record of rank ", peer);
-    records.emplace_back(slot + sizeof(length), length);
-  }
+  agree(inner_, kStage, where_, [&] {
+    check(driver_, driver_.memcpy_dtoh(&slots[0], receive, slots.size()), "cuMemcpyDtoH", " of the handle records");
+    for (int peer = 0; peer < size_; ++peer) records.push_back(unpack(slots, peer));
+  });
   return records;
+}
+
+std::string NcclExchange::unpack(const std::string& slots, int peer) const {
+  const char* slot = slots.data() + peer * slot_bytes_;
+  uint32_t length;
+  std::memcpy(&length, slot, sizeof(length));
+  if (length > slot_bytes_ - sizeof(length)) fail(ErrorKind::kSystem, "NCCL delivered a malformed record of rank ", peer);
+  return std::string(slot + sizeof(length), length);
 }
 
 }  // namespace mnnvl

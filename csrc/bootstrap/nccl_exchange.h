@@ -15,7 +15,7 @@ namespace mnnvl {
 struct NcclExchangeOptions {
   std::string where;          // this rank's host and device, for errors
   size_t record_bytes = 128;  // no record is longer
-  int timeout_ms = 0;         // of each wait; a peer's silence ends by then
+  int timeout_ms = 0;         // of each wait; a peer's failure ends it within a second
   bool allow_multicast = false;
 };
 
@@ -30,7 +30,8 @@ class NcclExchange final : public Exchange {
 
   int rank() const override { return rank_; }
   int size() const override { return size_; }
-  // After a failure the communicator is aborted at destruction, so that no rank waits for another there.
+  // Throws the same Error on every rank (it agrees over `inner`). After a failure the communicator is aborted at destruction, so that no
+  // rank waits for another there.
   std::vector<std::string> all_gather(const std::string& mine) override;
 
  private:
@@ -38,10 +39,14 @@ class NcclExchange final : public Exchange {
   class Memory;
   class Communicator;
 
-  NcclExchange(const CudaDriver& driver, const NcclLibrary& nccl, int rank, int size, const NcclExchangeOptions& options);
+  NcclExchange(const CudaDriver& driver, Exchange& inner, const NcclExchangeOptions& options);
+  template <typename Ready>
+  void wait_together(const std::string& stage, const Ready& ready);
+  std::string unpack(const std::string& slots, int peer) const;
 
   const CudaDriver& driver_;
-  const NcclLibrary& nccl_;
+  Exchange& inner_;
+  const std::string where_;
   const int rank_;
   const int size_;
   const size_t slot_bytes_;

@@ -1,7 +1,5 @@
 #include "cpu/communicator.h"
 
-#include <sys/mman.h>
-
 #include <cstring>
 
 #include "common/error.h"
@@ -68,7 +66,8 @@ class SegmentCommunicator final : public Communicator {
     for (int d = 1; d < world_size_; ++d) waiter_.wait(peer(d), word, epoch);
   }
 
-  // Until nobody reads what the slot of `epoch` held before. `freed_` remembers what was seen, so that most steps read no peer's word.
+  // Until nobody reads what the slot of `epoch` held before. `freed_` remembers what was seen, so that most steps read
+  // no peer's word.
   void wait_for_slot(uint32_t epoch) {
     const uint32_t needed = epoch - kGenerations;
     for (int p = 0; p < world_size_; ++p) {
@@ -83,7 +82,8 @@ class SegmentCommunicator final : public Communicator {
   void post_slices(const Reduction& call, int64_t i);
   void reduce_slice(const Reduction& call, int64_t i);
   void copy_slices(const Reduction& call, int64_t i);
-  void reduce(const Reduction& call, uint32_t epoch, int64_t begin, int64_t slot_offset, int64_t bytes, std::byte* second);
+  void reduce(const Reduction& call, uint32_t epoch, int64_t begin, int64_t slot_offset, int64_t bytes,
+              std::byte* second);
 
   const int rank_;
   const int world_size_;
@@ -97,12 +97,13 @@ class SegmentCommunicator final : public Communicator {
   std::vector<const std::byte*> sources_;  // [world_size] scratch of reduce()
 };
 
-// Brings words that few operations move up to date: after 2^31 steps a word left behind would compare as ahead. All own steps up to
-// epoch_ are complete, so saying so is true.
+// Brings words that few operations move up to date: after 2^31 steps a word left behind would compare as ahead. All own
+// steps up to epoch_ are complete, so saying so is true.
 void SegmentCommunicator::refresh() {
   publish(own_->posted, epoch_);
   publish(own_->reduced, epoch_);
-  for (int p = 0; p < world_size_; ++p) freed_[p] = control_of(segments_[p])->done.epoch.load(std::memory_order_acquire);
+  for (int p = 0; p < world_size_; ++p)
+    freed_[p] = control_of(segments_[p])->done.epoch.load(std::memory_order_acquire);
   refreshed_ = epoch_;
 }
 
@@ -110,8 +111,8 @@ void SegmentCommunicator::check_timeout(int64_t timeout_ms) const {
   if (timeout_ms <= 0) fail(ErrorKind::kInvalidArgument, "mnnvl: timeout must be positive, got ", timeout_ms, " ms");
 }
 
-void SegmentCommunicator::all_reduce(const void* in, void* out, int64_t numel, Dtype dtype, ReduceOp op, Strategy strategy,
-                                     int64_t timeout_ms) {
+void SegmentCommunicator::all_reduce(const void* in, void* out, int64_t numel, Dtype dtype, ReduceOp op,
+                                     Strategy strategy, int64_t timeout_ms) {
   if (numel < 0) fail(ErrorKind::kInvalidArgument, "mnnvl: all_reduce of ", numel, " elements");
   check_timeout(timeout_ms);
   waiter_.begin(Operation::kAllReduce, timeout_ms);
@@ -137,8 +138,8 @@ void SegmentCommunicator::all_reduce(const void* in, void* out, int64_t numel, D
 }
 
 // Sums `bytes` of all ranks' contributions to step `epoch`, the own from the input, into the output and `second`.
-void SegmentCommunicator::reduce(const Reduction& call, uint32_t epoch, int64_t begin, int64_t slot_offset, int64_t bytes,
-                                 std::byte* second) {
+void SegmentCommunicator::reduce(const Reduction& call, uint32_t epoch, int64_t begin, int64_t slot_offset,
+                                 int64_t bytes, std::byte* second) {
   for (int r = 0; r < world_size_; ++r) {
     sources_[r] = r == rank_ ? call.in + begin : slot(r, epoch) + slot_offset;
   }
@@ -164,7 +165,8 @@ void SegmentCommunicator::one_shot(const Reduction& call) {
   }
 }
 
-// Every rank adds up its slice and hands the result to all: two waits per step, but each byte is read from a peer only twice.
+// Every rank adds up its slice and hands the result to all: two waits per step, but each byte is read from a peer only
+// twice.
 void SegmentCommunicator::two_shot(const Reduction& call) {
   post_slices(call, 0);
   for (int64_t i = 0; i < call.chunks.count + kCopyBehind; ++i) {
@@ -276,18 +278,24 @@ void SegmentCommunicator::barrier(int64_t timeout_ms) {
 }  // namespace
 
 std::unique_ptr<Communicator> Communicator::create(const CommunicatorOptions& options) {
-  const auto invalid = [](const auto&... what) { fail(ErrorKind::kInvalidArgument, "mnnvl: cpu communicator: ", what...); };
+  const auto invalid = [](const auto&... what) {
+    fail(ErrorKind::kInvalidArgument, "mnnvl: cpu communicator: ", what...);
+  };
   const int world_size = options.world_size;
-  if (world_size < 1 || world_size > kMaxWorldSize) invalid("world size ", world_size, " is not in 1 .. ", kMaxWorldSize);
+  if (world_size < 1 || world_size > kMaxWorldSize)
+    invalid("world size ", world_size, " is not in 1 .. ", kMaxWorldSize);
   if (options.rank < 0 || options.rank >= world_size) invalid("rank ", options.rank, " of ", world_size);
-  if (static_cast<int>(options.segments.size()) != world_size) invalid(options.segments.size(), " segments for ", world_size, " ranks");
-  if (static_cast<int>(options.peer_pids.size()) != world_size) invalid(options.peer_pids.size(), " pids for ", world_size, " ranks");
+  if (static_cast<int>(options.segments.size()) != world_size)
+    invalid(options.segments.size(), " segments for ", world_size, " ranks");
+  if (static_cast<int>(options.peer_pids.size()) != world_size)
+    invalid(options.peer_pids.size(), " pids for ", world_size, " ranks");
   if (slot_bytes(options.segment_bytes) < static_cast<int64_t>(kCacheLine)) {
     invalid("a segment of ", options.segment_bytes, " bytes is too small; at least ",
             kControlBytes + kGenerations * kCacheLine);
   }
   for (std::byte* segment : options.segments) {
-    if (segment == nullptr || reinterpret_cast<uintptr_t>(segment) % kCacheLine != 0) invalid("a segment isn't aligned to ", kCacheLine);
+    if (segment == nullptr || reinterpret_cast<uintptr_t>(segment) % kCacheLine != 0)
+      invalid("a segment isn't aligned to ", kCacheLine);
   }
   return std::make_unique<SegmentCommunicator>(options);
 }

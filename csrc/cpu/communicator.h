@@ -16,14 +16,15 @@ namespace mnnvl::cpu {
 struct CommunicatorOptions {
   int rank = 0;
   int world_size = 1;
-  std::vector<std::byte*> segments;  // [world_size], each `segment_bytes` long, zero-filled before first use on any rank
+  std::vector<std::byte*>
+      segments;  // [world_size], each `segment_bytes` long, zero-filled before first use on any rank
   size_t segment_bytes = 0;
   std::vector<int> peer_pids;        // -1: not watched (own process, or not visible)
 };
 
 // Collective calls: all ranks, same order, one thread at a time per communicator. Every call ends within `timeout_ms`.
-// On failure it throws Error (kTimeout, kPeerFailed or kAborted) with a full text, tells peers through their abort words,
-// and every later call throws the same error at once. abort() may be called from any thread at any time.
+// On failure it throws Error (kTimeout, kPeerFailed or kAborted) with a full text, tells peers through their abort
+// words, and every later call throws the same error at once. abort() may be called from any thread at any time.
 class Communicator {
  public:
   static std::unique_ptr<Communicator> create(const CommunicatorOptions& options);

@@ -1,5 +1,5 @@
-// The arithmetic that the bit contract needs, whatever the calling thread has set (torch.set_flush_denormal, a library's rounding
-// mode): round to nearest even, subnormals kept, no traps. Restores the caller's mode at the end.
+// The arithmetic that the bit contract needs, whatever the calling thread has set (torch.set_flush_denormal, a
+// library's rounding mode): round to nearest even, subnormals kept, no traps. Restores the caller's mode at the end.
 #pragma once
 
 #include <cstdint>

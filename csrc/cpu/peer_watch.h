@@ -5,8 +5,9 @@
 
 namespace mnnvl::cpu {
 
-// Owns one pidfd. Where the kernel or a sandbox refuses pidfd_open, it compares the process's start time in /proc instead, so that a
-// reused pid isn't taken for the peer. Not thread-safe, except that distinct objects are independent.
+// Owns one pidfd. Where the kernel or a sandbox refuses pidfd_open, it compares the process's start time in /proc
+// instead, so that a reused pid isn't taken for the peer. Not thread-safe, except that distinct objects are
+// independent.
 class PeerWatch {
  public:
   // pid < 0 and the caller's own pid are not watched: ended() is then always false. A pid that doesn't exist has ended.

@@ -1,5 +1,5 @@
-// How a call becomes steps: pure functions of arguments that are the same on all ranks, so that all ranks count the same steps.
-// Nothing here may look at the machine.
+// How a call becomes steps: pure functions of arguments that are the same on all ranks, so that all ranks count the
+// same steps. Nothing here may look at the machine.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,15 @@
 
 namespace mnnvl::cpu {
 
-// Tuned on 2 cores of an AMD EPYC 9004, with 2 and 4 ranks; see csrc/cpu/README in the final report's table.
-constexpr int64_t kOneShotMaxBytes2 = 64 << 10;  // world size 2
-constexpr int64_t kOneShotMaxBytes = 32 << 10;   // times 2 / world size beyond
-constexpr int64_t kMaxChunkBytes = 256 << 10;    // a rank's input, output and slot of one step stay in its L2
+// Up to these sizes the second wait of two-shot costs more than the reads it saves. Measured with 2 to 8 ranks on 2
+// cores of an AMD EPYC 9004.
+constexpr int64_t kOneShotMaxBytes2 = 128 << 10;  // world size 2, where one-shot reads no more from peers than two-shot
+constexpr int64_t kOneShotMaxBytes = 8 << 10;  // beyond
+constexpr int64_t kMaxChunkBytes = 256 << 10;  // a rank's input, output and slot of one step stay in its L2
 
 inline Strategy select_strategy(Strategy asked, int64_t bytes, int world_size) {
   if (asked != Strategy::kAuto) return asked;
-  const int64_t limit = world_size == 2 ? kOneShotMaxBytes2 : kOneShotMaxBytes * 2 / world_size;
-  return bytes <= limit ? Strategy::kOneShot : Strategy::kTwoShot;
+  return bytes <= (world_size == 2 ? kOneShotMaxBytes2 : kOneShotMaxBytes) ? Strategy::kOneShot : Strategy::kTwoShot;
 }
 
 // Equal chunks of whole 64-byte lines, the last one shorter.
@@ -36,8 +36,9 @@ inline Chunks make_chunks(int64_t total_bytes, int64_t slot_size) {
   return {total_bytes, chunk, ceil_div(total_bytes, chunk)};
 }
 
-// The bytes of a chunk that rank `owner` reduces in two-shot. Slices are whole 64-byte lines (four packs): a finer cut would let
-// two ranks write into one line of the output-sized working set for a gain of at most 48 bytes of balance.
+// The bytes of a chunk that rank `owner` reduces in two-shot. Slices are whole 64-byte lines (four packs), as even as
+// lines allow: a line then has one owner, and vector accesses stay aligned within the slots. A chunk of few lines
+// leaves some owners nothing to do.
 struct Slice {
   int64_t begin;
   int64_t bytes;

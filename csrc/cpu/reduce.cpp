@@ -105,8 +105,9 @@ ReduceFunction reduce_function(Isa isa, Dtype dtype, ReduceOp op) {
     case Isa::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? detail::kReduceAvx2[d][o] : nullptr;
     case Isa::kAvx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("f16c")
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("f16c")
                  ? detail::kReduceAvx512[d][o]
                  : nullptr;
 #elif defined(__aarch64__)

@@ -1,8 +1,9 @@
-// The loop shared by all instruction sets. Included once by each reduce_*.cpp, after its target pragma, so that it is compiled for that
-// target; everything has internal linkage, or the linker might pick another target's copy.
+// The loop shared by all instruction sets. Included once by each reduce_*.cpp, after its target pragma, so that it is
+// compiled for that target; everything has internal linkage, or the linker might pick another target's copy.
 //
-// A vector policy V has: kLanes, kElementBytes, Float (the accumulator), and static zero(), add(a, b), divide(a, float),
-// load(const std::byte*) -> Float, any alignment, store(std::byte*, Float), which rounds, turns -0 into +0 and NaN into the canonical one.
+// A vector policy V has: kLanes, kElementBytes, Float (the accumulator), and static zero(), add(a, b), divide(a,
+// float), load(const std::byte*) -> Float, any alignment, store(std::byte*, Float), which rounds, turns -0 into +0 and
+// NaN into the canonical one.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +15,8 @@ namespace {
 
 // `kBatch` vectors at once: their sums are independent, which hides the latency of the adds and of the loads.
 template <class V, bool kAvg, int kBatch>
-MNNVL_INLINE void reduce_batch(const std::byte* const* sources, int count, std::byte* out, std::byte* second, int64_t offset,
-                               float divisor) {
+MNNVL_INLINE void reduce_batch(const std::byte* const* sources, int count, std::byte* out, std::byte* second,
+                               int64_t offset, float divisor) {
   constexpr int64_t kBytes = V::kLanes * V::kElementBytes;
   typename V::Float sum[kBatch];
 #pragma GCC unroll 8
@@ -35,8 +36,8 @@ MNNVL_INLINE void reduce_batch(const std::byte* const* sources, int count, std::
 
 // The last elements, fewer than a vector, through zero-padded copies.
 template <class V, bool kAvg>
-MNNVL_INLINE void reduce_tail(const std::byte* const* sources, int count, std::byte* out, std::byte* second, int64_t offset,
-                              int64_t bytes, float divisor) {
+MNNVL_INLINE void reduce_tail(const std::byte* const* sources, int count, std::byte* out, std::byte* second,
+                              int64_t offset, int64_t bytes, float divisor) {
   constexpr int64_t kBytes = V::kLanes * V::kElementBytes;
   std::byte pack[kBytes] = {};
   typename V::Float sum = V::zero();
@@ -51,7 +52,8 @@ MNNVL_INLINE void reduce_tail(const std::byte* const* sources, int count, std::b
 }
 
 template <class V, bool kAvg>
-void reduce(const std::byte* const* sources, int count, std::byte* out, std::byte* second, int64_t numel, float divisor) {
+void reduce(const std::byte* const* sources, int count, std::byte* out, std::byte* second, int64_t numel,
+            float divisor) {
   constexpr int64_t kBytes = V::kLanes * V::kElementBytes;
   constexpr int kBatch = V::kBatch;
   const int64_t bytes = numel * V::kElementBytes;
@@ -67,9 +69,9 @@ void reduce(const std::byte* const* sources, int count, std::byte* out, std::byt
 
 }  // namespace
 
-#define MNNVL_REDUCE_TABLE(F32, F16, BF16)                                                            \
-  {                                                                                                  \
-    {reduce<F32, false>, reduce<F32, true>}, {reduce<F16, false>, reduce<F16, true>}, {              \
-      reduce<BF16, false>, reduce<BF16, true>                                                        \
-    }                                                                                                \
+#define MNNVL_REDUCE_TABLE(F32, F16, BF16) \
+  { \
+    {reduce<F32, false>, reduce<F32, true>}, {reduce<F16, false>, reduce<F16, true>}, { \
+      reduce<BF16, false>, reduce<BF16, true> \
+    } \
   }

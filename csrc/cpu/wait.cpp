@@ -14,13 +14,14 @@
 namespace mnnvl::cpu {
 namespace {
 
-// Spinning. With a core for every rank a peer is usually less than a few microseconds behind, and a futex sleep costs 5 (50 on a
-// virtual machine whose idle core has to be woken). With more ranks than cores the peer waited for may need this very core, so
-// it is yielded: a switch costs about 1 microsecond, a sleep and its wake-up 5 to 10. Both are bounded, so that waiting for a late rank,
-// milliseconds or minutes, leaves the cores to others.
+// Spinning. With a core for every rank a peer is usually less than a few microseconds behind, and a futex sleep costs 5
+// (50 on a virtual machine whose idle core has to be woken). After that, or at once with more ranks than cores, the
+// peer waited for may need this very core (the scheduler puts two ranks on one core when a third process is busy), so
+// it is yielded: a switch costs about 1 microsecond, a sleep and its wake-up 5 to 10, and yielding to nobody 0.3. The
+// sum is bounded, so that waiting for a late rank, milliseconds or minutes, leaves the cores to others.
 constexpr int kPausesPerLook = 8;
-constexpr auto kSpinOwnCore = std::chrono::microseconds(30);
-constexpr int kSpinSharedLooks = 4;
+constexpr int kLooksBeforeClock = 4;
+constexpr auto kSpinOwnCore = std::chrono::microseconds(2);
 constexpr auto kYieldOwnCore = std::chrono::microseconds(100);
 constexpr auto kYieldShared = std::chrono::microseconds(200);
 
@@ -113,12 +114,12 @@ bool Waiter::spin(const Target& target, uint32_t* seen) {
     *seen = target.seen();
     if (reached(*seen, target.expected)) return true;
     throw_if_told(&target);
-    if (look < kSpinSharedLooks || own_core_) {
+    if (look < kLooksBeforeClock || own_core_) {
       for (int i = 0; i < kPausesPerLook; ++i) cpu_pause();
     }
-    if (look < kSpinSharedLooks) continue;
+    if (look < kLooksBeforeClock) continue;
     const Clock::time_point now = Clock::now();
-    if (look == kSpinSharedLooks) start = now;
+    if (look == kLooksBeforeClock) start = now;
     if (own_core_ && now - start < kSpinOwnCore) continue;
     if (now - start > (own_core_ ? kYieldOwnCore : kYieldShared)) return false;
     sched_yield();
@@ -183,9 +184,7 @@ void Waiter::fail_wait(FailureCause cause, int root, int culprit, const Target* 
       kind = ErrorKind::kAborted;
       text += str(" stopped", describe(target), ": abort() was called");
       break;
-    default:
-      text += str(" stopped", describe(target), ": rank ", culprit, " failed first");
-      break;
+    default: text += str(" stopped", describe(target), ": rank ", culprit, " failed first"); break;
   }
   FailureRecord record{};
   record.cause = cause;

@@ -1,4 +1,5 @@
-// All waiting of the CPU transport, and all that ends it: data, deadline, dead peers, abort words. Words and orders: layout.h.
+// All waiting of the CPU transport, and all that ends it: data, deadline, dead peers, abort words. Words and orders:
+// layout.h.
 #pragma once
 
 #include <atomic>
@@ -32,14 +33,15 @@ inline Signal& signal_of(Control* control, Word word) {
 
 void futex_wake_all(std::atomic<uint32_t>& word);
 
-// Writer's side: makes everything stored before visible to a rank that sees `epoch`, and wakes sleepers if there are any.
+// Writer's side: makes everything stored before visible to a rank that sees `epoch`, and wakes sleepers if there are
+// any.
 inline void publish(Signal& signal, uint32_t epoch) {
   signal.epoch.store(epoch, std::memory_order_seq_cst);
   if (signal.sleepers.load(std::memory_order_seq_cst) != 0) futex_wake_all(signal.epoch);
 }
 
-// Waits of one rank. One collective at a time, on one thread; abort() and failure() from any thread.
-// After the first failure the group is broken: peers have been told, nothing more is published, and every begin() throws again.
+// Waits of one rank. One collective at a time, on one thread; abort() and failure() from any thread. After the first
+// failure the group is broken: peers have been told, nothing more is published, and every begin() throws again.
 class Waiter {
  public:
   Waiter(int rank, const std::vector<std::byte*>& segments, const std::vector<int>& peer_pids);

@@ -4,7 +4,7 @@
 
 #include <memory>
 
-#include "bootstrap/unique_fd.h"
+#include "driver/unique_fd.h"
 #include "driver/cuda_driver.h"
 #include "memory/symmetric_buffer.h"
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "bootstrap/unique_fd.h"
+#include "driver/unique_fd.h"
 #include "driver/nvml.h"
 #include "memory/allocation.h"
 

@@ -17,10 +17,7 @@ std::vector<std::string> gather_over_nccl(const SetupContext& context, const Rec
   options.record_bytes = sizeof(CUmemFabricHandle);
   options.timeout_ms = context.timeout_ms;
   options.allow_multicast = route.allow_multicast;
-  auto nccl = NcclExchange::create(context.driver, *route.nccl, context.exchange, options);
-  std::vector<std::string> records;
-  agree(context.exchange, "exchanging memory handles over NCCL", context.where, [&] { records = nccl->all_gather(mine); });
-  return records;
+  return NcclExchange::create(context.driver, *route.nccl, context.exchange, options)->all_gather(mine);
 }
 
 SharedHandle fabric_handle(const std::string& record, int peer) {

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "bootstrap/exchange.h"
-#include "bootstrap/unique_fd.h"
+#include "driver/unique_fd.h"
 #include "driver/cuda_driver.h"
 #include "driver/nccl.h"
 #include "memory/allocation.h"

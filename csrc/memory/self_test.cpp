@@ -55,9 +55,10 @@ void verify_lines(const SelfTest& test, bool multicast) {
       for (int word = 0; word < kWords; ++word) {
         uint32_t expected = pattern(writer, multicast ? kEverybody : self, word);
         if (seen[word] == expected) continue;
-        fail(ErrorKind::kSystem, multicast ? "multicast stores" : "stores", " of rank ", writer, " (", test.wheres[writer],
-             ") do not reach rank ", self, ": at byte ", offset + word * sizeof(uint32_t), " of ", test.size, " expected ",
-             hex(expected), ", seen ", hex(seen[word]), " (", explain(seen[word], test.fill), ")");
+        std::string route = multicast ? std::string("by multicast") : str("through its mapping of rank ", self);
+        fail(ErrorKind::kSystem, "what rank ", writer, " (", test.wheres[writer], ") stored ", route, " is not there: at byte ",
+             offset + word * sizeof(uint32_t), " of ", test.size, " expected ", hex(expected), ", seen ", hex(seen[word]), " (",
+             explain(seen[word], test.fill), ")");
       }
     }
   }

@@ -35,6 +35,7 @@ class SymmetricBuffer {
   // same Error on every rank with nothing left allocated.
   static std::unique_ptr<SymmetricBuffer> create(const CudaDriver& driver, const NcclLibrary* nccl, const DeviceOps& ops,
                                                  Exchange& exchange, const SymmetricBufferOptions& options);
+  // Not collective: peers' mappings of this rank's memory stay valid. No kernel may use the buffer any more.
   virtual ~SymmetricBuffer() = default;
 
   virtual size_t bytes() const = 0;

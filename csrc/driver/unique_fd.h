@@ -22,6 +22,7 @@ class UniqueFd {
 
   int get() const { return fd_; }
   explicit operator bool() const { return fd_ >= 0; }
+  int release() { return std::exchange(fd_, -1); }  // to an owner that isn't a UniqueFd
   void reset() { UniqueFd(std::move(*this)); }
 
  private:
