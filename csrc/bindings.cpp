@@ -4,12 +4,13 @@
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
+#include <set>
+#include <string>
+
 #include "backend/algorithm.h"
 #include "backend/process_group.h"
 #include "backend/workspace.h"
-#if __has_include("driver/fake_setup.h")
 #include "driver/fake_setup.h"
-#endif
 #include "kernels/launch.h"
 #include "memory/probe.h"
 
@@ -105,13 +106,87 @@ void bind_workspace(py::module_& m) {
       .def("destroy", &Workspace::destroy, py::call_guard<py::gil_scoped_release>());
 }
 
-// The algorithm choice, for tests and the doctor: (name, blocks, threads, launch_elements).
-py::tuple choose(int world_size, int64_t numel, int dtype, int strategy, int64_t stage_bytes, int64_t pipe_bytes) {
+// The algorithm choice, for tests: (algorithm, threads, launch_elements).
+py::tuple choose(int world_size, int64_t numel, int dtype, int strategy, int64_t workspace_bytes) {
   GroupShape shape;
   shape.world_size = world_size;
-  shape.layout = WorkspaceLayout::make(stage_bytes, pipe_bytes, world_size);
-  const Choice choice = choose_all_reduce(shape, numel, Dtype(dtype), Strategy(strategy));
-  return py::make_tuple(name(choice.algorithm), choice.blocks, choice.threads, choice.launch_elements);
+  shape.layout = WorkspaceLayout::for_group(workspace_bytes, world_size);
+  const AllReduceChoice choice = choose_all_reduce(shape, numel, Dtype(dtype), Strategy(strategy));
+  return py::make_tuple(name(choice.algorithm), choice.threads, choice.launch_elements);
+}
+
+// What this machine offers: the fields of MachineProbe.
+py::dict probe(const std::string& nccl_path) {
+  const MachineProbe machine = [&] {
+    py::gil_scoped_release no_gil;
+    return probe_machine(nccl_path);
+  }();
+  py::list devices;
+  for (const DeviceProbe& d : machine.devices) {
+    devices.append(py::dict(
+        py::arg("ordinal") = d.ordinal, py::arg("name") = d.name, py::arg("uuid") = d.uuid,
+        py::arg("compute_capability") = d.compute_capability, py::arg("multiprocessors") = d.multiprocessors,
+        py::arg("virtual_memory") = d.virtual_memory, py::arg("fd_handles") = d.fd_handles,
+        py::arg("fabric_handles") = d.fabric_handles, py::arg("multicast") = d.multicast,
+        py::arg("fabric_state") = d.fabric_state, py::arg("cluster_uuid") = d.cluster_uuid, py::arg("clique") = d.clique,
+        py::arg("fabric_problem") = d.fabric_problem, py::arg("problem") = d.problem));
+  }
+  return py::dict(py::arg("driver_loaded") = machine.driver_loaded, py::arg("driver_problem") = machine.driver_problem,
+                  py::arg("driver_version") = machine.driver_version, py::arg("nvml_loaded") = machine.nvml_loaded,
+                  py::arg("nvml_problem") = machine.nvml_problem, py::arg("nccl_loaded") = machine.nccl_loaded,
+                  py::arg("nccl_problem") = machine.nccl_problem, py::arg("nccl_version") = machine.nccl_version,
+                  py::arg("imex_channels") = machine.imex_channels, py::arg("host_id") = machine.host_id,
+                  py::arg("multicast_forbidden") = machine.multicast_forbidden, py::arg("devices") = devices);
+}
+
+// The test double of the driver: keyword arguments are FakeSetupConfig's fields, the result's keys FakeSetupResult's.
+FakeSetupConfig fake_config(const py::kwargs& kwargs) {
+  FakeSetupConfig config;
+  std::set<std::string> known;
+  const auto field = [&](const char* name, auto& value) {
+    known.insert(name);
+    if (kwargs.contains(name)) value = py::cast<std::decay_t<decltype(value)>>(kwargs[name]);
+  };
+#define MNNVL_FIELD(name) field(#name, config.name);
+  MNNVL_FIELD(world_size) MNNVL_FIELD(bytes) MNNVL_FIELD(timeout_ms) MNNVL_FIELD(repeats) MNNVL_FIELD(bootstrap)
+  MNNVL_FIELD(multicast_off_ranks) MNNVL_FIELD(host_ids) MNNVL_FIELD(devices) MNNVL_FIELD(compute_capabilities)
+  MNNVL_FIELD(multiprocessors) MNNVL_FIELD(fd_handles) MNNVL_FIELD(fabric_handles) MNNVL_FIELD(clusters)
+  MNNVL_FIELD(cliques) MNNVL_FIELD(multicast_support) MNNVL_FIELD(faults) MNNVL_FIELD(corruptions)
+  MNNVL_FIELD(multicast_lost_rank) MNNVL_FIELD(directory) MNNVL_FIELD(rank)
+#undef MNNVL_FIELD
+  for (const auto& item : kwargs) {
+    TORCH_CHECK_TYPE(known.count(py::cast<std::string>(item.first)), "unknown field ", py::cast<std::string>(item.first));
+  }
+  return config;
+}
+
+py::dict fake_result(const FakeSetupResult& result) {
+  py::dict dict;
+#define MNNVL_FIELD(name) dict[#name] = result.name;
+  MNNVL_FIELD(ok) MNNVL_FIELD(errors) MNNVL_FIELD(error_kinds) MNNVL_FIELD(seconds) MNNVL_FIELD(verified)
+  MNNVL_FIELD(handle_types) MNNVL_FIELD(multicast) MNNVL_FIELD(multicast_problems) MNNVL_FIELD(peer_pids)
+  MNNVL_FIELD(min_multiprocessors) MNNVL_FIELD(min_compute_capabilities) MNNVL_FIELD(bytes) MNNVL_FIELD(leaks)
+  MNNVL_FIELD(descriptors_leaked) MNNVL_FIELD(mappings_leaked) MNNVL_FIELD(calls) MNNVL_FIELD(calls_by_rank)
+#undef MNNVL_FIELD
+  return dict;
+}
+
+template <typename... Args>
+py::dict without_gil(FakeSetupResult (*run)(Args...), const std::decay_t<Args>&... args) {
+  FakeSetupResult result;
+  {
+    py::gil_scoped_release no_gil;
+    result = run(args...);
+  }
+  return fake_result(result);
+}
+
+void bind_testing(py::module_ m) {
+  m.def("run_fake_setup", [](const py::kwargs& kwargs) { return without_gil(run_fake_setup, fake_config(kwargs)); });
+  m.def("run_host_setup", [](const py::kwargs& kwargs) { return without_gil(run_host_setup, fake_config(kwargs)); });
+  m.def("run_descriptor_exchange", [](int world_size, const std::string& scenario, int timeout_ms) {
+    return without_gil(run_descriptor_exchange, world_size, scenario, timeout_ms);
+  });
 }
 
 }  // namespace
@@ -128,6 +203,8 @@ PYBIND11_MODULE(_C, m) {
     info["nvcc"] = MNNVL_NVCC_VERSION;
     return info;
   });
+  m.def("probe", &probe, py::arg("nccl_path"));
+  bind_testing(m.def_submodule("_testing", "The set-up over the test double of the driver; see csrc/driver/fake_setup.h."));
   m.def("choose_all_reduce", &choose, py::arg("world_size"), py::arg("numel"), py::arg("dtype"), py::arg("strategy"),
-        py::arg("stage_bytes"), py::arg("pipe_bytes"));
+        py::arg("workspace_bytes"));
 }

@@ -79,10 +79,11 @@ build() {
   command -v "${CXX:-c++}" >/dev/null 2>&1 || die "no C++ compiler; on Debian and Ubuntu: apt install g++ python3-dev"
   say "building (log in $log; the first time takes minutes)"
   if ! "$@" >"$log" 2>&1; then
-    tail -n 60 "$log" >&2
+    # The compiler's words; what follows them in the log is Python's way out.
+    grep -E -A 8 '(error|fatal)( #[0-9]+)?:|^ *FAILED' "$log" | head -n 60 >&2 || tail -n 60 "$log" >&2
     die "the build failed; the whole log is in $log"
   fi
-  grep -h '^mnnvl_backend: ' "$log" || true
+  sed -n 's/^ *\(mnnvl_backend: .*\)/\1/p' "$log"
 }
 
 # The whole set-up. An active virtual environment is used as it is; else an interpreter at hand that imports a suitable

@@ -1,4 +1,4 @@
-// Which kernel and which launch shape serve an all-reduce: a pure function, tested without a GPU.
+// Which kernel and which launch shape serve a collective: pure functions, tested without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -7,31 +7,29 @@
 
 namespace mnnvl {
 
-enum class Algorithm : int { kOneShotLamport = 0, kTwoShotLamport = 1, kTwoShotEpoch = 2 };
+enum class Algorithm : int { kOneShotLamport = 0, kTwoShotLamport = 1 };
 
 const char* name(Algorithm algorithm);
 
 // All of it is the same on every rank of a group, so that every rank chooses the same.
 struct GroupShape {
   int world_size = 1;
-  bool multicast = false;
-  int compute_capability = 90;  // smallest of the group
-  int multiprocessors = 132;    // smallest of the group
+  int multiprocessors = 132;  // smallest of the group
   WorkspaceLayout layout{};
 };
 
-struct Choice {
+struct AllReduceChoice {
   Algorithm algorithm = Algorithm::kOneShotLamport;
-  int blocks = 1;             // epoch kernels; the Lamport kernels derive theirs from the size
   int threads = 128;
   int64_t launch_elements = 0;  // most elements of one launch; a larger tensor takes several
 };
+AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype dtype, Strategy strategy);
 
-// `strategy` kOneShot and kTwoShot force the Lamport kernel of that name where the workspace has no epoch slots, and let
-// two-shot pick between its Lamport and its epoch kernel where it has.
-Choice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype dtype, Strategy strategy);
-
-// Blocks and threads of an epoch gather of `bytes` per contribution.
-Choice choose_gather(const GroupShape& group, int64_t bytes);
+struct GatherChoice {
+  int blocks = 1;
+  int threads = 128;
+};
+// `bytes` per contribution.
+GatherChoice choose_gather(const GroupShape& group, int64_t bytes);
 
 }  // namespace mnnvl

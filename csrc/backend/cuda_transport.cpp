@@ -28,9 +28,7 @@ WorkspaceLayout layout_for(const TransportOptions& options, int world_size) {
   if (bytes < kMinWorkspaceBytes) {
     fail(ErrorKind::kInvalidArgument, "workspace_bytes: expected at least ", kMinWorkspaceBytes, ", got ", bytes);
   }
-  // Three eighths for the Lamport generations, the rest for the epoch slots.
-  const int64_t stage = bytes / 16;
-  return WorkspaceLayout::make(stage, bytes - 2 * kGenerations * stage, world_size);
+  return WorkspaceLayout::for_group(bytes, world_size);
 }
 
 struct MailboxDeleter {
@@ -71,16 +69,15 @@ class CudaTransport final : public Transport {
     set_timeout(options.timeout_ms);
 
     shape_.world_size = exchange.size();
-    shape_.multicast = group_.multicast != nullptr;
-    shape_.compute_capability = buffer_->min_compute_capability();
     shape_.multiprocessors = buffer_->min_multiprocessors();
     shape_.layout = group_.layout;
 
     // The last stage: nobody may store a flag here before the flags are zero.
     agree(exchange, "initialising the control area", where, [&] {
-      if (shape_.compute_capability < kMinComputeCapability) {
+      const int capability = buffer_->min_compute_capability();
+      if (capability < kMinComputeCapability) {
         fail(ErrorKind::kUnsupported, "mnnvl needs GPUs of compute capability 9.0 or newer in the whole group, found ",
-             shape_.compute_capability / 10, ".", shape_.compute_capability % 10);
+             capability / 10, ".", capability % 10);
       }
       const int64_t words = (group_.layout.total_bytes - group_.layout.signal_offset) / 4;
       kernels::device_ops().fill_words(device, buffer_->address(group_.rank) + uint64_t(group_.layout.signal_offset), 0,
@@ -100,10 +97,9 @@ class CudaTransport final : public Transport {
   void all_reduce(const void* in, void* out, int64_t numel, Dtype dtype, ReduceOp op, Strategy strategy, bool pdl,
                   void* stream) override {
     check_usable();
-    const Choice choice =
+    const AllReduceChoice choice =
         choose_all_reduce(shape_, numel, dtype, strategy == Strategy::kAuto ? strategy_ : strategy);
     kernels::Launch launch;
-    launch.blocks = choice.blocks;
     launch.threads = choice.threads;
     launch.pdl = pdl;
     launch.stream = stream;
@@ -118,7 +114,6 @@ class CudaTransport final : public Transport {
       switch (choice.algorithm) {
         case Algorithm::kOneShotLamport: kernels::launch_oneshot_lamport_allreduce(params, launch); break;
         case Algorithm::kTwoShotLamport: kernels::launch_twoshot_lamport_allreduce(params, launch); break;
-        case Algorithm::kTwoShotEpoch: kernels::launch_twoshot_epoch_allreduce(params, launch); break;
       }
     }
   }
@@ -172,11 +167,11 @@ class CudaTransport final : public Transport {
 
   void gather(kernels::GatherParams& params, int64_t bytes, void* stream) {
     check_usable();
-    const Choice choice = choose_gather(shape_, bytes);
+    const GatherChoice choice = choose_gather(shape_, bytes);
     params.group = group_;
     params.bytes = bytes;
+    params.blocks = choice.blocks;
     kernels::Launch launch;
-    launch.blocks = choice.blocks;
     launch.threads = choice.threads;
     launch.stream = stream;
     kernels::launch_epoch_gather(params, launch);

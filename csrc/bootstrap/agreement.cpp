@@ -45,7 +45,8 @@ void throw_root_cause(const std::string& stage, const std::vector<Outcome>& outc
     if (root == nullptr || (!root->own_failure() && outcome.own_failure())) root = &outcome;
   }
   if (root == nullptr) return;
-  throw AgreedError(root->kind, str(stage, " failed on rank ", root - outcomes.data(), " (", root->where, "): ", root->payload));
+  throw AgreedError(root->kind,
+                    str(stage, " failed on rank ", root - outcomes.data(), " (", root->where, "): ", root->payload));
 }
 
 }  // namespace

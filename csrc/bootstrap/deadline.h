@@ -9,7 +9,8 @@ namespace mnnvl {
 class Deadline {
  public:
   using Clock = std::chrono::steady_clock;
-  explicit Deadline(int timeout_ms) : timeout_ms_(timeout_ms), end_(Clock::now() + std::chrono::milliseconds(timeout_ms)) {}
+  explicit Deadline(int timeout_ms)
+      : timeout_ms_(timeout_ms), end_(Clock::now() + std::chrono::milliseconds(timeout_ms)) {}
 
   bool passed() const { return Clock::now() >= end_; }
   // For poll(): what is left, at most `at_most` milliseconds, at least 0, rounded up so that a wait does not spin.

@@ -59,8 +59,8 @@ bool same_user(int fd) {
   return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &credentials, &length) == 0 && credentials.uid == geteuid();
 }
 
-// One rank's side of the exchange. Every send precedes every receive, on connections that the peers' backlogs complete, so no
-// order of ranks can deadlock; what remains is to wait for the peers' messages.
+// One rank's side of the exchange. Every send precedes every receive, on connections that the peers' backlogs
+// complete, so no order of ranks can deadlock; what remains is to wait for the peers' messages.
 class Session {
  public:
   Session(int rank, const std::vector<std::string>& addresses, int listener, const Deadline& deadline)
@@ -84,13 +84,14 @@ class Session {
   std::vector<UniqueFd> receive_from_all() {
     while (missing() >= 0) {
       wait();
-      // A peer closes its end only after it has sent to all, or after it failed. So whoever hung up is looked at after everything
-      // that had arrived by then was read.
+      // A peer closes its end only after it has sent to all, or after it failed. So whoever hung up is looked at
+      // after everything that had arrived by then was read.
       std::vector<int> closed = hung_up();
       accept_all();
       read_all();
       for (int peer : closed) {
-        if (!done_[peer]) fail(ErrorKind::kPeerFailed, "rank ", peer, " closed its socket before it had sent its descriptor");
+        if (!done_[peer])
+          fail(ErrorKind::kPeerFailed, "rank ", peer, " closed its socket before it had sent its descriptor");
       }
       if (missing() >= 0 && deadline_.passed()) time_out("descriptors");
     }
@@ -156,7 +157,8 @@ class Session {
       UniqueFd connection = open_socket();
       if (connect(connection.get(), reinterpret_cast<sockaddr*>(&address), length) == 0) return connection;
       if (errno == ECONNREFUSED) {
-        fail(ErrorKind::kPeerFailed, "rank ", peer, "'s socket is gone: it failed first, or runs in another network namespace");
+        fail(ErrorKind::kPeerFailed, "rank ", peer,
+             "'s socket is gone: it failed first, or runs in another network namespace");
       }
       // EAGAIN: the peer's backlog is full for the moment.
       if (errno != EAGAIN && errno != EINTR) fail_errno(errno, "connect to rank ", peer);
@@ -218,11 +220,13 @@ class Session {
     if (got < 0 && (errno == EAGAIN || errno == EINTR)) return false;
     std::vector<UniqueFd> fds = take_descriptors(&header);
     int peer = message.rank;
-    bool ours = got == static_cast<ssize_t>(sizeof(message)) && std::memcmp(message.magic, kMagic, sizeof(kMagic)) == 0 &&
-                peer >= 0 && peer < size_ && !done_[peer] && addresses_[peer].compare(0, kNameBytes, message.sender, kNameBytes) == 0;
+    bool ours = got == static_cast<ssize_t>(sizeof(message)) &&
+                std::memcmp(message.magic, kMagic, sizeof(kMagic)) == 0 && peer >= 0 && peer < size_ && !done_[peer] &&
+                addresses_[peer].compare(0, kNameBytes, message.sender, kNameBytes) == 0;
     if (!ours) return true;
     if (message.has_fd != 0 && (fds.size() != 1 || (header.msg_flags & MSG_CTRUNC) != 0)) {
-      fail(ErrorKind::kSystem, "rank ", peer, "'s descriptor was lost on the way: is this process at its limit of open files (ulimit -n)?");
+      fail(ErrorKind::kSystem, "rank ", peer,
+           "'s descriptor was lost on the way: is this process at its limit of open files (ulimit -n)?");
     }
     if (message.has_fd != 0) received_[peer] = std::move(fds[0]);
     done_[peer] = true;
@@ -267,9 +271,11 @@ FdChannel::FdChannel(int world_size) : listener_(open_socket()), address_(random
 
 std::vector<UniqueFd> FdChannel::exchange(int rank, const std::vector<std::string>& addresses, int fd, int timeout_ms) {
   UniqueFd listener = std::move(listener_);
-  MNNVL_ASSERT(listener && rank >= 0 && rank < static_cast<int>(addresses.size()), "FdChannel::exchange is called once, by a rank");
+  MNNVL_ASSERT(listener && rank >= 0 && rank < static_cast<int>(addresses.size()),
+               "FdChannel::exchange is called once, by a rank");
   for (const std::string& address : addresses) {
-    if (address.size() != kNameBytes) fail(ErrorKind::kSystem, "a peer's socket name has ", address.size(), " bytes, not ", kNameBytes);
+    if (address.size() != kNameBytes)
+      fail(ErrorKind::kSystem, "a peer's socket name has ", address.size(), " bytes, not ", kNameBytes);
   }
   Deadline deadline(timeout_ms);
   Session session(rank, addresses, listener.get(), deadline);

@@ -1,4 +1,5 @@
-// Passes file descriptors between the processes (or threads) of one host: SCM_RIGHTS over private abstract unix sockets.
+// Passes file descriptors between the processes (or threads) of one host: SCM_RIGHTS over private abstract unix
+// sockets.
 #pragma once
 
 #include <string>
@@ -14,15 +15,15 @@ class FdChannel {
   // Error(kSystem). Not collective.
   explicit FdChannel(int world_size);
 
-  // The name, for the peers to connect to; abstract, so nothing is left in a file system. It is visible only in this network
-  // namespace: ranks in another can't connect.
+  // The name, for the peers to connect to; abstract, so nothing is left in a file system. It is visible only in this
+  // network namespace: ranks in another can't connect.
   const std::string& address() const { return address_; }
 
-  // Collective over the ranks whose addresses are given (addresses[rank] is this one's); call it once. Sends `fd` (-1: none) to
-  // every peer and returns theirs by rank, an empty one for itself and for a peer that sent none. `fd` stays the caller's.
-  // Connections are accepted from, and made to, the own effective uid only.
-  // Throws Error: kPeerFailed as soon as a peer is seen to have closed its socket early, kTimeout naming the missing ranks after
-  // `timeout_ms`, kSystem otherwise. All sockets are closed on every path; call it inside agree().
+  // Collective over the ranks whose addresses are given (addresses[rank] is this one's); call it once. Sends `fd`
+  // (-1: none) to every peer and returns theirs by rank, an empty one for itself and for a peer that sent none. `fd`
+  // stays the caller's. Connections are accepted from, and made to, the own effective uid only.
+  // Throws Error: kPeerFailed as soon as a peer is seen to have closed its socket early, kTimeout naming the missing
+  // ranks after `timeout_ms`, kSystem otherwise. All sockets are closed on every path; call it inside agree().
   std::vector<UniqueFd> exchange(int rank, const std::vector<std::string>& addresses, int fd, int timeout_ms);
 
  private:

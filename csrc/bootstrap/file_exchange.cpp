@@ -35,7 +35,8 @@ std::vector<std::string> FileExchange::all_gather(const std::string& mine) {
       continue;
     }
     if (deadline.passed()) {
-      fail(ErrorKind::kTimeout, "rank ", records.size(), " did not come to all_gather number ", round_, " within ", timeout_ms_, " ms");
+      fail(ErrorKind::kTimeout, "rank ", records.size(), " did not come to all_gather number ", round_, " within ",
+           timeout_ms_, " ms");
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }

@@ -125,8 +125,8 @@ NcclExchange::NcclExchange(const CudaDriver& driver, Exchange& inner, const Nccl
 
 NcclExchange::~NcclExchange() = default;
 
-// Waits until `ready` holds on every rank, in short rounds that end in an agreement: what NCCL does on one rank after the other has failed
-// (wait, mostly) then ends for both.
+// Waits until `ready` holds on every rank, in short rounds that end in an agreement: what NCCL does on one rank after
+// the other has failed (wait, mostly) then ends for both.
 template <typename Ready>
 void NcclExchange::wait_together(const std::string& stage, const Ready& ready) {
   Deadline deadline(timeout_ms_);
@@ -136,7 +136,8 @@ void NcclExchange::wait_together(const std::string& stage, const Ready& ready) {
       Deadline round(kRoundMs);
       while (!ready()) {
         if (deadline.passed()) {
-          fail(ErrorKind::kTimeout, "NCCL did not finish within ", timeout_ms_, " ms: can the ranks reach each other over its network (NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO)?");
+          fail(ErrorKind::kTimeout, "NCCL did not finish within ", timeout_ms_,
+               " ms: can the ranks reach each other over its network (NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO)?");
         }
         if (round.passed()) return std::string("busy");
         std::this_thread::sleep_for(std::chrono::microseconds(200));
@@ -179,7 +180,8 @@ std::vector<std::string> NcclExchange::all_gather(const std::string& mine) {
   std::string slots(slot_bytes_ * size_, '\0');
   CUdeviceptr send = memory_->get(), receive = send + slot_bytes_;
   agree(inner_, kStage, where_, [&] {
-    MNNVL_ASSERT(mine.size() + sizeof(length) <= slot_bytes_, "record of ", mine.size(), " bytes in slots of ", slot_bytes_);
+    MNNVL_ASSERT(mine.size() + sizeof(length) <= slot_bytes_, "record of ", mine.size(), " bytes in slots of ",
+                 slot_bytes_);
     std::memcpy(&slots[0], &length, sizeof(length));
     std::memcpy(&slots[sizeof(length)], mine.data(), mine.size());
     check(driver_, driver_.memcpy_htod(send, slots.data(), slot_bytes_), "cuMemcpyHtoD", " of a handle record");
@@ -200,7 +202,8 @@ std::string NcclExchange::unpack(const std::string& slots, int peer) const {
   const char* slot = slots.data() + peer * slot_bytes_;
   uint32_t length;
   std::memcpy(&length, slot, sizeof(length));
-  if (length > slot_bytes_ - sizeof(length)) fail(ErrorKind::kSystem, "NCCL delivered a malformed record of rank ", peer);
+  if (length > slot_bytes_ - sizeof(length))
+    fail(ErrorKind::kSystem, "NCCL delivered a malformed record of rank ", peer);
   return std::string(slot + sizeof(length), length);
 }
 

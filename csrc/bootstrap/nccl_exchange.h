@@ -1,5 +1,5 @@
-// An Exchange over NCCL, for the one stage in which ranks swap memory handles. It owns the smallest communicator NCCL can make, a
-// stream and a few hundred bytes of device memory per rank, and gives all of it back in its destructor.
+// An Exchange over NCCL, for the one stage in which ranks swap memory handles. It owns the smallest communicator NCCL
+// can make, a stream and a few hundred bytes of device memory per rank, and gives all of it back in its destructor.
 #pragma once
 
 #include <memory>
@@ -13,25 +13,26 @@
 namespace mnnvl {
 
 struct NcclExchangeOptions {
-  std::string where;          // this rank's host and device, for errors
+  std::string where;  // this rank's host and device, for errors
   size_t record_bytes = 128;  // no record is longer
-  int timeout_ms = 0;         // of each wait; a peer's failure ends it within a second
+  int timeout_ms = 0;  // of each wait; a peer's failure ends it within a second
   bool allow_multicast = false;
 };
 
 class NcclExchange final : public Exchange {
  public:
-  // Collective over `inner`, which carries the unique id and the agreements. The caller has made the device's context current. Throws
-  // the same Error on every rank. NCCL makes NVLink multicast objects of its own unless NCCL_NVLS_ENABLE=0; without
-  // `allow_multicast` that variable is therefore set in this process first (a NCCL that has read it before keeps its value).
+  // Collective over `inner`, which carries the unique id and the agreements. The caller has made the device's context
+  // current. Throws the same Error on every rank. NCCL makes NVLink multicast objects of its own unless
+  // NCCL_NVLS_ENABLE=0; without `allow_multicast` that variable is therefore set in this process first (a NCCL that
+  // has read it before keeps its value).
   static std::unique_ptr<NcclExchange> create(const CudaDriver& driver, const NcclLibrary& nccl, Exchange& inner,
                                               const NcclExchangeOptions& options);
   ~NcclExchange() override;
 
   int rank() const override { return rank_; }
   int size() const override { return size_; }
-  // Throws the same Error on every rank (it agrees over `inner`). After a failure the communicator is aborted at destruction, so that no
-  // rank waits for another there.
+  // Throws the same Error on every rank (it agrees over `inner`). After a failure the communicator is aborted at
+  // destruction, so that no rank waits for another there.
   std::vector<std::string> all_gather(const std::string& mine) override;
 
  private:

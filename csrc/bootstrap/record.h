@@ -1,5 +1,5 @@
-// The bytes of a set-up record: numbers and strings one after another. Both ends run the same version of this package, on
-// machines of one byte order; a record that does not parse is an error, never a guess.
+// The bytes of a set-up record: numbers and strings one after another. Both ends run the same version of this
+// package, on machines of one byte order; a record that does not parse is an error, never a guess.
 #pragma once
 
 #include <cstdint>

@@ -16,10 +16,10 @@ namespace mnnvl::cpu {
 struct CommunicatorOptions {
   int rank = 0;
   int world_size = 1;
-  std::vector<std::byte*>
-      segments;  // [world_size], each `segment_bytes` long, zero-filled before first use on any rank
-  size_t segment_bytes = 0;
-  std::vector<int> peer_pids;        // -1: not watched (own process, or not visible)
+  // [world_size], each `segment_bytes` long, zero-filled before first use on any rank, aligned to 64 bytes.
+  std::vector<std::byte*> segments;
+  size_t segment_bytes = 0;    // the same on all ranks
+  std::vector<int> peer_pids;  // [world_size]; -1: not watched (own process, or not visible)
 };
 
 // Collective calls: all ranks, same order, one thread at a time per communicator. Every call ends within `timeout_ms`.

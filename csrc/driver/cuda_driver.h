@@ -79,15 +79,15 @@ class CudaDriver {
   virtual FabricInfo fabric_info(const CUuuid& uuid) const = 0;
 };
 
-// The process's libcuda, loaded at the first call and never unloaded. Throws Error(kUnsupported) when it can't be loaded,
-// lacks a function that set-up needs, or cuInit fails; the same error at every later call.
+// The process's libcuda, loaded at the first call and never unloaded. Throws Error(kUnsupported) when it can't be
+// loaded, lacks a function that set-up needs, or cuInit fails; the same error at every later call.
 const CudaDriver& real_driver();
 
 // "CUDA_ERROR_OUT_OF_MEMORY (2: out of memory)".
 std::string describe(const CudaDriver& driver, CUresult code);
 
-// Throws Error(kSystem, "cuMemCreate of 64 bytes on device 0 failed: CUDA_ERROR_…") unless `code` is success. `function`
-// is the driver's own name; the rest says on what.
+// Throws Error(kSystem, "cuMemCreate of 64 bytes on device 0 failed: CUDA_ERROR_…") unless `code` is success.
+// `function` is the driver's own name; the rest says on what.
 template <typename... Args>
 void check(const CudaDriver& driver, CUresult code, const char* function, const Args&... what) {
   if (code != kCudaSuccess) fail(ErrorKind::kSystem, function, what..., " failed: ", describe(driver, code));

@@ -28,7 +28,9 @@ struct FabricHandle {
 static_assert(sizeof(FabricHandle) <= sizeof(CUmemFabricHandle));
 constexpr char kFabricMagic[8] = {'f', 'a', 'k', 'e', 'f', 'a', 'b', '1'};
 
-uint64_t cluster_number(const std::string& cluster) { return cluster.empty() ? 0 : std::hash<std::string>()(cluster) | 1; }
+uint64_t cluster_number(const std::string& cluster) {
+  return cluster.empty() ? 0 : std::hash<std::string>()(cluster) | 1;
+}
 
 void* pointer(CUdeviceptr address) { return reinterpret_cast<void*>(address); }
 
@@ -38,19 +40,22 @@ UniqueFd duplicate(int fd) { return UniqueFd(fcntl(fd, F_DUPFD_CLOEXEC, 3)); }
 #define MNNVL_FAKE_ENTER(function) \
   if (auto code = world_->enter(rank_, function)) return *code
 // For calls that hand out an object: code 0 is a success that gives null.
-#define MNNVL_FAKE_ENTER_OUT(function, out)             \
-  if (auto code = world_->enter(rank_, function)) {     \
-    if (*code == kCudaSuccess) *(out) = 0;              \
-    return *code;                                       \
+#define MNNVL_FAKE_ENTER_OUT(function, out) \
+  if (auto code = world_->enter(rank_, function)) { \
+    if (*code == kCudaSuccess) *(out) = 0; \
+    return *code; \
   }
 
 class FakeDriver final : public CudaDriver {
  public:
-  FakeDriver(std::shared_ptr<World> world, int rank) : world_(std::move(world)), rank_(rank), device_(world_->device(rank)) {}
+  FakeDriver(std::shared_ptr<World> world, int rank)
+      : world_(std::move(world)), rank_(rank), device_(world_->device(rank)) {}
 
   CUresult init(unsigned int) const override { return kCudaSuccess; }
   CUresult driver_get_version(int* version) const override { return *version = 13000, kCudaSuccess; }
-  CUresult get_error_name(CUresult, const char** name) const override { return *name = "SIMULATED_ERROR", kCudaSuccess; }
+  CUresult get_error_name(CUresult, const char** name) const override {
+    return *name = "SIMULATED_ERROR", kCudaSuccess;
+  }
   CUresult get_error_string(CUresult, const char** text) const override { return *text = "simulated", kCudaSuccess; }
 
   CUresult device_get(CUdevice* device, int ordinal) const override {
@@ -90,7 +95,8 @@ class FakeDriver final : public CudaDriver {
   }
   CUresult ctx_synchronize() const override { return kCudaSuccess; }
 
-  CUresult mem_create(CUmemHandle* handle, size_t size, const CUmemAllocationProp* prop, unsigned long long) const override {
+  CUresult mem_create(CUmemHandle* handle, size_t size, const CUmemAllocationProp* prop,
+                      unsigned long long) const override {
     MNNVL_FAKE_ENTER_OUT("cuMemCreate", handle);
     bool fabric = (prop->requestedHandleTypes & kMemHandleFabric) != 0;
     if (fabric && device_.fabric_handles == "not_permitted") return kCudaNotPermitted;
@@ -114,7 +120,8 @@ class FakeDriver final : public CudaDriver {
     return code.value_or(kCudaSuccess);
   }
 
-  CUresult mem_address_reserve(CUdeviceptr* address, size_t size, size_t alignment, CUdeviceptr, unsigned long long) const override {
+  CUresult mem_address_reserve(CUdeviceptr* address, size_t size, size_t alignment, CUdeviceptr,
+                               unsigned long long) const override {
     MNNVL_FAKE_ENTER_OUT("cuMemAddressReserve", address);
     if (size == 0 || size % kGranularity != 0) return kCudaInvalidValue;
     alignment = std::max(alignment, kGranularity);
@@ -132,24 +139,28 @@ class FakeDriver final : public CudaDriver {
     auto code = world_->enter(rank_, "cuMemAddressFree");
     std::lock_guard<std::mutex> lock(world_->mutex);
     auto at = world_->reservations.find(address);
-    if (at == world_->reservations.end() || at->second != size || world_->mappings.count(address) != 0) return kCudaInvalidValue;
+    if (at == world_->reservations.end() || at->second != size || world_->mappings.count(address) != 0)
+      return kCudaInvalidValue;
     munmap(pointer(address), size);
     world_->reservations.erase(at);
     return code.value_or(kCudaSuccess);
   }
 
-  CUresult mem_map(CUdeviceptr address, size_t size, size_t offset, CUmemHandle handle, unsigned long long) const override {
+  CUresult mem_map(CUdeviceptr address, size_t size, size_t offset, CUmemHandle handle,
+                   unsigned long long) const override {
     MNNVL_FAKE_ENTER("cuMemMap");
     std::lock_guard<std::mutex> lock(world_->mutex);
     auto range = world_->reservations.find(address);
     auto object = world_->handles.find(handle);
-    if (range == world_->reservations.end() || range->second != size || world_->mappings.count(address) != 0) return kCudaInvalidValue;
+    if (range == world_->reservations.end() || range->second != size || world_->mappings.count(address) != 0)
+      return kCudaInvalidValue;
     if (object == world_->handles.end()) return kCudaInvalidHandle;
     if (offset != 0 || size > object->second.size) return kCudaInvalidValue;
     const std::shared_ptr<MulticastState>& multicast = object->second.multicast;
     if (multicast != nullptr) {
       register_multicast_mapping(address, size, multicast);
-    } else if (mmap(pointer(address), size, PROT_NONE, MAP_SHARED | MAP_FIXED, object->second.memory->get(), 0) == MAP_FAILED) {
+    } else if (mmap(pointer(address), size, PROT_NONE, MAP_SHARED | MAP_FIXED, object->second.memory->get(), 0) ==
+               MAP_FAILED) {
       return kCudaOutOfMemory;
     }
     world_->mappings[address] = {size, multicast != nullptr};
@@ -177,7 +188,8 @@ class FakeDriver final : public CudaDriver {
     if (at->second.multicast) return kCudaSuccess;  // no plain access: device code's double stores through it
     return mprotect(pointer(address), size, PROT_READ | PROT_WRITE) == 0 ? kCudaSuccess : kCudaUnknown;
   }
-  CUresult mem_get_allocation_granularity(size_t* granularity, const CUmemAllocationProp*, CUmemGranularity) const override {
+  CUresult mem_get_allocation_granularity(size_t* granularity, const CUmemAllocationProp*,
+                                          CUmemGranularity) const override {
     MNNVL_FAKE_ENTER("cuMemGetAllocationGranularity");
     return *granularity = kGranularity, kCudaSuccess;
   }
@@ -214,7 +226,8 @@ class FakeDriver final : public CudaDriver {
       std::memcpy(&fabric, shareable, sizeof(fabric));
       if (std::memcmp(fabric.magic, kFabricMagic, sizeof(kFabricMagic)) != 0) return kCudaInvalidValue;
       // No IMEX domain reaches beyond the clique.
-      if (fabric.cluster != cluster_number(device_.cluster) || fabric.clique != device_.clique) return kCudaNotPermitted;
+      if (fabric.cluster != cluster_number(device_.cluster) || fabric.clique != device_.clique)
+        return kCudaNotPermitted;
       fd = UniqueFd(open(str("/proc/", fabric.pid, "/fd/", fabric.fd).c_str(), O_RDWR | O_CLOEXEC));
       if (!fd || inode_of(fd.get()) != fabric.inode) return kCudaInvalidHandle;  // the exporter has released it
     } else {
@@ -252,15 +265,17 @@ class FakeDriver final : public CudaDriver {
     bool fresh = device == rank_ && state->added.size() < state->device_count && state->added.insert(device_.id).second;
     return fresh ? kCudaSuccess : kCudaInvalidValue;
   }
-  CUresult multicast_bind_mem(CUmemHandle multicast, size_t multicast_offset, CUmemHandle memory, size_t memory_offset, size_t size,
-                              unsigned long long) const override {
+  CUresult multicast_bind_mem(CUmemHandle multicast, size_t multicast_offset, CUmemHandle memory, size_t memory_offset,
+                              size_t size, unsigned long long) const override {
     MNNVL_FAKE_ENTER("cuMulticastBindMem");
     std::lock_guard<std::mutex> lock(world_->mutex);
     MulticastState* state = multicast_of(multicast);
     auto object = world_->handles.find(memory);
     if (state == nullptr || object == world_->handles.end()) return kCudaInvalidHandle;
     if (state->added.size() != state->device_count) return kCudaNotReady;  // the real driver would block here
-    if (multicast_offset != 0 || memory_offset != 0 || size % kMulticastGranularity != 0 || object->second.owner != rank_) return kCudaInvalidValue;
+    if (multicast_offset != 0 || memory_offset != 0 || size % kMulticastGranularity != 0 ||
+        object->second.owner != rank_)
+      return kCudaInvalidValue;
     state->bound[rank_] = object->second.memory;
     return kCudaSuccess;
   }
@@ -272,7 +287,8 @@ class FakeDriver final : public CudaDriver {
     state->bound.erase(rank_);
     return code.value_or(kCudaSuccess);
   }
-  CUresult multicast_get_granularity(size_t* granularity, const CUmulticastObjectProp*, CUmemGranularity) const override {
+  CUresult multicast_get_granularity(size_t* granularity, const CUmulticastObjectProp*,
+                                     CUmemGranularity) const override {
     MNNVL_FAKE_ENTER("cuMulticastGetGranularity");
     return *granularity = kMulticastGranularity, kCudaSuccess;
   }
@@ -343,7 +359,7 @@ class FakeDriver final : public CudaDriver {
     return at != world_->handles.end() ? at->second.multicast.get() : nullptr;
   }
   CUresult import(UniqueFd fd, CUmemHandle* handle) const {
-    struct stat status {};
+    struct stat status{};
     if (fstat(fd.get(), &status) != 0) return kCudaInvalidValue;
     Object object;
     object.size = static_cast<size_t>(status.st_size);

@@ -26,7 +26,8 @@ class FakeNccl final : public NcclLibrary {
     return kNcclSuccess;
   }
 
-  NcclResult comm_init_rank_config(NcclComm* comm, int size, NcclUniqueId id, int rank, NcclConfig* config) const override {
+  NcclResult comm_init_rank_config(NcclComm* comm, int size, NcclUniqueId id, int rank,
+                                   NcclConfig* config) const override {
     if (auto code = world_->enter(rank_, "ncclCommInitRankConfig")) return *code;
     std::lock_guard<std::mutex> lock(world_->mutex);
     auto group = world_->groups.find(id.internal);
@@ -48,7 +49,9 @@ class FakeNccl final : public NcclLibrary {
     return kNcclSuccess;
   }
 
-  NcclResult comm_finalize(NcclComm) const override { return world_->enter(rank_, "ncclCommFinalize").value_or(kNcclSuccess); }
+  NcclResult comm_finalize(NcclComm) const override {
+    return world_->enter(rank_, "ncclCommFinalize").value_or(kNcclSuccess);
+  }
   NcclResult comm_destroy(NcclComm comm) const override { return drop("ncclCommDestroy", comm); }
   NcclResult comm_abort(NcclComm comm) const override { return drop("ncclCommAbort", comm); }
 

@@ -21,7 +21,8 @@ std::map<CUdeviceptr, MulticastMapping> multicast_mappings;
 void MulticastState::store(size_t offset, const void* bytes, size_t size) const {
   for (const auto& [rank, memory] : bound) {
     if (rank == lost_rank) continue;
-    if (pwrite(memory->get(), bytes, size, static_cast<off_t>(offset)) != static_cast<ssize_t>(size)) fail_errno(errno, "pwrite");
+    if (pwrite(memory->get(), bytes, size, static_cast<off_t>(offset)) != static_cast<ssize_t>(size))
+      fail_errno(errno, "pwrite");
   }
 }
 
@@ -31,7 +32,8 @@ bool CommunicatorGroup::shared_device() const {
   return devices.size() != members.size();
 }
 
-World::World(std::vector<Device> devices, std::vector<Fault> faults, std::vector<Corruption> corruptions, int multicast_lost_rank)
+World::World(std::vector<Device> devices, std::vector<Fault> faults, std::vector<Corruption> corruptions,
+             int multicast_lost_rank)
     : devices_(std::move(devices)),
       faults_(std::move(faults)),
       corruptions_(std::move(corruptions)),
@@ -92,7 +94,8 @@ void multicast_store(CUdeviceptr address, const void* bytes, size_t size) {
     size_t offset = address - at->first;
     if (offset + size <= at->second.size) return at->second.state->store(offset, bytes, size);
   }
-  fail(ErrorKind::kSystem, "a multicast store of ", size, " bytes to ", address, ", where no multicast object is mapped");
+  fail(ErrorKind::kSystem, "a multicast store of ", size, " bytes to ", address,
+       ", where no multicast object is mapped");
 }
 
 UniqueFd make_memfd(const char* name, size_t size) {
@@ -102,7 +105,7 @@ UniqueFd make_memfd(const char* name, size_t size) {
 }
 
 ino_t inode_of(int fd) {
-  struct stat status {};
+  struct stat status{};
   return fstat(fd, &status) == 0 ? status.st_ino : 0;
 }
 

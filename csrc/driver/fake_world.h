@@ -1,13 +1,14 @@
-// The test double's shared state: what the machines, drivers and NCCLs of all simulated ranks have in common. Ranks are threads of
-// one process; memory alone, by either handle type, is also shared with ranks in other processes of this machine.
+// The test double's shared state: what the machines, drivers and NCCLs of all simulated ranks have in common. Ranks
+// are threads of one process; memory alone, by either handle type, is also shared with ranks in other processes of
+// this machine.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <set>
-#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -22,13 +23,13 @@ struct Device {
   int multiprocessors = 132;
   bool fd_handles = true;
   std::string fabric_handles = "yes";  // "no": the attribute says so; "not_permitted": only the driver does
-  std::string cluster;                 // makes the fabric cluster's uuid; empty: the uuid is zero
+  std::string cluster;  // makes the fabric cluster's uuid; empty: the uuid is zero
   uint32_t clique = 0;
   bool multicast = true;
 };
 
-// The nth call (from 1) of `function` on `rank` returns `code`. With code 0 it "succeeds" and gives a null handle or address. Functions that
-// release something do so and then return the code.
+// The nth call (from 1) of `function` on `rank` returns `code`. With code 0 it "succeeds" and gives a null handle or
+// address. Functions that release something do so and then return the code.
 struct Fault {
   int rank = 0;
   std::string function;  // "cuMemCreate", "ncclAllGather", …
@@ -46,17 +47,17 @@ struct Corruption {
 // Physical memory, or a multicast object.
 struct MulticastState {
   unsigned int device_count = 0;
-  std::set<int> added;                        // device ids
+  std::set<int> added;  // device ids
   std::map<int, std::shared_ptr<UniqueFd>> bound;  // by rank
-  ino_t token = 0;                            // of the descriptor that stands for it when exported
-  int lost_rank = -1;                         // a fault: stores don't reach this rank
+  ino_t token = 0;  // of the descriptor that stands for it when exported
+  int lost_rank = -1;  // a fault: stores don't reach this rank
   void store(size_t offset, const void* bytes, size_t size) const;
 };
 
 struct Object {
   int owner = -1;  // the rank that created it, -1 when another process did
   size_t size = 0;
-  std::shared_ptr<UniqueFd> memory;           // of physical memory
+  std::shared_ptr<UniqueFd> memory;  // of physical memory
   std::shared_ptr<MulticastState> multicast;  // of a multicast object
 };
 
@@ -69,7 +70,8 @@ struct CommunicatorGroup {
 
 class World {
  public:
-  World(std::vector<Device> devices, std::vector<Fault> faults, std::vector<Corruption> corruptions, int multicast_lost_rank);
+  World(std::vector<Device> devices, std::vector<Fault> faults, std::vector<Corruption> corruptions,
+        int multicast_lost_rank);
 
   const Device& device(int rank) const { return devices_[rank]; }
   int multicast_lost_rank() const { return multicast_lost_rank_; }
@@ -92,9 +94,9 @@ class World {
     bool multicast = false;
   };
   std::map<CUdeviceptr, Mapped> mappings;
-  std::map<ino_t, int> owners;                                  // of memory created here
-  std::map<int, std::weak_ptr<UniqueFd>> memory_of;             // a rank's newest
-  std::map<ino_t, std::weak_ptr<MulticastState>> multicasts;    // by token
+  std::map<ino_t, int> owners;  // of memory created here
+  std::map<int, std::weak_ptr<UniqueFd>> memory_of;  // a rank's newest
+  std::map<ino_t, std::weak_ptr<MulticastState>> multicasts;  // by token
   std::set<CUdeviceptr> device_memory;
   struct Pending {
     std::shared_ptr<CommunicatorGroup> group;
@@ -117,10 +119,11 @@ class World {
 // Multicast mappings of the process by address, for device code's double, which is given addresses alone.
 void register_multicast_mapping(CUdeviceptr address, size_t size, std::shared_ptr<MulticastState> state);
 void forget_multicast_mapping(CUdeviceptr address);
-// A store through a multicast mapping reaches every bound member. Throws Error when there is no such mapping at `address`.
+// A store through a multicast mapping reaches every bound member. Throws Error when there is no such mapping at
+// `address`.
 void multicast_store(CUdeviceptr address, const void* bytes, size_t size);
 
 UniqueFd make_memfd(const char* name, size_t size);  // empty on failure
-ino_t inode_of(int fd);                              // 0 on failure
+ino_t inode_of(int fd);  // 0 on failure
 
 }  // namespace mnnvl::fake

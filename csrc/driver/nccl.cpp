@@ -31,14 +31,13 @@ Library open_nccl(const std::string& path) {
 class RealNccl final : public NcclLibrary {
  public:
   explicit RealNccl(const Library& library) {
-    bool complete = library.resolve(&get_version_, "ncclGetVersion") &&
-                    library.resolve(&get_unique_id_, "ncclGetUniqueId") &&
-                    library.resolve(&comm_init_rank_config_, "ncclCommInitRankConfig") &&
-                    library.resolve(&comm_get_async_error_, "ncclCommGetAsyncError") &&
-                    library.resolve(&comm_finalize_, "ncclCommFinalize") &&
-                    library.resolve(&comm_destroy_, "ncclCommDestroy") && library.resolve(&comm_abort_, "ncclCommAbort") &&
-                    library.resolve(&all_gather_, "ncclAllGather") &&
-                    library.resolve(&get_error_string_, "ncclGetErrorString");
+    bool complete =
+        library.resolve(&get_version_, "ncclGetVersion") && library.resolve(&get_unique_id_, "ncclGetUniqueId") &&
+        library.resolve(&comm_init_rank_config_, "ncclCommInitRankConfig") &&
+        library.resolve(&comm_get_async_error_, "ncclCommGetAsyncError") &&
+        library.resolve(&comm_finalize_, "ncclCommFinalize") && library.resolve(&comm_destroy_, "ncclCommDestroy") &&
+        library.resolve(&comm_abort_, "ncclCommAbort") && library.resolve(&all_gather_, "ncclAllGather") &&
+        library.resolve(&get_error_string_, "ncclGetErrorString");
     library.resolve(&get_last_error_, "ncclGetLastError");
     if (get_version_ != nullptr) get_version_(&version_);
     if (!complete || version_ < kNcclOldestVersion) {
@@ -61,7 +60,8 @@ class RealNccl final : public NcclLibrary {
   NcclResult comm_abort(NcclComm comm) const override { return comm_abort_(comm); }
   NcclResult all_gather_bytes(CUdeviceptr send, CUdeviceptr receive, size_t bytes, NcclComm comm,
                               CUstream stream) const override {
-    return all_gather_(reinterpret_cast<const void*>(send), reinterpret_cast<void*>(receive), bytes, kNcclUint8, comm, stream);
+    return all_gather_(reinterpret_cast<const void*>(send), reinterpret_cast<void*>(receive), bytes, kNcclUint8, comm,
+                       stream);
   }
   std::string error_text(NcclResult result, NcclComm comm) const override {
     const char* detail = get_last_error_ != nullptr ? get_last_error_(comm) : nullptr;

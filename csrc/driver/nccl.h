@@ -1,5 +1,5 @@
-// libnccl as an abstract table: the real one is loaded at run time (nccl.cpp), the test double is fake_nccl.h. Methods are
-// named after NCCL's functions, return its result codes, and do not throw.
+// libnccl as an abstract table: the real one is loaded at run time (nccl.cpp), the test double is fake_nccl.h.
+// Methods are named after NCCL's functions, return its result codes, and do not throw.
 #pragma once
 
 #include <climits>
@@ -35,7 +35,8 @@ struct NcclConfig {
   const char* net_name = nullptr;
   int split_share = INT_MIN;
 };
-static_assert(sizeof(NcclConfig) == 48 && offsetof(NcclConfig, net_name) == 32 && offsetof(NcclConfig, split_share) == 40);
+static_assert(sizeof(NcclConfig) == 48 && offsetof(NcclConfig, net_name) == 32 &&
+              offsetof(NcclConfig, split_share) == 40);
 constexpr int kNcclOldestVersion = 21800;
 
 class NcclLibrary {
@@ -54,8 +55,9 @@ class NcclLibrary {
   virtual std::string error_text(NcclResult result, NcclComm comm) const = 0;  // with ncclGetLastError
 };
 
-// The process's libnccl: the one already loaded (torch's), else `path` if not empty, else what the loader finds. Loaded at
-// the first call that succeeds and never unloaded. Throws Error(kUnsupported) when there is none, or it is older than 2.18.
+// The process's libnccl: the one already loaded (torch's), else `path` if not empty, else what the loader finds.
+// Loaded at the first call that succeeds and never unloaded. Throws Error(kUnsupported) when there is none, or it is
+// older than 2.18.
 const NcclLibrary& load_nccl(const std::string& path);
 
 }  // namespace mnnvl

@@ -75,8 +75,8 @@ const char* state_name(unsigned char state) {
 
 std::string uuid_text(const unsigned char* b, const char* prefix) {
   char text[40];
-  std::snprintf(text, sizeof(text), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1], b[2],
-                b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
+  std::snprintf(text, sizeof(text), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1],
+                b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
   return std::string(prefix) + text;
 }
 
@@ -117,7 +117,8 @@ FabricInfo nvml_fabric_info(const CUuuid& uuid) {
   result.clique = info.clique;
   result.state = state_name(info.state);
   // The state can be "completed" with an all-zero uuid (a device that has no fabric to join): that is no cluster.
-  bool zero = std::all_of(result.cluster_uuid.begin(), result.cluster_uuid.end(), [](unsigned char c) { return c == 0; });
+  bool zero =
+      std::all_of(result.cluster_uuid.begin(), result.cluster_uuid.end(), [](unsigned char c) { return c == 0; });
   if (info.state != kNvmlFabricCompleted) {
     result.problem = "fabric registration is " + result.state;
   } else if (info.status != kNvmlSuccess) {

@@ -6,39 +6,39 @@ namespace mnnvl {
 namespace {
 
 // Every function by its exported name; "_v2" where cuda.h maps the plain name to it. X(member, required, symbols…).
-#define MNNVL_DRIVER_FUNCTIONS(X)                                                                                         \
-  X(init, true, "cuInit")                                                                                                 \
-  X(driver_get_version, true, "cuDriverGetVersion")                                                                       \
-  X(get_error_name, true, "cuGetErrorName")                                                                               \
-  X(get_error_string, true, "cuGetErrorString")                                                                           \
-  X(device_get, true, "cuDeviceGet")                                                                                      \
-  X(device_get_count, true, "cuDeviceGetCount")                                                                           \
-  X(device_get_name, true, "cuDeviceGetName")                                                                             \
-  X(device_get_uuid, true, "cuDeviceGetUuid_v2", "cuDeviceGetUuid")                                                       \
-  X(device_get_attribute, true, "cuDeviceGetAttribute")                                                                   \
-  X(ctx_get_device, true, "cuCtxGetDevice")                                                                               \
-  X(ctx_synchronize, true, "cuCtxSynchronize")                                                                            \
-  X(mem_create, true, "cuMemCreate")                                                                                      \
-  X(mem_release, true, "cuMemRelease")                                                                                    \
-  X(mem_address_reserve, true, "cuMemAddressReserve")                                                                     \
-  X(mem_address_free, true, "cuMemAddressFree")                                                                           \
-  X(mem_map, true, "cuMemMap")                                                                                            \
-  X(mem_unmap, true, "cuMemUnmap")                                                                                        \
-  X(mem_set_access, true, "cuMemSetAccess")                                                                               \
-  X(mem_get_allocation_granularity, true, "cuMemGetAllocationGranularity")                                                \
-  X(mem_export_to_shareable_handle, true, "cuMemExportToShareableHandle")                                                 \
-  X(mem_import_from_shareable_handle, true, "cuMemImportFromShareableHandle")                                             \
-  X(multicast_create, false, "cuMulticastCreate")                                                                         \
-  X(multicast_add_device, false, "cuMulticastAddDevice")                                                                  \
-  X(multicast_bind_mem, false, "cuMulticastBindMem")                                                                      \
-  X(multicast_unbind, false, "cuMulticastUnbind")                                                                         \
-  X(multicast_get_granularity, false, "cuMulticastGetGranularity")                                                        \
-  X(mem_alloc, true, "cuMemAlloc_v2")                                                                                     \
-  X(mem_free, true, "cuMemFree_v2")                                                                                       \
-  X(memcpy_htod, true, "cuMemcpyHtoD_v2")                                                                                 \
-  X(memcpy_dtoh, true, "cuMemcpyDtoH_v2")                                                                                 \
-  X(stream_create, true, "cuStreamCreate")                                                                                \
-  X(stream_query, true, "cuStreamQuery")                                                                                  \
+#define MNNVL_DRIVER_FUNCTIONS(X) \
+  X(init, true, "cuInit") \
+  X(driver_get_version, true, "cuDriverGetVersion") \
+  X(get_error_name, true, "cuGetErrorName") \
+  X(get_error_string, true, "cuGetErrorString") \
+  X(device_get, true, "cuDeviceGet") \
+  X(device_get_count, true, "cuDeviceGetCount") \
+  X(device_get_name, true, "cuDeviceGetName") \
+  X(device_get_uuid, true, "cuDeviceGetUuid_v2", "cuDeviceGetUuid") \
+  X(device_get_attribute, true, "cuDeviceGetAttribute") \
+  X(ctx_get_device, true, "cuCtxGetDevice") \
+  X(ctx_synchronize, true, "cuCtxSynchronize") \
+  X(mem_create, true, "cuMemCreate") \
+  X(mem_release, true, "cuMemRelease") \
+  X(mem_address_reserve, true, "cuMemAddressReserve") \
+  X(mem_address_free, true, "cuMemAddressFree") \
+  X(mem_map, true, "cuMemMap") \
+  X(mem_unmap, true, "cuMemUnmap") \
+  X(mem_set_access, true, "cuMemSetAccess") \
+  X(mem_get_allocation_granularity, true, "cuMemGetAllocationGranularity") \
+  X(mem_export_to_shareable_handle, true, "cuMemExportToShareableHandle") \
+  X(mem_import_from_shareable_handle, true, "cuMemImportFromShareableHandle") \
+  X(multicast_create, false, "cuMulticastCreate") \
+  X(multicast_add_device, false, "cuMulticastAddDevice") \
+  X(multicast_bind_mem, false, "cuMulticastBindMem") \
+  X(multicast_unbind, false, "cuMulticastUnbind") \
+  X(multicast_get_granularity, false, "cuMulticastGetGranularity") \
+  X(mem_alloc, true, "cuMemAlloc_v2") \
+  X(mem_free, true, "cuMemFree_v2") \
+  X(memcpy_htod, true, "cuMemcpyHtoD_v2") \
+  X(memcpy_dtoh, true, "cuMemcpyDtoH_v2") \
+  X(stream_create, true, "cuStreamCreate") \
+  X(stream_query, true, "cuStreamQuery") \
   X(stream_destroy, true, "cuStreamDestroy_v2")
 
 // The C signature of a method: the same arguments, no object.
@@ -108,7 +108,9 @@ class RealDriver final : public CudaDriver {
                                unsigned long long flags) const override {
     return f_.mem_address_reserve(address, size, alignment, hint, flags);
   }
-  CUresult mem_address_free(CUdeviceptr address, size_t size) const override { return f_.mem_address_free(address, size); }
+  CUresult mem_address_free(CUdeviceptr address, size_t size) const override {
+    return f_.mem_address_free(address, size);
+  }
   CUresult mem_map(CUdeviceptr address, size_t size, size_t offset, CUmemHandle handle,
                    unsigned long long flags) const override {
     return f_.mem_map(address, size, offset, handle, flags);
@@ -160,7 +162,9 @@ class RealDriver final : public CudaDriver {
   CUresult memcpy_dtoh(void* destination, CUdeviceptr source, size_t size) const override {
     return f_.memcpy_dtoh(destination, source, size);
   }
-  CUresult stream_create(CUstream* stream, unsigned int flags) const override { return f_.stream_create(stream, flags); }
+  CUresult stream_create(CUstream* stream, unsigned int flags) const override {
+    return f_.stream_create(stream, flags);
+  }
   CUresult stream_query(CUstream stream) const override { return f_.stream_query(stream); }
   CUresult stream_destroy(CUstream stream) const override { return f_.stream_destroy(stream); }
 

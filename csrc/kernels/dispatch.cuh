@@ -30,9 +30,9 @@ constexpr Dtype dtype_of() {
 constexpr int instance_of(int world_size) { return world_size <= kMaxFastWorldSize ? world_size : 0; }
 
 template <typename Params>
-void launch(void (*kernel)(Params), const Params& params, const Launch& shape) {
+void launch(void (*kernel)(Params), const Params& params, int64_t blocks, const Launch& shape) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.stream = static_cast<cudaStream_t>(shape.stream);
   cudaLaunchAttribute attribute{};
@@ -60,7 +60,6 @@ void load(Kernel kernel) {
 
 void load_oneshot_lamport();
 void load_twoshot_lamport();
-void load_twoshot_epoch();
 void load_epoch_gather();
 
 }  // namespace mnnvl::kernels

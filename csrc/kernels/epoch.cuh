@@ -1,12 +1,10 @@
 // What the epoch kernels share: slots in flight between block b of one rank and block b of every other, with flags beside
 // the data. Nothing is assumed of the payload's bits.
 //
-// Each block has one monotonic epoch e; a step of any collective takes one. Flag [block][stage][source] in the reader's
-// signal area holds the last epoch that source has posted. Every rank posts stage 0 in every step, data or not.
-// Safety of kPipeDepth = 4 slots (the long form: csrc/README.md):
-//   - whoever posts stage 0 of epoch e has read its stage-0 slots up to e-2 and its stage-1 slots up to e-3;
-//   - stage-0 slot e is written after seeing stage 0 of e-2 from everyone: they have read slot e-4, its last content;
-//   - stage-1 slot e is written after seeing stage 0 of e from everyone: they have read up to e-3.
+// Each block has one monotonic epoch e; a step of any collective takes one. Flag [block][source] in the reader's signal
+// area holds the last epoch that source has posted. Every rank posts in every step, data or not.
+// Safety of kPipeDepth = 4 slots (the long form: csrc/README.md): whoever posts epoch e has read its slots up to e-2; slot e
+// is written after seeing post e-2 from everyone, who have thus read slot e-4, its last content.
 #pragma once
 
 #include "kernels/memory_order.cuh"
@@ -30,28 +28,28 @@ class EpochPipe {
   }
 
   // Where `source`'s piece of step `epoch` stands in `holder`'s workspace.
-  __device__ __forceinline__ std::byte* slot(int holder, int stage, uint32_t epoch, int source) const {
-    const int64_t index = (int64_t(blockIdx.x) * kPipeStages + stage) * kPipeDepth + epoch % kPipeDepth;
+  __device__ __forceinline__ std::byte* slot(int holder, uint32_t epoch, int source) const {
+    const int64_t index = int64_t(blockIdx.x) * kPipeDepth + epoch % kPipeDepth;
     return g_.peers[holder] + g_.layout.pipe_offset + index * g_.layout.pipe_slot_bytes +
            source * g_.layout.pipe_piece_bytes(g_.world_size);
   }
 
   // Block-wide: tells every peer that this rank's stores of step `epoch` are there. The barrier orders the block's stores
   // before the releases, one thread's for each peer.
-  __device__ __forceinline__ void post(int stage, uint32_t epoch) const {
+  __device__ __forceinline__ void post(uint32_t epoch) const {
     __syncthreads();
     const int peer = threadIdx.x;
-    if (peer < g_.world_size && peer != g_.rank) st_release_sys_u32(signal(peer, stage, g_.rank), epoch);
+    if (peer < g_.world_size && peer != g_.rank) st_release_sys_u32(signal(peer, g_.rank), epoch);
   }
 
   // Block-wide: waits until every peer has posted `epoch`. False if the wait gave up; the block then leaves the kernel.
-  __device__ __forceinline__ bool await(int stage, uint32_t epoch) const {
+  __device__ __forceinline__ bool await(uint32_t epoch) const {
     const int peer = threadIdx.x;
     bool ok = true;
     if (peer < g_.world_size && peer != g_.rank) {
-      Wait wait(g_, operation_, stage, epoch);
+      Wait wait(g_, operation_, /*stage=*/0, epoch);
       uint32_t seen;
-      while (ok && !reached(seen = ld_acquire_sys_u32(signal(g_.rank, stage, peer)), epoch)) {
+      while (ok && !reached(seen = ld_acquire_sys_u32(signal(g_.rank, peer)), epoch)) {
         ok = wait.keep_on(peer, epoch, seen);
       }
     }
@@ -63,8 +61,8 @@ class EpochPipe {
   }
 
  private:
-  __device__ __forceinline__ uint32_t* signal(int holder, int stage, int source) const {
-    const int64_t index = (int64_t(blockIdx.x) * kPipeStages + stage) * kMaxWorldSize + source;
+  __device__ __forceinline__ uint32_t* signal(int holder, int source) const {
+    const int64_t index = int64_t(blockIdx.x) * kMaxWorldSize + source;
     return reinterpret_cast<uint32_t*>(g_.peers[holder] + g_.layout.signal_offset) + index;
   }
 

@@ -1,4 +1,4 @@
-// all_gather, broadcast and barrier of bytes, through stage 0 of the epoch pipe.
+// all_gather, broadcast and barrier of bytes, through the epoch pipe.
 #include "kernels/dispatch.cuh"
 #include "kernels/epoch.cuh"
 
@@ -28,22 +28,22 @@ __global__ void __launch_bounds__(kMaxThreads) epoch_gather(const __grid_constan
       if (contributes) {
         for (int k = 1; k < world; ++k) {
           const int peer = g.rank + k < world ? g.rank + k : g.rank + k - world;
-          copy_piece<Unit>(pipe.slot(peer, 0, epoch, g.rank), in + begin, bytes);
+          copy_piece<Unit>(pipe.slot(peer, epoch, g.rank), in + begin, bytes);
         }
         std::byte* own = static_cast<std::byte*>(p.outs[g.rank]);
         if (own != nullptr && own != in) copy_piece<Unit>(own + begin, in + begin, bytes);
       }
-      pipe.post(/*stage=*/0, epoch);
+      pipe.post(epoch);
     }
     // Phase 2: the peers' piece i-1.
     if (i >= 1) {
-      if (!pipe.await(/*stage=*/0, epoch - 1)) return;
+      if (!pipe.await(epoch - 1)) return;
       const int64_t begin = begin_of(i - 1), bytes = min64(piece, p.bytes - begin);
       for (int k = 1; k < world; ++k) {
         const int source = g.rank + k < world ? g.rank + k : g.rank + k - world;
         std::byte* out = static_cast<std::byte*>(p.outs[source]);
         if (out == nullptr || (p.source >= 0 && p.source != source)) continue;
-        copy_piece<Unit>(out + begin, pipe.slot(g.rank, 0, epoch - 1, source), bytes);
+        copy_piece<Unit>(out + begin, pipe.slot(g.rank, epoch - 1, source), bytes);
       }
     }
   }
@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kMaxThreads) epoch_gather(const __grid_constan
 void launch_epoch_gather(const GatherParams& params, const Launch& shape) {
   uintptr_t alignment = reinterpret_cast<uintptr_t>(params.in) | static_cast<uintptr_t>(params.bytes);
   for (int r = 0; r < params.group.world_size; ++r) alignment |= reinterpret_cast<uintptr_t>(params.outs[r]);
-  if (alignment % 4 == 0) return launch(epoch_gather<uint32_t>, params, shape);
-  launch(epoch_gather<uint8_t>, params, shape);
+  if (alignment % 4 == 0) return launch(epoch_gather<uint32_t>, params, params.blocks, shape);
+  launch(epoch_gather<uint8_t>, params, params.blocks, shape);
 }
 
 void load_epoch_gather() {

@@ -16,7 +16,6 @@ bool available();
 const char* architectures();
 
 struct Launch {
-  int blocks = 1;
   int threads = 128;
   bool pdl = false;        // programmatic dependent launch: the kernel waits for its predecessor before shared state
   void* stream = nullptr;  // cudaStream_t
@@ -31,11 +30,9 @@ struct AllReduceParams {
   ReduceOp op = ReduceOp::kSum;
 };
 
-// Lamport protocols: one launch, numel within the layout's capacity for the algorithm. Launch.blocks is derived.
+// Lamport protocols: numel within the layout's capacity for the algorithm.
 void launch_oneshot_lamport_allreduce(const AllReduceParams& params, const Launch& launch);
 void launch_twoshot_lamport_allreduce(const AllReduceParams& params, const Launch& launch);
-// Epoch protocol: any numel in one launch. Launch.blocks <= kPipeBlocks and the same on every rank.
-void launch_twoshot_epoch_allreduce(const AllReduceParams& params, const Launch& launch);
 
 struct GatherParams {
   DeviceGroup group;
@@ -44,9 +41,10 @@ struct GatherParams {
   int64_t bytes = 0;                 // per contribution
   int source = -1;                   // -1: every rank contributes (all_gather); r: rank r alone (broadcast)
   Operation operation = Operation::kAllGather;
+  int blocks = 1;
 };
 
-// Epoch protocol. bytes == 0 is a barrier. Launch.blocks as above.
+// Epoch protocol, any size in one launch; bytes == 0 is a barrier. `blocks` <= kPipeBlocks and the same on every rank.
 void launch_epoch_gather(const GatherParams& params, const Launch& launch);
 
 // Set-up: loads every kernel onto `device` (a lazy load while a peer spins would be a deadlock); throws Error(kUnsupported)

@@ -91,7 +91,6 @@ void load_all(int device) {
   if (!loaded.insert(device).second) return;
   load_oneshot_lamport();
   load_twoshot_lamport();
-  load_twoshot_epoch();
   load_epoch_gather();
   load(fill_kernel);
   load(multicast_store_kernel);

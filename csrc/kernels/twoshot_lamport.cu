@@ -71,13 +71,12 @@ __global__ void __launch_bounds__(kMaxThreads) twoshot_lamport_allreduce(const _
 
 }  // namespace
 
-void launch_twoshot_lamport_allreduce(const AllReduceParams& params, const Launch& launch_shape) {
-  Launch shape = launch_shape;
+void launch_twoshot_lamport_allreduce(const AllReduceParams& params, const Launch& shape) {
   const int64_t packs = ceil_div(params.numel * element_size(params.dtype), kPackBytes);
-  shape.blocks = int(ceil_div(slice_packs(packs, params.group.world_size), shape.threads));
+  const int64_t blocks = ceil_div(slice_packs(packs, params.group.world_size), shape.threads);
 #define MNNVL_LAUNCH(T, world)                                                        \
   if (params.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) \
-    return launch(twoshot_lamport_allreduce<T, world>, params, shape);
+    return launch(twoshot_lamport_allreduce<T, world>, params, blocks, shape);
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LAUNCH)
 #undef MNNVL_LAUNCH
 }

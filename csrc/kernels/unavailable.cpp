@@ -17,7 +17,6 @@ bool available() { return false; }
 const char* architectures() { return ""; }
 void launch_oneshot_lamport_allreduce(const AllReduceParams&, const Launch&) { refuse(); }
 void launch_twoshot_lamport_allreduce(const AllReduceParams&, const Launch&) { refuse(); }
-void launch_twoshot_epoch_allreduce(const AllReduceParams&, const Launch&) { refuse(); }
 void launch_epoch_gather(const GatherParams&, const Launch&) { refuse(); }
 void load_all(int) { refuse(); }
 void set_device(int) { refuse(); }

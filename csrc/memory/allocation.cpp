@@ -44,7 +44,8 @@ Allocation Allocation::create(const CudaDriver& driver, int device, HandleType t
 }
 
 Allocation Allocation::create_multicast(const CudaDriver& driver, HandleType type, size_t size, int world_size) {
-  // The last look before the only call in this package that creates a multicast object: see the rule in DESIGN, section 4.
+  // The last look before the only call in this package that creates a multicast object: see the rule in DESIGN,
+  // section 4.
   std::string forbidden = multicast_forbidden();
   if (!forbidden.empty()) fail(ErrorKind::kUnsupported, "multicast is switched off by ", forbidden);
   CUmulticastObjectProp prop{};
@@ -52,7 +53,8 @@ Allocation Allocation::create_multicast(const CudaDriver& driver, HandleType typ
   prop.size = size;
   prop.handleTypes = driver_handle_type(type);
   CUmemHandle handle = 0;
-  check(driver, driver.multicast_create(&handle, &prop), "cuMulticastCreate", " of ", size, " bytes for ", world_size, " devices");
+  check(driver, driver.multicast_create(&handle, &prop), "cuMulticastCreate", " of ", size, " bytes for ", world_size,
+        " devices");
   if (handle == 0) fail(ErrorKind::kSystem, "cuMulticastCreate succeeded but gave no object");
   return Allocation(driver, handle);
 }
@@ -107,15 +109,17 @@ Mapping::Mapped::~Mapped() { range.driver.mem_unmap(range.address, range.size); 
 Mapping::Mapping(const CudaDriver& driver, int device, const Allocation& allocation, size_t size, size_t alignment)
     : range_(driver, size, alignment), mapped_(range_, allocation) {
   CUmemAccessDesc access{{kMemLocationDevice, device}, kMemAccessReadWrite};
-  check(driver, driver.mem_set_access(range_.address, size, &access, 1), "cuMemSetAccess", " of ", size, " bytes for device ", device);
+  check(driver, driver.mem_set_access(range_.address, size, &access, 1), "cuMemSetAccess", " of ", size,
+        " bytes for device ", device);
 }
 
 Mapping::~Mapping() = default;
 
-MulticastBinding::MulticastBinding(const CudaDriver& driver, int device, const Allocation& multicast, const Allocation& memory,
-                                   size_t size)
+MulticastBinding::MulticastBinding(const CudaDriver& driver, int device, const Allocation& multicast,
+                                   const Allocation& memory, size_t size)
     : driver_(driver), device_(device_of(driver, device)), multicast_(multicast.handle()), size_(size) {
-  check(driver, driver.multicast_bind_mem(multicast_, 0, memory.handle(), 0, size, 0), "cuMulticastBindMem", " of ", size, " bytes");
+  check(driver, driver.multicast_bind_mem(multicast_, 0, memory.handle(), 0, size, 0), "cuMulticastBindMem", " of ",
+        size, " bytes");
 }
 
 MulticastBinding::~MulticastBinding() { driver_.multicast_unbind(multicast_, device_, 0, size_); }

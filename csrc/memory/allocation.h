@@ -1,11 +1,11 @@
-// One RAII class per driver object. Each releases what it owns in its destructor, which never throws: a driver that fails
-// there, or is already shut down at process exit, leaves nothing else to do. The driver outlives them all.
+// One RAII class per driver object. Each releases what it owns in its destructor, which never throws: a driver that
+// fails there, or is already shut down at process exit, leaves nothing else to do. The driver outlives them all.
 #pragma once
 
 #include <memory>
 
-#include "driver/unique_fd.h"
 #include "driver/cuda_driver.h"
+#include "driver/unique_fd.h"
 #include "memory/symmetric_buffer.h"
 
 namespace mnnvl {
@@ -78,7 +78,8 @@ class Mapping {
 // A device's memory bound into a multicast object, until destroyed.
 class MulticastBinding {
  public:
-  MulticastBinding(const CudaDriver& driver, int device, const Allocation& multicast, const Allocation& memory, size_t size);
+  MulticastBinding(const CudaDriver& driver, int device, const Allocation& multicast, const Allocation& memory,
+                   size_t size);
   ~MulticastBinding();
   MulticastBinding(const MulticastBinding&) = delete;
   MulticastBinding& operator=(const MulticastBinding&) = delete;

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "driver/unique_fd.h"
 #include "driver/nvml.h"
+#include "driver/unique_fd.h"
 #include "memory/allocation.h"
 
 namespace mnnvl {
@@ -14,7 +14,8 @@ namespace {
 
 int attribute(const CudaDriver& driver, CUdevice device, CUdeviceAttribute which) {
   int value = 0;
-  check(driver, driver.device_get_attribute(&value, which, device), "cuDeviceGetAttribute", " ", static_cast<int>(which));
+  check(driver, driver.device_get_attribute(&value, which, device), "cuDeviceGetAttribute", " ",
+        static_cast<int>(which));
   return value;
 }
 
@@ -42,7 +43,8 @@ CUdevice find_device(const CudaDriver& driver, Capabilities* found) {
   check(driver, driver.device_get(&device, found->device), "cuDeviceGet", " of ordinal ", found->device);
   check(driver, driver.ctx_get_device(&current), "cuCtxGetDevice", " (is the device's primary context current?)");
   if (current != device) {
-    fail(ErrorKind::kInvalidArgument, "the current CUDA context is device ", current, "'s, but the buffer is for device ", device);
+    fail(ErrorKind::kInvalidArgument, "the current CUDA context is device ", current,
+         "'s, but the buffer is for device ", device);
   }
   char name[256] = "";
   check(driver, driver.device_get_name(name, sizeof(name) - 1, device), "cuDeviceGetName");
@@ -54,7 +56,8 @@ CUdevice find_device(const CudaDriver& driver, Capabilities* found) {
                               attribute(driver, device, kAttributeComputeCapabilityMinor);
   found->multiprocessors = attribute(driver, device, kAttributeMultiprocessorCount);
   if (attribute(driver, device, kAttributeVirtualMemoryManagement) == 0) {
-    fail(ErrorKind::kUnsupported, "device ", found->device, " (", name, ") has no virtual memory management (cuMemCreate)");
+    fail(ErrorKind::kUnsupported, "device ", found->device, " (", name,
+         ") has no virtual memory management (cuMemCreate)");
   }
 
   FabricInfo fabric = driver.fabric_info(uuid);
@@ -89,8 +92,10 @@ Capabilities find_capabilities(const CudaDriver& driver, const SymmetricBufferOp
       found.granularity = std::max<uint64_t>(found.granularity, granularity);
     }
   }
-  if (found.fd_problem.empty()) found.fd_problem = try_handle_type(driver, found.device, HandleType::kPosixFd, found.granularity);
-  if (found.fabric_problem.empty()) found.fabric_problem = try_handle_type(driver, found.device, HandleType::kFabric, found.granularity);
+  if (found.fd_problem.empty())
+    found.fd_problem = try_handle_type(driver, found.device, HandleType::kPosixFd, found.granularity);
+  if (found.fabric_problem.empty())
+    found.fabric_problem = try_handle_type(driver, found.device, HandleType::kFabric, found.granularity);
 
   std::string forbidden = multicast_forbidden();
   found.multicast_forbidden = !forbidden.empty();
@@ -119,13 +124,25 @@ Capabilities Capabilities::parse(const std::string& record) {
   Capabilities c;
   RecordReader reader(record);
   c.host = HostIdentity::parse(reader);
-  reader.get(c.device).get(c.device_name).get(c.device_uuid).get(c.compute_capability).get(c.multiprocessors).get(c.granularity);
-  reader.get(c.fd_problem).get(c.fabric_problem).get(c.cluster_uuid).get(c.clique).get(c.cluster_problem).get(c.multicast_problem);
+  reader.get(c.device)
+      .get(c.device_name)
+      .get(c.device_uuid)
+      .get(c.compute_capability)
+      .get(c.multiprocessors)
+      .get(c.granularity);
+  reader.get(c.fd_problem)
+      .get(c.fabric_problem)
+      .get(c.cluster_uuid)
+      .get(c.clique)
+      .get(c.cluster_problem)
+      .get(c.multicast_problem);
   reader.get(c.multicast_forbidden).get(c.bootstrap).get(c.bytes).get(c.fill).finish();
   return c;
 }
 
-std::string Capabilities::where() const { return str("host ", host.hostname, ", device ", device, " ", device_name, " ", device_uuid); }
+std::string Capabilities::where() const {
+  return str("host ", host.hostname, ", device ", device, " ", device_name, " ", device_uuid);
+}
 
 std::string multicast_forbidden() {
   struct Switch {

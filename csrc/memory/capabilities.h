@@ -47,12 +47,13 @@ struct Plan {
   int min_multiprocessors = 0;
 };
 
-// Looks at this rank: tries a small allocation and export per handle type, releases it, and asks NVML about the fabric. Never creates
-// or probes multicast: its support is an attribute. Throws Error when the device can't be used at all, or when its context is not current.
+// Looks at this rank: tries a small allocation and export per handle type, releases it, and asks NVML about the
+// fabric. Never creates or probes multicast: its support is an attribute. Throws Error when the device can't be used
+// at all, or when its context is not current.
 Capabilities find_capabilities(const CudaDriver& driver, const SymmetricBufferOptions& options);
 
-// Pure: the same plan, or the same Error, on every rank. kUnsupported with a table of all ranks when no handle type serves them all;
-// kInvalidArgument when ranks ask for different buffers.
+// Pure: the same plan, or the same Error, on every rank. kUnsupported with a table of all ranks when no handle type
+// serves them all; kInvalidArgument when ranks ask for different buffers.
 Plan choose_plan(const std::vector<Capabilities>& ranks);
 
 // The name and value of the first environment variable set that forbids multicast, else empty.

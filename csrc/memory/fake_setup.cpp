@@ -194,7 +194,8 @@ bool at_rest(const SymmetricBuffer& buffer, int rank) {
   return std::all_of(words, words + buffer.bytes() / sizeof(uint32_t), [](uint32_t word) { return word == kFill; });
 }
 
-// Independent of the self-test: everything at rest, then one word from every writer to every reader, and one by multicast.
+// Independent of the self-test: everything at rest, then one word from every writer to every reader, and one by
+// multicast.
 bool verify(const SymmetricBuffer& buffer, Exchange& exchange) {
   const int rank = exchange.rank(), size = exchange.size();
   bool good = at_rest(buffer, rank);
@@ -203,7 +204,8 @@ bool verify(const SymmetricBuffer& buffer, Exchange& exchange) {
   const size_t multicast_place = place + sizeof(uint32_t) * static_cast<size_t>(size);
   const uint32_t mine = static_cast<uint32_t>(1000 + rank);
   for (int peer = 0; peer < size; ++peer) kFakeOps.store_words(rank, buffer.address(peer) + place, &mine, 1, false);
-  if (buffer.multicast_address() != 0) kFakeOps.store_words(rank, buffer.multicast_address() + multicast_place, &mine, 1, true);
+  if (buffer.multicast_address() != 0)
+    kFakeOps.store_words(rank, buffer.multicast_address() + multicast_place, &mine, 1, true);
   exchange.barrier();
   const uint32_t* words = reinterpret_cast<const uint32_t*>(buffer.address(rank));
   for (int peer = 0; peer < size; ++peer) {
@@ -213,7 +215,8 @@ bool verify(const SymmetricBuffer& buffer, Exchange& exchange) {
   return good;
 }
 
-void set_up_buffer(const FakeSetupConfig& config, std::shared_ptr<fake::World> world, int rank, Exchange& exchange, Row* row) {
+void set_up_buffer(const FakeSetupConfig& config, std::shared_ptr<fake::World> world, int rank, Exchange& exchange,
+                   Row* row) {
   std::unique_ptr<CudaDriver> driver = fake::make_driver(world, rank);
   std::unique_ptr<NcclLibrary> nccl = fake::make_nccl(world, rank);
   SymmetricBufferOptions options;
@@ -256,7 +259,8 @@ void set_up_segments(const FakeSetupConfig& config, int rank, Exchange& exchange
   exchange.barrier();
   for (int peer = 0; peer < exchange.size(); ++peer) segments->address(peer)[rank] = static_cast<std::byte>(rank + 1);
   exchange.barrier();
-  for (int peer = 0; peer < exchange.size(); ++peer) row->verified = row->verified && own[peer] == static_cast<std::byte>(peer + 1);
+  for (int peer = 0; peer < exchange.size(); ++peer)
+    row->verified = row->verified && own[peer] == static_cast<std::byte>(peer + 1);
 }
 
 // --- Descriptors.
@@ -269,7 +273,8 @@ void disturb(const std::string& name) {
   std::string full = "mnnvl-" + name;
   std::memcpy(address.sun_path + 1, full.data(), full.size());
   socklen_t length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + full.size());
-  if (connect(connection.get(), reinterpret_cast<sockaddr*>(&address), length) != 0) fail_errno(errno, "connect of a stranger");
+  if (connect(connection.get(), reinterpret_cast<sockaddr*>(&address), length) != 0)
+    fail_errno(errno, "connect of a stranger");
   char rubbish[] = "mnnvlfd1 but not really, and too short to be a message";
   iovec data{rubbish, sizeof(rubbish)};
   alignas(cmsghdr) char control[CMSG_SPACE(2 * sizeof(int))] = {};
@@ -298,7 +303,8 @@ void pass_descriptors(const std::string& scenario, int timeout_ms, int rank, Exc
   } else if (!odd || scenario != "silent") {
     UniqueFd own = fake::make_memfd("mnnvl-descriptor", 100 + rank);
     row->run([&] {
-      std::vector<UniqueFd> fds = channel.exchange(rank, addresses, odd && scenario == "none" ? -1 : own.get(), timeout_ms);
+      std::vector<UniqueFd> fds =
+          channel.exchange(rank, addresses, odd && scenario == "none" ? -1 : own.get(), timeout_ms);
       row->verified = true;
       for (int peer = 0; peer < exchange.size(); ++peer) {
         off_t expected = peer == rank || (peer == 1 && scenario == "none") ? -1 : 100 + peer;
@@ -314,9 +320,8 @@ void pass_descriptors(const std::string& scenario, int timeout_ms, int rank, Exc
 FakeSetupResult run_fake_setup(const FakeSetupConfig& config) {
   const int descriptors = count_descriptors(), mappings = count_mappings();
   std::shared_ptr<fake::World> world = make_world(config);
-  FakeSetupResult result = collect(run_ranks(config, [&](int rank, Exchange& exchange, Row* row) {
-    set_up_buffer(config, world, rank, exchange, row);
-  }));
+  FakeSetupResult result = collect(run_ranks(
+      config, [&](int rank, Exchange& exchange, Row* row) { set_up_buffer(config, world, rank, exchange, row); }));
   result.leaks = world->leaks();
   for (int rank = 0; rank < config.world_size; ++rank) {
     result.calls_by_rank.push_back(world->calls(rank));
@@ -330,9 +335,8 @@ FakeSetupResult run_fake_setup(const FakeSetupConfig& config) {
 
 FakeSetupResult run_host_setup(const FakeSetupConfig& config) {
   const int descriptors = count_descriptors(), mappings = count_mappings();
-  FakeSetupResult result = collect(run_ranks(config, [&](int rank, Exchange& exchange, Row* row) {
-    set_up_segments(config, rank, exchange, row);
-  }));
+  FakeSetupResult result = collect(
+      run_ranks(config, [&](int rank, Exchange& exchange, Row* row) { set_up_segments(config, rank, exchange, row); }));
   result.descriptors_leaked = count_descriptors() - descriptors;
   result.mappings_leaked = count_mappings() - mappings;
   return result;

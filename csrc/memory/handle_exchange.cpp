@@ -11,7 +11,8 @@ namespace mnnvl {
 namespace {
 
 // The communicator lives for this one all-gather.
-std::vector<std::string> gather_over_nccl(const SetupContext& context, const RecordRoute& route, const std::string& mine) {
+std::vector<std::string> gather_over_nccl(const SetupContext& context, const RecordRoute& route,
+                                          const std::string& mine) {
   NcclExchangeOptions options;
   options.where = context.where;
   options.record_bytes = sizeof(CUmemFabricHandle);
@@ -23,7 +24,8 @@ std::vector<std::string> gather_over_nccl(const SetupContext& context, const Rec
 SharedHandle fabric_handle(const std::string& record, int peer) {
   if (record.empty()) return SharedHandle();
   CUmemFabricHandle fabric;
-  if (record.size() != sizeof(fabric)) fail(ErrorKind::kSystem, "rank ", peer, " sent a fabric handle of ", record.size(), " bytes");
+  if (record.size() != sizeof(fabric))
+    fail(ErrorKind::kSystem, "rank ", peer, " sent a fabric handle of ", record.size(), " bytes");
   std::memcpy(&fabric, record.data(), sizeof(fabric));
   return SharedHandle(fabric);
 }
@@ -35,8 +37,8 @@ Allocation SharedHandle::import(const CudaDriver& driver) const {
   return is_fabric_ ? Allocation::import_fabric(driver, fabric_) : Allocation::import_fd(driver, fd_.get());
 }
 
-std::vector<SharedHandle> exchange_handles(const SetupContext& context, const RecordRoute& route, const std::string& what,
-                                           const std::function<const Allocation*()>& make) {
+std::vector<SharedHandle> exchange_handles(const SetupContext& context, const RecordRoute& route,
+                                           const std::string& what, const std::function<const Allocation*()>& make) {
   const bool fabric = context.handle == HandleType::kFabric;
   const bool alone = context.size() == 1;
   UniqueFd fd;
@@ -68,14 +70,15 @@ std::vector<SharedHandle> exchange_handles(const SetupContext& context, const Re
 
   std::vector<SharedHandle> handles(context.size());
   if (alone) return handles;
-  agree(context.exchange, fabric ? "reading fabric handles" : "passing descriptors between processes", context.where, [&] {
-    std::vector<UniqueFd> fds;
-    if (!fabric) fds = channel->exchange(context.rank(), records, fd.get(), context.timeout_ms);
-    for (int peer = 0; peer < context.size(); ++peer) {
-      if (peer == context.rank()) continue;
-      handles[peer] = fabric ? fabric_handle(records[peer], peer) : SharedHandle(std::move(fds[peer]));
-    }
-  });
+  agree(context.exchange, fabric ? "reading fabric handles" : "passing descriptors between processes", context.where,
+        [&] {
+          std::vector<UniqueFd> fds;
+          if (!fabric) fds = channel->exchange(context.rank(), records, fd.get(), context.timeout_ms);
+          for (int peer = 0; peer < context.size(); ++peer) {
+            if (peer == context.rank()) continue;
+            handles[peer] = fabric ? fabric_handle(records[peer], peer) : SharedHandle(std::move(fds[peer]));
+          }
+        });
   return handles;
 }
 

@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "bootstrap/exchange.h"
-#include "driver/unique_fd.h"
 #include "driver/cuda_driver.h"
 #include "driver/nccl.h"
+#include "driver/unique_fd.h"
 #include "memory/allocation.h"
 
 namespace mnnvl {
@@ -46,10 +46,10 @@ struct RecordRoute {
   bool allow_multicast = false;       // for NCCL's own use
 };
 
-// Collective. `make` gives the allocation that this rank shares, which must live until the peers have imported it, or null for none;
-// it runs inside the first agreement. Returns the peers' handles by rank, valid where one was shared, empty for this rank. Throws the same
-// AgreedError on every rank; `what` names the allocation in it.
-std::vector<SharedHandle> exchange_handles(const SetupContext& context, const RecordRoute& route, const std::string& what,
-                                           const std::function<const Allocation*()>& make);
+// Collective. `make` gives the allocation that this rank shares, which must live until the peers have imported it, or
+// null for none; it runs inside the first agreement. Returns the peers' handles by rank, valid where one was shared,
+// empty for this rank. Throws the same AgreedError on every rank; `what` names the allocation in it.
+std::vector<SharedHandle> exchange_handles(const SetupContext& context, const RecordRoute& route,
+                                           const std::string& what, const std::function<const Allocation*()>& make);
 
 }  // namespace mnnvl

@@ -34,7 +34,11 @@ void HostIdentity::serialise(RecordWriter& writer) const {
 
 HostIdentity HostIdentity::parse(RecordReader& reader) {
   HostIdentity identity;
-  reader.get(identity.host_id).get(identity.boot_id).get(identity.hostname).get(identity.pid).get(identity.pid_namespace);
+  reader.get(identity.host_id)
+      .get(identity.boot_id)
+      .get(identity.hostname)
+      .get(identity.pid)
+      .get(identity.pid_namespace);
   return identity;
 }
 

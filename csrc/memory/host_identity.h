@@ -20,11 +20,12 @@ struct HostIdentity {
   static HostIdentity parse(RecordReader& reader);
 };
 
-// The calling thread's identity. The host id is the kernel's boot id and the network namespace (abstract sockets end there, so
-// two containers of one machine count as two hosts), unless `host_id` gives another. Never throws.
+// The calling thread's identity. The host id is the kernel's boot id and the network namespace (abstract sockets end
+// there, so two containers of one machine count as two hosts), unless `host_id` gives another. Never throws.
 HostIdentity host_identity(const std::string& host_id);
 
-// The pids, by rank, that this process can watch: same kernel, host id and pid namespace; -1 for the others and for this process.
+// The pids, by rank, that this process can watch: same kernel, host id and pid namespace; -1 for the others and for
+// this process.
 std::vector<int> visible_pids(const std::vector<HostIdentity>& identities, int rank);
 
 // How many different host ids there are.

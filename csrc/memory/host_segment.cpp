@@ -21,7 +21,8 @@ constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 UniqueFd create_segment(size_t bytes) {
   UniqueFd fd(memfd_create("mnnvl-segment", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd) fail_errno(errno, "memfd_create");
-  if (ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0) fail_errno(errno, "ftruncate of a segment to ", bytes, " bytes");
+  if (ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0)
+    fail_errno(errno, "ftruncate of a segment to ", bytes, " bytes");
   // No peer can truncate it under the others' mappings.
   if (fcntl(fd.get(), F_ADD_SEALS, kSeals) != 0) fail_errno(errno, "sealing a segment's size");
   return fd;
@@ -30,11 +31,12 @@ UniqueFd create_segment(size_t bytes) {
 class MappedSegment {
  public:
   MappedSegment(int fd, size_t bytes) : bytes_(bytes) {
-    struct stat status {};
+    struct stat status{};
     if (fstat(fd, &status) != 0) fail_errno(errno, "fstat of a segment");
     int seals = fcntl(fd, F_GET_SEALS);
     if (static_cast<size_t>(status.st_size) != bytes || seals < 0 || (seals & kSeals) != kSeals) {
-      fail(ErrorKind::kSystem, "a segment has ", status.st_size, " bytes instead of ", bytes, ", or its size is not sealed");
+      fail(ErrorKind::kSystem, "a segment has ", status.st_size, " bytes instead of ", bytes,
+           ", or its size is not sealed");
     }
     void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (address == MAP_FAILED) fail_errno(errno, "mmap of a segment of ", bytes, " bytes");
@@ -74,15 +76,18 @@ void check_ranks(const std::vector<RankRecord>& ranks) {
   std::string table;
   for (size_t rank = 0; rank < ranks.size(); ++rank) {
     if (ranks[rank].bytes != ranks[0].bytes) {
-      fail(ErrorKind::kInvalidArgument, "the ranks ask for different segments: rank 0 ", ranks[0].bytes, " bytes, rank ", rank, " ", ranks[rank].bytes);
+      fail(ErrorKind::kInvalidArgument, "the ranks ask for different segments: rank 0 ", ranks[0].bytes,
+           " bytes, rank ", rank, " ", ranks[rank].bytes);
     }
     const HostIdentity& host = ranks[rank].host;
     hosts.push_back(host);
     table += str("\n  rank ", rank, ": host ", host.hostname, ", pid ", host.pid, " [host id ", host.host_id, "]");
   }
   if (count_hosts(hosts) > 1) {
-    fail(ErrorKind::kUnsupported, "CPU tensors are served within one host, and the group's ranks are on ", count_hosts(hosts),
-         " (containers with a network of their own count as hosts); use gloo for them, as in \"cpu:gloo,cuda:mnnvl\"", table);
+    fail(ErrorKind::kUnsupported, "CPU tensors are served within one host, and the group's ranks are on ",
+         count_hosts(hosts),
+         " (containers with a network of their own count as hosts); use gloo for them, as in \"cpu:gloo,cuda:mnnvl\"",
+         table);
   }
 }
 

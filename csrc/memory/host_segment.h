@@ -18,8 +18,8 @@ struct HostSegmentsOptions {
 
 class HostSegments {
  public:
-  // Collective; stages and agreements as in SymmetricBuffer. Ranks on several hosts: Error(kUnsupported) with the table of
-  // ranks and hosts, the same on every rank.
+  // Collective; stages and agreements as in SymmetricBuffer. Ranks on several hosts: Error(kUnsupported) with the
+  // table of ranks and hosts, the same on every rank.
   static std::unique_ptr<HostSegments> create(Exchange& exchange, const HostSegmentsOptions& options);
   virtual ~HostSegments() = default;
   virtual size_t bytes() const = 0;

@@ -17,17 +17,18 @@ void check_allowed() {
 }  // namespace
 
 size_t multicast_granularity(const SetupContext& context, size_t size) {
-  std::vector<std::string> answers = agree_gather(context.exchange, "asking for the multicast granularity", context.where, [&] {
-    check_allowed();
-    CUmulticastObjectProp prop{};
-    prop.numDevices = static_cast<unsigned int>(context.size());
-    prop.size = size;
-    prop.handleTypes = driver_handle_type(context.handle);
-    size_t granularity = 0;
-    check(context.driver, context.driver.multicast_get_granularity(&granularity, &prop, kGranularityMinimum),
-          "cuMulticastGetGranularity");
-    return RecordWriter().put(static_cast<uint64_t>(granularity)).bytes();
-  });
+  std::vector<std::string> answers =
+      agree_gather(context.exchange, "asking for the multicast granularity", context.where, [&] {
+        check_allowed();
+        CUmulticastObjectProp prop{};
+        prop.numDevices = static_cast<unsigned int>(context.size());
+        prop.size = size;
+        prop.handleTypes = driver_handle_type(context.handle);
+        size_t granularity = 0;
+        check(context.driver, context.driver.multicast_get_granularity(&granularity, &prop, kGranularityMinimum),
+              "cuMulticastGetGranularity");
+        return RecordWriter().put(static_cast<uint64_t>(granularity)).bytes();
+      });
   uint64_t largest = 1;
   for (const std::string& answer : answers) {
     uint64_t granularity = 0;
@@ -37,7 +38,8 @@ size_t multicast_granularity(const SetupContext& context, size_t size) {
   return largest;
 }
 
-std::unique_ptr<Multicast> Multicast::create(const SetupContext& context, const Allocation& memory, size_t size, size_t alignment) {
+std::unique_ptr<Multicast> Multicast::create(const SetupContext& context, const Allocation& memory, size_t size,
+                                             size_t alignment) {
   const CudaDriver& driver = context.driver;
   auto self = std::make_unique<Multicast>();
 
@@ -59,14 +61,14 @@ std::unique_ptr<Multicast> Multicast::create(const SetupContext& context, const 
   agree(context.exchange, "adding devices to the multicast object", context.where, [&] {
     CUdevice device = 0;
     check(driver, driver.device_get(&device, context.device), "cuDeviceGet");
-    check(driver, driver.multicast_add_device(self->object_.handle(), device), "cuMulticastAddDevice", " of device ", context.device);
+    check(driver, driver.multicast_add_device(self->object_.handle(), device), "cuMulticastAddDevice", " of device ",
+          context.device);
   });
   agree(context.exchange, "binding memory to the multicast object", context.where, [&] {
     self->binding_ = std::make_unique<MulticastBinding>(driver, context.device, self->object_, memory, size);
   });
-  agree(context.exchange, "mapping the multicast object", context.where, [&] {
-    self->mapping_ = std::make_unique<Mapping>(driver, context.device, self->object_, size, alignment);
-  });
+  agree(context.exchange, "mapping the multicast object", context.where,
+        [&] { self->mapping_ = std::make_unique<Mapping>(driver, context.device, self->object_, size, alignment); });
   return self;
 }
 

@@ -9,10 +9,12 @@ namespace mnnvl {
 
 class Multicast {
  public:
-  // Collective: rank 0 creates and exports, all import, then all add their device, then all bind, then all map, with an agreement
-  // between each two, since the driver blocks in a bind until every device was added. Throws the same AgreedError on every rank;
-  // the caller then goes on without multicast. Creates nothing where a variable of the environment forbids it.
-  static std::unique_ptr<Multicast> create(const SetupContext& context, const Allocation& memory, size_t size, size_t alignment);
+  // Collective: rank 0 creates and exports, all import, then all add their device, then all bind, then all map, with
+  // an agreement between each two, since the driver blocks in a bind until every device was added. Throws the same
+  // AgreedError on every rank; the caller then goes on without multicast. Creates nothing where a variable of the
+  // environment forbids it.
+  static std::unique_ptr<Multicast> create(const SetupContext& context, const Allocation& memory, size_t size,
+                                           size_t alignment);
 
   CUdeviceptr address() const { return mapping_->address(); }
 
@@ -22,8 +24,8 @@ class Multicast {
   std::unique_ptr<Mapping> mapping_;
 };
 
-// Collective: what every rank's memory must be a multiple of to be bound, the largest of all ranks' answers. Throws the same AgreedError on
-// every rank.
+// Collective: what every rank's memory must be a multiple of to be bound, the largest of all ranks' answers. Throws
+// the same AgreedError on every rank.
 size_t multicast_granularity(const SetupContext& context, size_t size);
 
 }  // namespace mnnvl

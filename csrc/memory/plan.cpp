@@ -1,4 +1,5 @@
-// The comparison of capabilities. Everything here depends on the exchanged records alone, so that all ranks conclude the same.
+// The comparison of capabilities. Everything here depends on the exchanged records alone, so that all ranks conclude
+// the same.
 #include <algorithm>
 #include <map>
 #include <set>
@@ -34,8 +35,11 @@ std::string table(const Ranks& ranks) {
   std::string rows;
   for (size_t rank = 0; rank < ranks.size(); ++rank) {
     const Capabilities& c = ranks[rank];
-    std::string fabric = c.cluster_uuid.empty() ? str("none (", c.cluster_problem, ")") : str("cluster ", c.cluster_uuid, " clique ", c.clique);
-    auto handle = [](const std::string& problem) { return problem.empty() ? std::string("yes") : str("no (", problem, ")"); };
+    std::string fabric = c.cluster_uuid.empty() ? str("none (", c.cluster_problem, ")")
+                                                : str("cluster ", c.cluster_uuid, " clique ", c.clique);
+    auto handle = [](const std::string& problem) {
+      return problem.empty() ? std::string("yes") : str("no (", problem, ")");
+    };
     rows += str("\n  rank ", rank, ": ", c.where(), " [host id ", c.host.host_id, "]; fabric: ", fabric,
                 "; fabric handles: ", handle(c.fabric_problem), "; fd handles: ", handle(c.fd_problem));
   }
@@ -56,7 +60,8 @@ std::string fabric_obstacle(const Ranks& ranks) {
 std::string fd_obstacle(const Ranks& ranks) {
   int host_count = count_hosts(hosts(ranks));
   if (host_count > 1) {
-    return str("the ranks are on ", host_count, " hosts (containers with a network of their own count as hosts), and descriptors stay on one");
+    return str("the ranks are on ", host_count,
+               " hosts (containers with a network of their own count as hosts), and descriptors stay on one");
   }
   int rank = first_rank(ranks, [](const Capabilities& c) { return !c.fd_problem.empty(); });
   return rank >= 0 ? str("rank ", rank, " can't export descriptors: ", ranks[rank].fd_problem) : "";
@@ -82,8 +87,9 @@ std::string multicast_obstacle(const Ranks& ranks) {
 void check_same_request(const Ranks& ranks) {
   for (size_t rank = 1; rank < ranks.size(); ++rank) {
     if (ranks[rank].bytes != ranks[0].bytes || ranks[rank].fill != ranks[0].fill) {
-      fail(ErrorKind::kInvalidArgument, "the ranks ask for different buffers: rank 0 ", ranks[0].bytes, " bytes at rest ",
-           ranks[0].fill, ", rank ", rank, " ", ranks[rank].bytes, " bytes at rest ", ranks[rank].fill);
+      fail(ErrorKind::kInvalidArgument, "the ranks ask for different buffers: rank 0 ", ranks[0].bytes,
+           " bytes at rest ", ranks[0].fill, ", rank ", rank, " ", ranks[rank].bytes, " bytes at rest ",
+           ranks[rank].fill);
     }
   }
 }
@@ -100,7 +106,9 @@ Plan choose_plan(const std::vector<Capabilities>& ranks) {
   } else if (no_fd.empty()) {
     plan.handle = HandleType::kPosixFd;
   } else {
-    fail(ErrorKind::kUnsupported, count_hosts(hosts(ranks)) > 1 ? "the group spans hosts without a shared NVLink fabric" : "the ranks' devices can't share memory",
+    fail(ErrorKind::kUnsupported,
+         count_hosts(hosts(ranks)) > 1 ? "the group spans hosts without a shared NVLink fabric"
+                                       : "the ranks' devices can't share memory",
          ".\n  Fabric handles: ", no_fabric, ".\n  File descriptors: ", no_fd, ".", table(ranks));
   }
 
@@ -111,7 +119,8 @@ Plan choose_plan(const std::vector<Capabilities>& ranks) {
   }
   std::string shared = shared_device(ranks);
   if (plan.bootstrap == Bootstrap::kNccl && !shared.empty()) {
-    fail(ErrorKind::kUnsupported, shared, ", which NCCL refuses; give each rank its own device, or set bootstrap=\"store\"");
+    fail(ErrorKind::kUnsupported, shared,
+         ", which NCCL refuses; give each rank its own device, or set bootstrap=\"store\"");
   }
 
   plan.multicast_problem = multicast_obstacle(ranks);

@@ -1,4 +1,5 @@
-// What this machine offers, for `mnnvl doctor`. Reads attributes only: no context, no allocation, no multicast object, no socket.
+// What this machine offers, for `mnnvl doctor`. Reads attributes only: no context, no allocation, no multicast
+// object, no socket.
 #pragma once
 
 #include <string>
@@ -12,15 +13,15 @@ struct DeviceProbe {
   std::string uuid;  // "GPU-…"
   int compute_capability = 0;
   int multiprocessors = 0;
-  bool virtual_memory = false;     // cuMemCreate and friends
-  bool fd_handles = false;         // attribute; set-up tries an allocation before it believes it
-  bool fabric_handles = false;     // likewise
-  bool multicast = false;          // attribute
-  std::string fabric_state;        // NVML: "completed", "not supported", …; empty when unknown
-  std::string cluster_uuid;        // empty: in no fabric cluster
+  bool virtual_memory = false;  // cuMemCreate and friends
+  bool fd_handles = false;  // attribute; set-up tries an allocation before it believes it
+  bool fabric_handles = false;  // likewise
+  bool multicast = false;  // attribute
+  std::string fabric_state;  // NVML: "completed", "not supported", …; empty when unknown
+  std::string cluster_uuid;  // empty: in no fabric cluster
   unsigned int clique = 0;
-  std::string fabric_problem;      // why in none
-  std::string problem;             // why the device could not be looked at, else empty
+  std::string fabric_problem;  // why in none
+  std::string problem;  // why the device could not be looked at, else empty
 };
 
 struct MachineProbe {
@@ -33,8 +34,8 @@ struct MachineProbe {
   std::string nccl_problem;
   int nccl_version = 0;  // 22809 for 2.28.9
   std::vector<std::string> imex_channels;  // device files that this process sees
-  std::string host_id;                     // as ranks compare it
-  std::string multicast_forbidden;         // "NCCL_NVLS_ENABLE=0", or empty
+  std::string host_id;  // as ranks compare it
+  std::string multicast_forbidden;  // "NCCL_NVLS_ENABLE=0", or empty
   std::vector<DeviceProbe> devices;
 };
 

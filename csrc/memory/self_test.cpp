@@ -56,9 +56,9 @@ void verify_lines(const SelfTest& test, bool multicast) {
         uint32_t expected = pattern(writer, multicast ? kEverybody : self, word);
         if (seen[word] == expected) continue;
         std::string route = multicast ? std::string("by multicast") : str("through its mapping of rank ", self);
-        fail(ErrorKind::kSystem, "what rank ", writer, " (", test.wheres[writer], ") stored ", route, " is not there: at byte ",
-             offset + word * sizeof(uint32_t), " of ", test.size, " expected ", hex(expected), ", seen ", hex(seen[word]), " (",
-             explain(seen[word], test.fill), ")");
+        fail(ErrorKind::kSystem, "what rank ", writer, " (", test.wheres[writer], ") stored ", route,
+             " is not there: at byte ", offset + word * sizeof(uint32_t), " of ", test.size, " expected ",
+             hex(expected), ", seen ", hex(seen[word]), " (", explain(seen[word], test.fill), ")");
       }
     }
   }
@@ -74,7 +74,8 @@ void SelfTest::fill_own(const std::string& stage) const {
 void SelfTest::check_peers() const {
   MNNVL_ASSERT(size >= 2 * kWords * sizeof(uint32_t) * context.size(), "buffer of ", size, " bytes");
   agree(context.exchange, "storing the self-test's patterns", context.where, [&] {
-    for (int reader = 0; reader < context.size(); ++reader) store_lines(*this, addresses[reader], reader, /*multicast=*/false);
+    for (int reader = 0; reader < context.size(); ++reader)
+      store_lines(*this, addresses[reader], reader, /*multicast=*/false);
   });
   agree(context.exchange, "self-test", context.where, [&] { verify_lines(*this, /*multicast=*/false); });
 }

@@ -23,8 +23,8 @@ struct SelfTest {
 
   // Sets every word of this rank's buffer to the value at rest.
   void fill_own(const std::string& stage) const;
-  // Stores a pattern that names writer and reader through every mapping, near its start and its end; the readers verify. The error names the
-  // pair. Leaves the patterns in place.
+  // Stores a pattern that names writer and reader through every mapping, near its start and its end; the readers
+  // verify. The error names the pair. Leaves the patterns in place.
   void check_peers() const;
   // The same through the multicast mapping.
   void check_multicast(CUdeviceptr address) const;

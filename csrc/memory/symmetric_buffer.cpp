@@ -40,8 +40,9 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
   // Stage 1. Capabilities, and the plan that follows from them.
   std::vector<Capabilities> compare(SetupContext& context, const SymmetricBufferOptions& options) {
     std::string where = str("host ", host_identity("").hostname, ", device ", options.device);
-    std::vector<std::string> records = agree_gather(context.exchange, "finding out what the device can do", where,
-                                                    [&] { return find_capabilities(context.driver, options).serialise(); });
+    std::vector<std::string> records = agree_gather(context.exchange, "finding out what the device can do", where, [&] {
+      return find_capabilities(context.driver, options).serialise();
+    });
     std::vector<Capabilities> ranks;
     std::vector<HostIdentity> hosts;
     for (const std::string& record : records) {
@@ -56,7 +57,8 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
   }
 
   // Stages 2 and 3. Allocate, export, exchange.
-  std::vector<SharedHandle> allocate(const SetupContext& context, const NcclLibrary* nccl, const SymmetricBufferOptions& options) {
+  std::vector<SharedHandle> allocate(const SetupContext& context, const NcclLibrary* nccl,
+                                     const SymmetricBufferOptions& options) {
     size_ = align_up(options.bytes, plan_.granularity);
     alignment_ = plan_.granularity;
     if (plan_.multicast) {
@@ -69,7 +71,8 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
     if (plan_.bootstrap == Bootstrap::kNccl && context.size() > 1) {
       agree(context.exchange, "finding NCCL", context.where, [&] {
         if (nccl == nullptr) {
-          fail(ErrorKind::kUnsupported, "bootstrap=\"nccl\" needs a NCCL library, and none is loaded; set bootstrap=\"store\"");
+          fail(ErrorKind::kUnsupported,
+               "bootstrap=\"nccl\" needs a NCCL library, and none is loaded; set bootstrap=\"store\"");
         }
       });
       route.nccl = nccl;
@@ -99,7 +102,8 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
     // An imported allocation is only needed to be mapped.
     const bool own = peer == context.rank();
     Allocation imported = own ? Allocation() : handle.import(context.driver);
-    mappings_.push_back(std::make_unique<Mapping>(context.driver, context.device, own ? memory_ : imported, size_, alignment_));
+    mappings_.push_back(
+        std::make_unique<Mapping>(context.driver, context.device, own ? memory_ : imported, size_, alignment_));
     addresses_.push_back(mappings_.back()->address());
   }
 
@@ -152,8 +156,9 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
 
 }  // namespace
 
-std::unique_ptr<SymmetricBuffer> SymmetricBuffer::create(const CudaDriver& driver, const NcclLibrary* nccl, const DeviceOps& ops,
-                                                         Exchange& exchange, const SymmetricBufferOptions& options) {
+std::unique_ptr<SymmetricBuffer> SymmetricBuffer::create(const CudaDriver& driver, const NcclLibrary* nccl,
+                                                         const DeviceOps& ops, Exchange& exchange,
+                                                         const SymmetricBufferOptions& options) {
   auto buffer = std::make_unique<SymmetricBufferImpl>();
   buffer->set_up(driver, nccl, ops, exchange, options);
   return buffer;

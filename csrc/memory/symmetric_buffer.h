@@ -33,8 +33,9 @@ class SymmetricBuffer {
   // Collective over `exchange`: capabilities, allocate, export, exchange, import and map, multicast, initialise,
   // self-test; each stage ends in an agreement (csrc/README.md lists them). Either returns on every rank or throws the
   // same Error on every rank with nothing left allocated.
-  static std::unique_ptr<SymmetricBuffer> create(const CudaDriver& driver, const NcclLibrary* nccl, const DeviceOps& ops,
-                                                 Exchange& exchange, const SymmetricBufferOptions& options);
+  static std::unique_ptr<SymmetricBuffer> create(const CudaDriver& driver, const NcclLibrary* nccl,
+                                                 const DeviceOps& ops, Exchange& exchange,
+                                                 const SymmetricBufferOptions& options);
   // Not collective: peers' mappings of this rank's memory stay valid. No kernel may use the buffer any more.
   virtual ~SymmetricBuffer() = default;
 

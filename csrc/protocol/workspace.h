@@ -16,8 +16,7 @@ constexpr int kGenerations = 3;
 constexpr int kStageAlign = 128;
 
 constexpr int kPipeBlocks = 96;  // most blocks of an epoch kernel
-constexpr int kPipeDepth = 4;    // slots per block and stage; csrc/README.md derives the number
-constexpr int kPipeStages = 2;   // 0: scatter (or gather) data, 1: reduced data
+constexpr int kPipeDepth = 4;    // slots per block; csrc/README.md derives the number
 
 // One cache line that peers may write to, and this rank's state that kernels advance. Zero at rest.
 struct alignas(128) DeviceControl {
@@ -53,12 +52,19 @@ struct WorkspaceLayout {
     // Slices are whole packs, so every source may take one pack more than its share of the bytes.
     l.generation_bytes = 2 * align_up(stage_bytes + int64_t{world_size} * kPackBytes, kStageAlign);
     l.pipe_offset = kGenerations * l.generation_bytes;
-    l.pipe_slot_bytes = align_down(pipe_bytes / (kPipeBlocks * kPipeDepth * kPipeStages), kStageAlign);
-    l.signal_offset = l.pipe_offset + l.pipe_slot_bytes * kPipeBlocks * kPipeDepth * kPipeStages;
+    l.pipe_slot_bytes = align_down(pipe_bytes / (kPipeBlocks * kPipeDepth), kStageAlign);
+    l.signal_offset = l.pipe_offset + l.pipe_slot_bytes * kPipeBlocks * kPipeDepth;
     l.control_offset =
-        l.signal_offset + align_up(int64_t{kPipeBlocks} * kPipeStages * kMaxWorldSize * 4, kStageAlign);
+        l.signal_offset + align_up(int64_t{kPipeBlocks} * kMaxWorldSize * 4, kStageAlign);
     l.total_bytes = l.control_offset + align_up(sizeof(DeviceControl), kStageAlign);
     return l;
+  }
+
+  // A process group's: three quarters for the Lamport generations (the longer an all-reduce kernel, the less its ends
+  // cost), the rest for the epoch slots.
+  static constexpr WorkspaceLayout for_group(int64_t bytes, int world_size) {
+    const int64_t stage = bytes / 8;
+    return make(stage, bytes - 2 * kGenerations * stage, world_size);
   }
 
   // Most elements one launch can carry.
