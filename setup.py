@@ -97,17 +97,18 @@ def find_toolkit() -> Toolkit | None:
         if not version or not top:
             continue
         homes = [Path(top.group(1)).resolve(), *(d for d in wheel_dirs() if d.name in ("cuda_runtime", "cuda_cccl"))]
-        includes = [str(h / "include") for h in homes if (h / "include").is_dir()]
+        includes = [str(d) for h in homes for d in (h / "include", h / "include" / "cccl") if d.is_dir()]
         libraries = [
             h / sub for h in homes for sub in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
         ]
         static = next((str(d) for d in libraries if (d / "libcudart_static.a").exists()), None)
-        if static and any(Path(i, "cuda_runtime.h").exists() for i in includes):
+        complete = all(any(Path(i, header).exists() for i in includes) for header in ("cuda_runtime.h", "nv/target"))
+        if static and complete:
             return Toolkit(nvcc, version.group(1), includes, static, choose_archs(nvcc))
     if wish == "1":
         raise SystemExit(
-            "MNNVL_WITH_CUDA=1, but no nvcc with cuda_runtime.h and libcudart_static.a was found: "
-            "set CUDA_HOME, or put nvcc on the PATH"
+            "MNNVL_WITH_CUDA=1, but no nvcc with cuda_runtime.h, nv/target and libcudart_static.a was found: set "
+            "CUDA_HOME, put nvcc on the PATH, or install nvidia-cuda-nvcc, nvidia-cuda-runtime and nvidia-cuda-cccl"
         )
     return None
 

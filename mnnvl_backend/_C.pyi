@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch._C._distributed_c10d import Backend, Store
 
-class Comm(Protocol):
+class _Comm(Protocol):
     def all_gather(self, data: bytes) -> list[bytes]: ...
 
 class ProcessGroupMNNVL(Backend):
@@ -23,11 +23,12 @@ class ProcessGroupMNNVL(Backend):
         blocking_wait: bool,
         nccl_path: str,
     ) -> None: ...
+    def perform_nocolor_split(self, device: object, /) -> None: ...
 
 class Workspace:
     def __init__(
         self,
-        comm: Comm,
+        comm: _Comm,
         rank: int,
         size: int,
         device_type: str,
@@ -48,4 +49,4 @@ def build_info() -> dict[str, Any]: ...
 def probe(nccl_path: str) -> dict[str, Any]: ...
 def choose_all_reduce(
     world_size: int, numel: int, dtype: int, strategy: int, workspace_bytes: int
-) -> tuple[str, int, int]: ...
+) -> tuple[str, int, int, int]: ...

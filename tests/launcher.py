@@ -14,8 +14,8 @@ process: no port is guessed, and it outlives every rank.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
+import fcntl
 import itertools
 import multiprocessing as mp
 import os
@@ -39,7 +39,7 @@ import torch.distributed as dist
 import mnnvl_backend
 
 GRACE_SECONDS = 5.0  # how long the others may take to fail too, so that their tracebacks are seen
-PR_SET_PDEATHSIG = 1
+F_SETSIG = 10  # linux/fcntl.h; Python doesn't have it
 _jobs = itertools.count()
 
 
@@ -260,10 +260,25 @@ def _prefixed(rank: int, text: str) -> str:
     return "".join(f"[rank{rank}] {line}\n" for line in text.splitlines())
 
 
+def _die_with_the_caller() -> None:
+    """However the caller ends and whatever this process does then, and the children of a body too.
+
+    The parent is the fork server, which lives as long as its children, so PR_SET_PDEATHSIG would not do. The caller
+    holds the other end of the sentinel pipe: the kernel sends SIGKILL to this process group when that end closes.
+    """
+    os.setpgid(0, 0)
+    caller = mp.parent_process()
+    assert caller is not None
+    fcntl.fcntl(caller.sentinel, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(caller.sentinel, F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(caller.sentinel, fcntl.F_SETFL, fcntl.fcntl(caller.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    if wait([caller.sentinel], 0):  # it was quicker
+        os._exit(1)
+
+
 def _work(connection: Connection, log: str) -> None:
     """A rank's process: bodies one after the other until the caller goes away."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the fork server ends with the caller
-    os.setpgid(0, 0)  # so that children of a body die with it
+    _die_with_the_caller()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -400,7 +400,8 @@ def leaks_body(rank: Rank, cycles: int) -> tuple[dict[str, int], dict[str, int]]
         works(rank)
         work = dist.all_reduce(torch.ones(5, device=rank.device), async_op=True)
         work.wait()
-        assert rank.device.type == "cuda" or footprint()["mappings"] == rank.world_size
+        if i == 1 and rank.device.type == "cpu":
+            assert footprint()["mappings"] == rank.world_size
         dist.destroy_process_group()
 
     for i in range(2):

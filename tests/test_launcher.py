@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +76,30 @@ def test_dead_rank(ranks):
     assert run_ranks(die_on_one, 2, backend=None, may_die=[1]) == ["alive", Died(-signal.SIGKILL)]
     with pytest.raises(RankFailure, match="died with exit code -9"):
         ranks(die_on_one, 2, backend=None)
+
+
+def test_no_orphans_when_the_caller_is_killed(tmp_path):
+    script = tmp_path / "caller.py"
+    script.write_text(f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
+import test_launcher
+from launcher import RankPool
+if __name__ == "__main__":
+    pool = RankPool()
+    print(*pool.run(test_launcher.process_id, 2, backend=None), flush=True)
+    pool.run(test_launcher.sleep_long, 2, backend=None)
+""")
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout is not None
+        ranks = list(map(int, caller.stdout.readline().split()))
+        assert len(ranks) == 2
+        time.sleep(0.5)  # into sleep_long
+        caller.kill()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.05)
 
 
 def test_environment_is_of_one_body(ranks):

@@ -4,6 +4,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "backend/errors.h"
+#include "backend/generic_reduce.h"
 #include "backend/store_exchange.h"
 #include "backend/tensors.h"
 #include "backend/work.h"
@@ -169,11 +170,20 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::allreduce(std::vector<at::Tens
                                                             const c10d::AllreduceOptions& opts) {
   check_single(tensors, "all_reduce");
   const at::Tensor& tensor = tensors[0];
-  const Dtype dtype = reduce_dtype(tensor);
-  const ReduceOp op = reduce_op(opts.reduceOp);
+  const std::optional<Dtype> dtype = kernel_dtype(tensor);
+  const std::optional<ReduceOp> op = kernel_op(opts.reduceOp);
+  const bool has_kernel = dtype && op;
+  if (!has_kernel) check_generic_reduce(tensor, opts.reduceOp);
   if (size_ == 1 || tensor.numel() == 0) return completed_work(rank_, c10d::OpType::ALLREDUCE, tensors);
+  if (!has_kernel) {
+    return run(c10d::OpType::ALLREDUCE, tensor.device(), opts.asyncOp, tensors, tensors,
+               [tensor, op = opts.reduceOp.op_, size = size_](Transport& transport, void* stream) {
+                 generic_all_reduce(transport, tensor, op, size, stream);
+               });
+  }
   return run(c10d::OpType::ALLREDUCE, tensor.device(), opts.asyncOp, tensors, tensors,
-             [data = tensor.data_ptr(), numel = tensor.numel(), dtype, op](Transport& transport, void* stream) {
+             [data = tensor.data_ptr(), numel = tensor.numel(), dtype = *dtype, op = *op](Transport& transport,
+                                                                                          void* stream) {
                transport.all_reduce(data, data, numel, dtype, op, Strategy::kAuto, /*pdl=*/false, stream);
              });
 }

@@ -25,24 +25,19 @@ void check_same(const at::Tensor& tensor, const at::Tensor& like, const char* op
                    like.scalar_type(), ", got ", tensor.scalar_type());
 }
 
-Dtype reduce_dtype(const at::Tensor& tensor) {
+std::optional<Dtype> kernel_dtype(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat: return Dtype::kFloat32;
     case at::kHalf: return Dtype::kFloat16;
     case at::kBFloat16: return Dtype::kBFloat16;
-    default: break;
+    default: return std::nullopt;
   }
-  TORCH_CHECK_TYPE(false, "mnnvl all_reduce: tensor: expected dtype float32, float16 or bfloat16, got ",
-                   tensor.scalar_type());
 }
 
-ReduceOp reduce_op(const c10d::ReduceOp& op) {
+std::optional<ReduceOp> kernel_op(const c10d::ReduceOp& op) {
   if (op == c10d::ReduceOp::SUM) return ReduceOp::kSum;
   if (op == c10d::ReduceOp::AVG) return ReduceOp::kAvg;
-  static constexpr const char* kNames[] = {"SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR", "PREMUL_SUM"};
-  const auto index = static_cast<size_t>(static_cast<c10d::ReduceOp::RedOpType>(op));
-  TORCH_CHECK_VALUE(false, "mnnvl all_reduce: op: expected SUM or AVG, got ",
-                    index < std::size(kNames) ? kNames[index] : "an unknown operation");
+  return std::nullopt;
 }
 
 }  // namespace mnnvl

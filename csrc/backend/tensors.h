@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/distributed/c10d/Types.hpp>
 
+#include <optional>
 #include <vector>
 
 #include "protocol/types.h"
@@ -16,9 +17,8 @@ void check_dense(const at::Tensor& tensor, const char* op, const char* argument)
 void check_single(const std::vector<at::Tensor>& tensors, const char* op);
 void check_same(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument);
 
-// float32, float16, bfloat16; TypeError otherwise.
-Dtype reduce_dtype(const at::Tensor& tensor);
-// SUM, AVG; ValueError otherwise.
-ReduceOp reduce_op(const c10d::ReduceOp& op);
+// What the kernels reduce: SUM and AVG of float32, float16 and bfloat16. Nothing for any other.
+std::optional<Dtype> kernel_dtype(const at::Tensor& tensor);
+std::optional<ReduceOp> kernel_op(const c10d::ReduceOp& op);
 
 }  // namespace mnnvl

@@ -36,7 +36,9 @@ void Workspace::all_reduce(const at::Tensor& input, at::Tensor& output, Strategy
   TORCH_CHECK_VALUE(input.sizes() == output.sizes() && input.strides() == output.strides(),
                     "mnnvl trtllm_mnnvl_allreduce: output: expected sizes ", input.sizes(), " and strides ",
                     input.strides(), " like the input, got ", output.sizes(), " and ", output.strides());
-  const Dtype dtype = reduce_dtype(input);
+  const std::optional<Dtype> dtype = kernel_dtype(input);
+  TORCH_CHECK_TYPE(dtype, "mnnvl trtllm_mnnvl_allreduce: input: expected dtype float32, float16 or bfloat16, got ",
+                   input.scalar_type());
   if (input.numel() == 0) return;
   if (size_ == 1) {
     if (!output.is_same(input)) output.copy_(input);
@@ -51,7 +53,7 @@ void Workspace::all_reduce(const at::Tensor& input, at::Tensor& output, Strategy
       stream_order_.enter(stream);
       native = stream.native_handle();
     }
-    transport_->all_reduce(input.data_ptr(), output.data_ptr(), input.numel(), dtype, ReduceOp::kSum, strategy, pdl,
+    transport_->all_reduce(input.data_ptr(), output.data_ptr(), input.numel(), *dtype, ReduceOp::kSum, strategy, pdl,
                            native);
   });
 }

@@ -1,0 +1,239 @@
+"""CUDA graphs of collectives. Every rank's transport must be set up before a capture (one eager call does it), since
+nothing may be allocated or loaded inside one; after that a graph can be replayed any number of times, between eager
+calls of any other kind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from launcher import Rank
+from reference import INTEGER_OF, random_input, rank_order_sum
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+VARIANTS = 4  # inputs prepared per call; a replay takes one at random, so a result left from the last one shows
+REPLAYS = 100
+# Both sides of every crossover between algorithms, up to the epoch kernel of over 4 MiB.
+SIZES = [(7, torch.bfloat16), (5001, torch.float32), (300_001, torch.bfloat16), (70_000, torch.float16),
+         (2_500_003, torch.bfloat16), (8, torch.float32), (1_100_000, torch.float32)]  # fmt: skip
+
+
+def world_sizes() -> list[int]:
+    """2, 3 and 4 as far as there are GPUs; two ranks on a single one."""
+    count = torch.cuda.device_count()
+    return [n for n in (2, 3, 4) if n <= max(2, count)]
+
+
+def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.equal(actual.view(INTEGER_OF[actual.dtype]), expected.view(INTEGER_OF[expected.dtype]))
+
+
+@dataclass
+class Step:
+    """One collective of a graph: `source` is filled before a replay, the graph copies it to `result` and works there,
+    so that a graph replayed twice gives the same again."""
+
+    what: str
+    source: torch.Tensor
+    result: torch.Tensor
+    mine: list[torch.Tensor]  # inputs of this rank, by variant
+    expected: list[torch.Tensor]
+    run: Callable[[], None]
+    chosen: int = 0
+
+    def choose(self, variant: int) -> None:
+        self.chosen = variant
+        self.source.copy_(self.mine[variant])
+
+    def check(self, when: str) -> None:
+        assert same_bits(self.result, self.expected[self.chosen]), f"{when}: {self.what}"
+
+
+def make_step(
+    rank: Rank, kind: str, numel: int, dtype: torch.dtype, seed: int, group: dist.ProcessGroup | None = None
+) -> Step:
+    n = rank.world_size
+    inputs = [[random_input(r, numel, dtype, seed * 10 + v) for r in range(n)] for v in range(VARIANTS)]
+    root = seed % n
+    if kind == "all_gather":
+        expected = [torch.cat(variant) for variant in inputs]
+    elif kind == "broadcast":
+        expected = [variant[root] for variant in inputs]
+    else:
+        expected = [rank_order_sum(variant) for variant in inputs]
+    source = torch.zeros(numel, dtype=dtype, device=rank.device)
+    result = torch.zeros(expected[0].numel(), dtype=dtype, device=rank.device)
+
+    def run() -> None:
+        if kind == "all_gather":
+            dist.all_gather_into_tensor(result, source, group=group)
+            return
+        result.copy_(source)
+        if kind == "broadcast":
+            dist.broadcast(result, root, group=group)
+        elif kind == "async":
+            dist.all_reduce(result, group=group, async_op=True).wait()
+        elif kind == "side stream":
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                dist.all_reduce(result, group=group)
+            current.wait_stream(side)
+        else:
+            dist.all_reduce(result, group=group)
+
+    mine = [variant[rank.rank].to(rank.device) for variant in inputs]
+    return Step(f"{kind} of {numel} x {dtype}", source, result, mine, [e.to(rank.device) for e in expected], run)
+
+
+def capture(steps: list[Step], group: dist.ProcessGroup | None = None) -> torch.cuda.CUDAGraph:
+    """Also sees to it that the collectives themselves allocate nothing while captured."""
+    for step in steps:  # the eager call that sets up, and warms up whatever torch allocates
+        step.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        for step in steps:
+            step.run()
+        allocated = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+    assert allocated == 0, f"{allocated} allocations inside the capture"
+    return graph
+
+
+def eager_call(rank: Rank, plan: random.Random, number: int) -> None:
+    """Something else in the same workspace."""
+    kind = plan.choice(["all_reduce", "all_reduce", "async", "broadcast", "all_gather"])
+    numel, dtype = int(2 ** plan.uniform(0, 18)), plan.choice([torch.float32, torch.float16, torch.bfloat16])
+    inputs = [random_input(r, numel, dtype, number) for r in range(rank.world_size)]
+    x = inputs[rank.rank].to(rank.device)
+    if kind == "all_gather":
+        out = torch.empty(rank.world_size * numel, dtype=dtype, device=rank.device)
+        dist.all_gather_into_tensor(out, x)
+        x, expected = out, torch.cat(inputs)
+    elif kind == "broadcast":
+        root = plan.randrange(rank.world_size)
+        dist.broadcast(x, root)
+        expected = inputs[root]
+    else:
+        work = dist.all_reduce(x, async_op=kind == "async")
+        if work is not None:
+            work.wait()
+        expected = rank_order_sum(inputs)
+    assert same_bits(x, expected.to(rank.device)), f"eager {kind} of {numel} x {dtype} after replay {number}"
+
+
+def replay_and_check(rank: Rank, graphs: list[tuple[torch.cuda.CUDAGraph, list[Step]]], seed: int) -> None:
+    plan = random.Random(seed)
+    for replay in range(REPLAYS):
+        graph, steps = plan.choice(graphs)
+        for step in steps:
+            step.choose(plan.randrange(VARIANTS))
+        for _ in range(plan.choice([1, 1, 3])):
+            graph.replay()
+        for step in steps:
+            step.check(f"replay {replay}")
+        if plan.random() < 0.5:
+            eager_call(rank, plan, replay)
+
+
+def sizes_body(rank: Rank) -> None:
+    assert len(SIZES) % 2 == 1  # so that generations don't come round to where they were at the capture
+    steps = [make_step(rank, "all_reduce", numel, dtype, i) for i, (numel, dtype) in enumerate(SIZES)]
+    replay_and_check(rank, [(capture(steps), steps)], seed=1)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "oneshot", "twoshot"])
+@pytest.mark.parametrize("world_size", world_sizes())
+def test_sizes_replayed_between_eager_calls(ranks, world_size, strategy):
+    """100 replays of an odd number of calls, fresh inputs each time, every bit checked."""
+    ranks(sizes_body, world_size, "cuda", timeout=115, options={"strategy": strategy})
+
+
+def kinds_body(rank: Rank) -> None:
+    kinds = ["all_reduce", "broadcast", "all_gather", "async", "side stream"]
+    steps = [make_step(rank, kind, 1001 + 7000 * i, torch.bfloat16, i) for i, kind in enumerate(kinds)]
+    replay_and_check(rank, [(capture(steps), steps)], seed=2)
+
+
+@pytest.mark.parametrize("world_size", world_sizes())
+def test_every_collective_async_and_on_a_side_stream(ranks, world_size):
+    ranks(kinds_body, world_size, "cuda", timeout=115)
+
+
+def several_graphs_body(rank: Rank) -> None:
+    """Graphs of one, two and three calls in one workspace, replayed in random order."""
+    graphs = []
+    for count in (1, 2, 3):
+        picked = [(SIZES[(count + i) % len(SIZES)], i) for i in range(count)]
+        steps = [make_step(rank, "all_reduce", numel, dtype, 20 * count + i) for (numel, dtype), i in picked]
+        graphs.append((capture(steps), steps))
+    replay_and_check(rank, graphs, seed=3)
+
+
+@pytest.mark.parametrize("world_size", world_sizes())
+def test_several_graphs_in_random_order(ranks, world_size):
+    ranks(several_graphs_body, world_size, "cuda", timeout=115)
+
+
+def groups_body(rank: Rank) -> None:
+    """Groups of all three strategies in one graph: each has a workspace, and the graph orders them."""
+    steps = []
+    for seed, strategy in enumerate(["oneshot", "twoshot", "auto"]):
+        group = dist.new_group(backend="mnnvl", pg_options=rank.options(strategy=strategy))
+        numels = [9, 40_001, 200_000]
+        steps += [make_step(rank, "all_reduce", n, torch.float16, 5 + seed, group) for n in numels]
+    replay_and_check(rank, [(capture(steps), steps)], seed=4)
+
+
+@pytest.mark.parametrize("world_size", world_sizes())
+def test_groups_of_every_strategy_in_one_graph(ranks, world_size):
+    ranks(groups_body, world_size, "cuda", timeout=115)
+
+
+def unprepared_body(rank: Rank) -> None:
+    """Set-up needs the host and the driver: without an eager call before, a capture must fail, not hang or corrupt."""
+    x = torch.ones(8, device=rank.device)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError), torch.cuda.graph(graph):
+        dist.all_reduce(x)
+    torch.cuda.synchronize()
+    rank.meet()
+    dist.destroy_process_group()
+    rank.init(prefix="again")
+    dist.all_reduce(x)
+    assert x.tolist() == [rank.world_size] * 8
+
+
+def test_capture_before_set_up_is_an_error(ranks):
+    ranks(unprepared_body, 2, "cuda")
+
+
+def late_replay_body(rank: Rank) -> None:
+    """A rank that doesn't replay: the others' graph ends at the timeout, and says whom it waited for."""
+    from datetime import timedelta
+
+    rank.init(timeout=timedelta(seconds=2))
+    step = make_step(rank, "all_reduce", 1000, torch.float32, 1)
+    graph = capture([step])
+    rank.meet("captured")
+    if rank.rank == 0:
+        graph.replay()
+        torch.cuda.synchronize()
+        with pytest.raises(dist.DistBackendError, match=r"rank 1\b"):
+            step.run()
+    rank.meet("failed")
+    del graph
+    dist.destroy_process_group()
+    rank.init(prefix="again")
+    step.run()
+    step.check("new group")
+
+
+def test_late_rank_in_a_replay(ranks):
+    ranks(late_replay_body, 2, "cuda", backend=None)
