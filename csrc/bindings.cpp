@@ -56,6 +56,12 @@ TransportOptions transport_options(int64_t timeout_ms, int strategy, bool multic
 
 void bind_process_group(py::module_& m) {
   const py::object base = py::module_::import("torch._C._distributed_c10d").attr("Backend");
+  // Read and copied by torch before it splits a group.
+  using Options = ProcessGroupMNNVL::Options;
+  const auto copy = [](const Options& self) { return c10::make_intrusive<Options>(self); };
+  py::class_<Options, c10::intrusive_ptr<Options>>(m, "ProcessGroupOptions", base.attr("Options"))
+      .def("__copy__", copy)
+      .def("__deepcopy__", [copy](const Options& self, const py::dict& /*memo*/) { return copy(self); });
   py::class_<ProcessGroupMNNVL, c10::intrusive_ptr<ProcessGroupMNNVL>>(m, "ProcessGroupMNNVL", base)
       .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, int64_t timeout_ms,
                        int64_t workspace_bytes, int strategy, bool multicast, int bootstrap, std::string host_id,
@@ -71,6 +77,7 @@ void bind_process_group(py::module_& m) {
            py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("timeout_ms"), py::arg("workspace_bytes"),
            py::arg("strategy"), py::arg("multicast"), py::arg("bootstrap"), py::arg("host_id"),
            py::arg("blocking_wait"), py::arg("nccl_path"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("options", &ProcessGroupMNNVL::options)
       .def("abort", &ProcessGroupMNNVL::abort, py::call_guard<py::gil_scoped_release>())
       .def("shutdown", &ProcessGroupMNNVL::shutdown, py::call_guard<py::gil_scoped_release>())
       // new_group() of torch calls this on the ranks outside a new group when the parent supports splitting; a split here

@@ -23,6 +23,9 @@ def _autoload() -> None:
     looks this name up in the half-initialised module. Must be fast and must never raise.
     """
     try:
+        # First of all, so that the call from within this import finds `registration` not yet begun, not half done.
+        import torch  # noqa: F401
+
         from mnnvl_backend import registration
 
         registration.register()

@@ -80,7 +80,7 @@ build() {
   say "building (log in $log; the first time takes minutes)"
   if ! "$@" >"$log" 2>&1; then
     # The compiler's words; what follows them in the log is Python's way out.
-    grep -E -A 8 '(error|fatal)( #[0-9]+)?:|^ *FAILED' "$log" | head -n 60 >&2 || tail -n 60 "$log" >&2
+    sed '/Traceback (most recent call last)/q' "$log" | tail -n 60 >&2
     die "the build failed; the whole log is in $log"
   fi
   sed -n 's/^ *\(mnnvl_backend: .*\)/\1/p' "$log"

@@ -14,9 +14,10 @@ fi
 
 failed=()
 check() {
-  say "$1"
+  local name=$1
   shift
-  "$@" || failed+=("$*")
+  say "$name"
+  "$@" || failed+=("$name")
 }
 check "ruff" "$PYTHON" -m ruff check "${paths[@]}"
 check "ruff format" "$PYTHON" -m ruff format --check "${paths[@]}"
@@ -24,4 +25,4 @@ check "mypy" "$PYTHON" -m mypy
 check "include rules" "$PYTHON" scripts/check_includes.py
 check "clang-format" xargs clang-format --dry-run --Werror <<<"$sources"
 check "stub against module" "$PYTHON" -m mypy.stubtest mnnvl_backend._C --allowlist scripts/stubtest.allow --ignore-unused-allowlist
-[ ${#failed[@]} -eq 0 ] || die "failed: ${failed[*]%% *}"
+[ ${#failed[@]} -eq 0 ] || die "failed: $(IFS=,; echo "${failed[*]}")"

@@ -121,7 +121,7 @@ def test_trains_like_one_process(ranks, device, variant):
     ranks(ddp_body, 3, device, args=(VARIANTS[variant], False, False, False))
 
 
-@pytest.mark.parametrize("variant", ["views", "views, static graph"])
+@pytest.mark.parametrize("variant", ["plain", "views"])
 def test_no_sync_accumulates(ranks, device, variant):
     ranks(ddp_body, 2, device, args=(VARIANTS[variant], True, False, False))
 

@@ -333,6 +333,32 @@ def test_abort_from_another_thread_ends_waits_everywhere(device):
     run_ranks(abort_body, 3, device)
 
 
+def abort_in_set_up_body(rank: Rank) -> None:
+    rank.init(timeout=timedelta(seconds=4))
+    if rank.rank == 0:
+        backend = dist.group.WORLD._get_backend(rank.device)
+        returned: list[float] = []
+        start = time.monotonic()
+
+        def abort() -> None:
+            backend.abort()
+            returned.append(time.monotonic() - start)
+
+        timer = threading.Timer(0.3, abort)
+        timer.start()
+        with pytest.raises(dist.DistBackendError):
+            call(rank)
+        timer.join()
+        assert returned[0] < 2, f"abort() itself took {returned[0]:.1f} s"
+    rank.meet("failed")
+    new_default_group_works(rank)
+
+
+def test_abort_during_set_up_does_not_wait_for_it(device):
+    """Rank 1 never comes to the set-up; abort() from another thread returns at once all the same."""
+    run_ranks(abort_in_set_up_body, 2, device, backend=None)
+
+
 def abort_idle_body(rank: Rank) -> None:
     dist.group.WORLD._get_backend(rank.device).abort()
     dist.destroy_process_group()
@@ -367,6 +393,46 @@ def destroy_body(rank: Rank) -> None:
 
 def test_destroy_idle_used_and_twice(ranks, device):
     ranks(destroy_body, 2, device)
+
+
+def destroy_under_threads_body(rank: Rank) -> None:
+    """One thread waits in a call for a rank that never comes, others have queued behind it; destroy ends them all."""
+    rank.init(timeout=SHORT)
+    works(rank)
+    rank.meet("ready")
+    if rank.rank == 0:
+        backend = dist.group.WORLD._get_backend(rank.device)
+        failures: list[Exception] = []
+
+        def waits(opts: dist.AllreduceOptions) -> None:
+            try:
+                backend.allreduce([torch.ones(100, device=rank.device)], opts).wait()
+                if rank.device.type == "cuda":
+                    torch.cuda.synchronize()
+                    backend.allreduce([torch.ones(100, device=rank.device)], opts).wait()
+            except dist.DistBackendError as error:
+                failures.append(error)
+
+        threads = []
+        for async_op in (False, True, True):
+            opts = dist.AllreduceOptions()
+            opts.asyncOp = async_op
+            threads.append(threading.Thread(target=waits, args=(opts,)))
+            threads[-1].start()
+            time.sleep(0.1)  # so that each is inside its call
+        start = time.monotonic()
+        dist.destroy_process_group()
+        for thread in threads:
+            thread.join(NOTICED_WITHIN)
+        assert not any(thread.is_alive() for thread in threads)
+        assert time.monotonic() - start < NOTICED_WITHIN
+        assert len(failures) == 3
+    rank.meet("destroyed")
+    new_default_group_works(rank)
+
+
+def test_destroy_while_other_threads_wait(device):
+    run_ranks(destroy_under_threads_body, 2, device, backend=None, timeout=20)
 
 
 def destroy_with_work_in_flight_body(rank: Rank) -> list[float]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-from launcher import Rank
+from launcher import Rank, run_ranks
 from reference import INTEGER_OF, random_input, rank_order_sum
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -210,14 +211,12 @@ def unprepared_body(rank: Rank) -> None:
     assert x.tolist() == [rank.world_size] * 8
 
 
-def test_capture_before_set_up_is_an_error(ranks):
-    ranks(unprepared_body, 2, "cuda")
+def test_capture_before_set_up_is_an_error():
+    run_ranks(unprepared_body, 2, "cuda")
 
 
 def late_replay_body(rank: Rank) -> None:
     """A rank that doesn't replay: the others' graph ends at the timeout, and says whom it waited for."""
-    from datetime import timedelta
-
     rank.init(timeout=timedelta(seconds=2))
     step = make_step(rank, "all_reduce", 1000, torch.float32, 1)
     graph = capture([step])

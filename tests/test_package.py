@@ -37,18 +37,38 @@ def python(code: str, **env: str) -> str:
 # Import and registration.
 
 
-@pytest.mark.parametrize("first", ["torch", "mnnvl_backend"])
-def test_import_registers_and_loads_nothing(first):
-    out = python(f"""
+@pytest.fixture
+def entry_point(tmp_path):
+    """A folder for the path that makes the package look installed."""
+    info = tmp_path / "mnnvl_backend-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mnnvl-backend\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\nmnnvl = mnnvl_backend:_autoload\n")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("autoload", ["0", "1"])
+@pytest.mark.parametrize("first", ["torch", "mnnvl_backend", "mnnvl_backend.registration", "mnnvl_backend.functional"])
+def test_import_registers_and_loads_nothing(first, autoload, entry_point):
+    out = python(
+        f"""
+import warnings
+warnings.simplefilter("error")
 import {first}
-import mnnvl_backend, sys, torch
+import sys, torch
+if {autoload} == 0:
+    import mnnvl_backend
 assert torch.distributed.Backend.MNNVL == "mnnvl"
 assert torch.distributed.Backend.backend_capability["mnnvl"] == ["cpu", "cuda"]
 assert torch.distributed.Backend.default_device_backend_map["cuda"] == "nccl"
-assert "mnnvl_backend._C" not in sys.modules and "mnnvl_backend.functional" not in sys.modules
+assert "mnnvl_backend._C" not in sys.modules
+assert "mnnvl_backend.workspace" not in sys.modules or {first!r} == "mnnvl_backend.functional"
 assert not torch.cuda.is_initialized()
 print("fine")
-""")
+""",
+        PYTHONPATH=os.pathsep.join([str(ROOT), entry_point]),
+        TORCH_DEVICE_BACKEND_AUTOLOAD=autoload,
+    )
     assert "fine" in out
 
 

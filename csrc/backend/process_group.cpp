@@ -21,6 +21,16 @@ c10::intrusive_ptr<CpuWork> completed_work(int rank, c10d::OpType op, std::vecto
   return work;
 }
 
+using Body = std::function<void(Transport&, void*)>;
+
+// Several collectives as one work.
+Body in_turn(std::vector<Body> bodies) {
+  if (bodies.size() == 1) return std::move(bodies[0]);
+  return [bodies = std::move(bodies)](Transport& transport, void* stream) {
+    for (const Body& body : bodies) body(transport, stream);
+  };
+}
+
 }  // namespace
 
 ProcessGroupMNNVL::ProcessGroupMNNVL(c10::intrusive_ptr<c10d::Store> store, int rank, int size,
@@ -166,26 +176,45 @@ void ProcessGroupMNNVL::work_loop() {
   }
 }
 
+ProcessGroupMNNVL::Body ProcessGroupMNNVL::reduce_body(const at::Tensor& tensor, const c10d::ReduceOp& reduce_op) {
+  const std::optional<Dtype> dtype = kernel_dtype(tensor);
+  const std::optional<ReduceOp> op = kernel_op(reduce_op);
+  if (dtype && op) {
+    return [data = tensor.data_ptr(), numel = tensor.numel(), dtype = *dtype, op = *op](Transport& transport,
+                                                                                        void* stream) {
+      transport.all_reduce(data, data, numel, dtype, op, Strategy::kAuto, /*pdl=*/false, stream);
+    };
+  }
+  check_generic_reduce(tensor, reduce_op);
+  return [tensor, op = reduce_op.op_, size = size_](Transport& transport, void* stream) {
+    generic_all_reduce(transport, tensor, op, size, stream);
+  };
+}
+
 c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::allreduce(std::vector<at::Tensor>& tensors,
                                                             const c10d::AllreduceOptions& opts) {
   check_single(tensors, "all_reduce");
-  const at::Tensor& tensor = tensors[0];
-  const std::optional<Dtype> dtype = kernel_dtype(tensor);
-  const std::optional<ReduceOp> op = kernel_op(opts.reduceOp);
-  const bool has_kernel = dtype && op;
-  if (!has_kernel) check_generic_reduce(tensor, opts.reduceOp);
-  if (size_ == 1 || tensor.numel() == 0) return completed_work(rank_, c10d::OpType::ALLREDUCE, tensors);
-  if (!has_kernel) {
-    return run(c10d::OpType::ALLREDUCE, tensor.device(), opts.asyncOp, tensors, tensors,
-               [tensor, op = opts.reduceOp.op_, size = size_](Transport& transport, void* stream) {
-                 generic_all_reduce(transport, tensor, op, size, stream);
-               });
+  return reduce_all(c10d::OpType::ALLREDUCE, tensors, opts);
+}
+
+c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::allreduce_coalesced(std::vector<at::Tensor>& tensors,
+                                                                      const c10d::AllreduceCoalescedOptions& opts) {
+  for (const at::Tensor& tensor : tensors) {
+    check_dense(tensor, "all_reduce_coalesced", "tensors");
+    check_same_device(tensor, tensors[0], "all_reduce_coalesced", "tensors");
   }
-  return run(c10d::OpType::ALLREDUCE, tensor.device(), opts.asyncOp, tensors, tensors,
-             [data = tensor.data_ptr(), numel = tensor.numel(), dtype = *dtype, op = *op](Transport& transport,
-                                                                                          void* stream) {
-               transport.all_reduce(data, data, numel, dtype, op, Strategy::kAuto, /*pdl=*/false, stream);
-             });
+  return reduce_all(c10d::OpType::ALLREDUCE_COALESCED, tensors, opts);
+}
+
+c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::reduce_all(c10d::OpType op, std::vector<at::Tensor>& tensors,
+                                                             const c10d::AllreduceOptions& opts) {
+  std::vector<Body> bodies;
+  for (const at::Tensor& tensor : tensors) {
+    Body body = reduce_body(tensor, opts.reduceOp);
+    if (tensor.numel() > 0) bodies.push_back(std::move(body));
+  }
+  if (size_ == 1 || bodies.empty()) return completed_work(rank_, op, tensors);
+  return run(op, tensors[0].device(), opts.asyncOp, tensors, tensors, in_turn(std::move(bodies)));
 }
 
 c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::broadcast(std::vector<at::Tensor>& tensors,
@@ -239,25 +268,47 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::allgather(std::vector<std::vec
 
 c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::_allgather_base(at::Tensor& output, at::Tensor& input,
                                                                   const c10d::AllgatherOptions& opts) {
-  check_dense(input, "all_gather_into_tensor", "input");
-  check_dense(output, "all_gather_into_tensor", "output");
-  check_same(output, input, "all_gather_into_tensor", "output");
-  TORCH_CHECK_VALUE(output.is_contiguous() && input.is_contiguous(),
-                    "mnnvl all_gather_into_tensor: expected contiguous tensors");
-  TORCH_CHECK_VALUE(output.numel() == input.numel() * size_, "mnnvl all_gather_into_tensor: output: expected ",
-                    input.numel() * size_, " elements, got ", output.numel());
-  if (size_ == 1) {
-    output.view(-1).copy_(input.view(-1));
-    return completed_work(rank_, c10d::OpType::_ALLGATHER_BASE, {output});
+  std::vector<at::Tensor> outputs{output}, inputs{input};
+  return gather_into_tensors(c10d::OpType::_ALLGATHER_BASE, outputs, inputs, opts);
+}
+
+c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::allgather_into_tensor_coalesced(std::vector<at::Tensor>& outputs,
+                                                                                  std::vector<at::Tensor>& inputs,
+                                                                                  const c10d::AllgatherOptions& opts) {
+  TORCH_CHECK_VALUE(outputs.size() == inputs.size(), "mnnvl all_gather_into_tensor_coalesced: outputs: expected ",
+                    inputs.size(), " tensors like the inputs, got ", outputs.size());
+  return gather_into_tensors(c10d::OpType::ALLGATHER_COALESCED, outputs, inputs, opts);
+}
+
+c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::gather_into_tensors(c10d::OpType op, std::vector<at::Tensor>& outputs,
+                                                                      std::vector<at::Tensor>& inputs,
+                                                                      const c10d::AllgatherOptions& opts) {
+  std::vector<Body> bodies;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const at::Tensor &input = inputs[i], &output = outputs[i];
+    check_dense(input, "all_gather_into_tensor", "input");
+    check_dense(output, "all_gather_into_tensor", "output");
+    check_same_device(input, inputs[0], "all_gather_into_tensor", "input");
+    check_same(output, input, "all_gather_into_tensor", "output");
+    TORCH_CHECK_VALUE(output.is_contiguous() && input.is_contiguous(),
+                      "mnnvl all_gather_into_tensor: expected contiguous tensors");
+    TORCH_CHECK_VALUE(output.numel() == input.numel() * size_, "mnnvl all_gather_into_tensor: output: expected ",
+                      input.numel() * size_, " elements, got ", output.numel());
+    if (input.numel() == 0) continue;
+    bodies.push_back([in = input.data_ptr(), out = static_cast<std::byte*>(output.data_ptr()),
+                      bytes = int64_t(input.nbytes()), size = size_](Transport& transport, void* stream) {
+      std::vector<void*> outs;
+      for (int r = 0; r < size; ++r) outs.push_back(out + r * bytes);
+      transport.all_gather(in, outs.data(), bytes, stream);
+    });
   }
-  if (input.numel() == 0) return completed_work(rank_, c10d::OpType::_ALLGATHER_BASE, {output});
-  return run(c10d::OpType::_ALLGATHER_BASE, input.device(), opts.asyncOp, {input, output}, {output},
-             [in = input.data_ptr(), out = static_cast<std::byte*>(output.data_ptr()),
-              bytes = int64_t(input.nbytes()), size = size_](Transport& transport, void* stream) {
-               std::vector<void*> outs;
-               for (int r = 0; r < size; ++r) outs.push_back(out + r * bytes);
-               transport.all_gather(in, outs.data(), bytes, stream);
-             });
+  if (size_ == 1) {
+    for (size_t i = 0; i < inputs.size(); ++i) outputs[i].view(-1).copy_(inputs[i].view(-1));
+  }
+  if (size_ == 1 || bodies.empty()) return completed_work(rank_, op, outputs);
+  std::vector<at::Tensor> kept(inputs);
+  kept.insert(kept.end(), outputs.begin(), outputs.end());
+  return run(op, inputs[0].device(), opts.asyncOp, std::move(kept), outputs, in_turn(std::move(bodies)));
 }
 
 at::Device ProcessGroupMNNVL::barrier_device(const c10d::BarrierOptions& opts) const {

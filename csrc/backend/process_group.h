@@ -30,9 +30,12 @@ class ProcessGroupMNNVL final : public c10d::Backend {
 
   const std::string getBackendName() const override { return "mnnvl"; }
   c10::intrusive_ptr<c10d::Backend::Options> getBackendOptions() override { return options_; }
+  c10::intrusive_ptr<Options> options() const { return options_; }
 
   c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors,
                                            const c10d::AllreduceOptions& opts = {}) override;
+  c10::intrusive_ptr<c10d::Work> allreduce_coalesced(std::vector<at::Tensor>& tensors,
+                                                     const c10d::AllreduceCoalescedOptions& opts = {}) override;
   c10::intrusive_ptr<c10d::Work> broadcast(std::vector<at::Tensor>& tensors,
                                            const c10d::BroadcastOptions& opts = {}) override;
   c10::intrusive_ptr<c10d::Work> allgather(std::vector<std::vector<at::Tensor>>& outputs,
@@ -40,6 +43,9 @@ class ProcessGroupMNNVL final : public c10d::Backend {
                                            const c10d::AllgatherOptions& opts = {}) override;
   c10::intrusive_ptr<c10d::Work> _allgather_base(at::Tensor& output, at::Tensor& input,
                                                  const c10d::AllgatherOptions& opts = {}) override;
+  c10::intrusive_ptr<c10d::Work> allgather_into_tensor_coalesced(std::vector<at::Tensor>& outputs,
+                                                                 std::vector<at::Tensor>& inputs,
+                                                                 const c10d::AllgatherOptions& opts = {}) override;
   c10::intrusive_ptr<c10d::Work> barrier(const c10d::BarrierOptions& opts = {}) override;
 
   // Splitting makes a new group over the same store; nothing of the parent is shared.
@@ -60,6 +66,14 @@ class ProcessGroupMNNVL final : public c10d::Backend {
  private:
   // What one collective does, given its transport and native stream (null on the CPU).
   using Body = std::function<void(Transport&, void* stream)>;
+
+  // Checks the arguments; what it returns can only fail for reasons of the group.
+  Body reduce_body(const at::Tensor& tensor, const c10d::ReduceOp& reduce_op);
+  c10::intrusive_ptr<c10d::Work> reduce_all(c10d::OpType op, std::vector<at::Tensor>& tensors,
+                                            const c10d::AllreduceOptions& opts);
+  c10::intrusive_ptr<c10d::Work> gather_into_tensors(c10d::OpType op, std::vector<at::Tensor>& outputs,
+                                                     std::vector<at::Tensor>& inputs,
+                                                     const c10d::AllgatherOptions& opts);
 
   std::shared_ptr<Transport> transport_for(at::Device device);
   c10::intrusive_ptr<c10d::Work> run(c10d::OpType op, at::Device device, bool async, std::vector<at::Tensor> inputs,

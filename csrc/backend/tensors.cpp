@@ -18,9 +18,13 @@ void check_single(const std::vector<at::Tensor>& tensors, const char* op) {
   check_dense(tensors[0], op, "tensor");
 }
 
-void check_same(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument) {
+void check_same_device(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument) {
   TORCH_CHECK_VALUE(tensor.device() == like.device(), "mnnvl ", op, ": ", argument, ": expected a tensor on ",
                     like.device(), ", got one on ", tensor.device());
+}
+
+void check_same(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument) {
+  check_same_device(tensor, like, op, argument);
   TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), "mnnvl ", op, ": ", argument, ": expected dtype ",
                    like.scalar_type(), ", got ", tensor.scalar_type());
 }

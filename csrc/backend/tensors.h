@@ -15,6 +15,8 @@ namespace mnnvl {
 // for the error's text.
 void check_dense(const at::Tensor& tensor, const char* op, const char* argument);
 void check_single(const std::vector<at::Tensor>& tensors, const char* op);
+void check_same_device(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument);
+// The device and the dtype.
 void check_same(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument);
 
 // What the kernels reduce: SUM and AVG of float32, float16 and bfloat16. Nothing for any other.
