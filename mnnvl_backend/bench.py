@@ -125,7 +125,8 @@ def sample_cuda(place: Place, call: Callable[[], Any], size: int) -> Callable[[]
             call()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # thread_local: NCCL's watchdog may query events meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for _ in range(count):
             call()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

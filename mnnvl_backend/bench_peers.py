@@ -145,8 +145,7 @@ class SymmetricMemory:
         buffer, name = self._like(tensor), self._group.group_name
 
         def one_shot() -> None:
-            buffer.copy_(tensor)
-            torch.ops.symm_mem.one_shot_all_reduce_out(buffer, "sum", name, tensor)
+            torch.ops.symm_mem.one_shot_all_reduce_copy_out(buffer, tensor, "sum", name, tensor)
 
         def two_shot() -> None:
             buffer.copy_(tensor)

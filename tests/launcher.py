@@ -324,3 +324,5 @@ def _run(job: Job) -> Any:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        # Groups are named by a count that a failed init leaves behind, and the next body's ranks must agree on it.
+        dist.distributed_c10d._world.group_count = 0

@@ -65,7 +65,8 @@ void generic_all_reduce(Transport& transport, const at::Tensor& tensor, Op op, i
     const at::Tensor all = narrow ? gathered.to(at::kFloat) : gathered;
     at::Tensor result = all[0];
     for (int r = 1; r < world_size; ++r) result = combine(result, all[r], op);
-    if (op == Op::AVG) result = result.div(world_size);
+    // By a tensor: CUDA divides by a number through its reciprocal, which rounds twice.
+    if (op == Op::AVG) result = result.div(at::full({}, world_size, result.options()));
     chunk.copy_(result);
   }
 }

@@ -1,5 +1,6 @@
 #include "backend/process_group.h"
 
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -52,34 +53,47 @@ ProcessGroupMNNVL::~ProcessGroupMNNVL() {
   }
 }
 
-std::shared_ptr<Transport> ProcessGroupMNNVL::transport_for(at::Device device) {
-  std::lock_guard<std::mutex> lock(mutex_);
+std::shared_ptr<Transport> ProcessGroupMNNVL::usable_transport(at::Device device) {
   TORCH_CHECK_WITH(DistBackendError, !closed_, "mnnvl: this process group has been shut down");
-  std::shared_ptr<Transport>& transport = device.is_cpu() ? cpu_ : cuda_;
-  if (device.is_cuda() && cuda_device_) {
-    TORCH_CHECK_VALUE(*cuda_device_ == device, "mnnvl: this rank of the group uses ", *cuda_device_,
-                      ", got a tensor on ", device, "; a rank has one GPU");
+  for (const auto& transport : {cpu_, cuda_}) {
+    if (transport) transport->check();
   }
-  if (transport) return transport;
+  if (aborted_) fail(ErrorKind::kAborted, "mnnvl: abort() was called on this process group on rank ", rank_);
+  if (device.is_cpu()) return cpu_;
+  TORCH_CHECK_VALUE(!cuda_device_ || *cuda_device_ == device, "mnnvl: this rank of the group uses ", *cuda_device_,
+                    ", got a tensor on ", device, "; a rank has one GPU");
+  return cuda_;
+}
+
+std::shared_ptr<Transport> ProcessGroupMNNVL::transport_for(at::Device device) {
+  const auto existing = [&] {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return usable_transport(device);
+  };
+  if (auto transport = existing()) return transport;
+  std::lock_guard<std::mutex> setup_lock(setup_mutex_);
+  if (auto transport = existing()) return transport;
+
   // Numbered, since a retry after a failed set-up must not read the keys of the first; ranks fail together.
   const int attempt = attempts_[device.is_cpu() ? 0 : 1]++;
   StoreExchange exchange(store_, str("mnnvl/", device.is_cpu() ? "cpu" : "cuda", attempt), rank_, size_,
-                         options_->timeout);
+                         options_->timeout, aborted_);
+  std::shared_ptr<Transport> made;
   if (device.is_cpu()) {
-    transport = make_cpu_transport(exchange, options_->transport);
+    made = make_cpu_transport(exchange, options_->transport);
   } else {
-    const c10::impl::VirtualGuardImpl guard(device.type());
-    const at::Device previous = guard.exchangeDevice(device);
-    try {
-      transport = make_cuda_transport(exchange, device.index(), options_->transport);
-    } catch (...) {
-      guard.setDevice(previous);
-      throw;
-    }
-    guard.setDevice(previous);
+    const c10::DeviceGuard guard(device);
+    made = make_cuda_transport(exchange, device.index(), options_->transport);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  (void)usable_transport(device);  // it may have been aborted or shut down meanwhile
+  if (device.is_cpu()) {
+    cpu_ = made;
+  } else {
+    cuda_ = made;
     cuda_device_ = device;
   }
-  return transport;
+  return made;
 }
 
 c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::run(c10d::OpType op, at::Device device, bool async,
@@ -147,9 +161,10 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::run_on_cpu(c10d::OpType op, bo
     job();
     lock.lock();
     worker_busy_ = false;
-    if (!queue_.empty()) queue_cv_.notify_all();
+    queue_cv_.notify_all();  // the worker may have something to do, or be asked to stop
     return work;
   }
+  TORCH_CHECK_WITH(DistBackendError, !worker_stop_, "mnnvl: this process group has been shut down");
   if (!worker_.joinable()) worker_ = std::thread([this] { work_loop(); });
   queue_.push_back(std::move(job));
   queue_cv_.notify_all();
@@ -159,12 +174,8 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::run_on_cpu(c10d::OpType op, bo
 void ProcessGroupMNNVL::work_loop() {
   std::unique_lock<std::mutex> lock(queue_mutex_);
   for (;;) {
-    queue_cv_.wait(lock, [this] { return (!queue_.empty() && !worker_busy_) || worker_stop_; });
-    if (queue_.empty()) {
-      if (worker_stop_) return;
-      continue;
-    }
-    if (worker_busy_) continue;
+    queue_cv_.wait(lock, [this] { return !worker_busy_ && (!queue_.empty() || worker_stop_); });
+    if (queue_.empty()) return;
     std::function<void()> job = std::move(queue_.front());
     queue_.pop_front();
     worker_busy_ = true;
@@ -370,6 +381,7 @@ c10d::ErrorType ProcessGroupMNNVL::getError() {
 }
 
 void ProcessGroupMNNVL::abort() {
+  aborted_ = true;
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& transport : {cpu_, cuda_}) {
     if (transport) transport->abort();
@@ -379,17 +391,20 @@ void ProcessGroupMNNVL::abort() {
 void ProcessGroupMNNVL::shutdown() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (closed_) return;
     closed_ = true;
   }
+  std::thread worker;
   {
     std::lock_guard<std::mutex> lock(queue_mutex_);
     worker_stop_ = true;
+    worker = std::move(worker_);
   }
   queue_cv_.notify_all();
-  if (worker_.joinable()) worker_.join();  // runs what is queued; each job ends by its deadline
-  cpu_.reset();
-  cuda_.reset();  // works still held by the user keep it until they go
+  if (worker.joinable()) worker.join();  // runs what is queued; each job ends by its deadline
+  std::shared_ptr<Transport> cpu, cuda;
+  std::lock_guard<std::mutex> lock(mutex_);
+  cpu.swap(cpu_);  // works still held by the user keep them until they go
+  cuda.swap(cuda_);
 }
 
 }  // namespace mnnvl

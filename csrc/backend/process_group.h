@@ -5,6 +5,7 @@
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -36,6 +37,11 @@ class ProcessGroupMNNVL final : public c10d::Backend {
                                            const c10d::AllreduceOptions& opts = {}) override;
   c10::intrusive_ptr<c10d::Work> allreduce_coalesced(std::vector<at::Tensor>& tensors,
                                                      const c10d::AllreduceCoalescedOptions& opts = {}) override;
+  // Refused like any sparse tensor, with the same error on every device type.
+  c10::intrusive_ptr<c10d::Work> allreduce_sparse(std::vector<at::Tensor>& tensors,
+                                                  const c10d::AllreduceOptions& opts = {}) override {
+    return allreduce(tensors, opts);
+  }
   c10::intrusive_ptr<c10d::Work> broadcast(std::vector<at::Tensor>& tensors,
                                            const c10d::BroadcastOptions& opts = {}) override;
   c10::intrusive_ptr<c10d::Work> allgather(std::vector<std::vector<at::Tensor>>& outputs,
@@ -76,6 +82,9 @@ class ProcessGroupMNNVL final : public c10d::Backend {
                                                      const c10d::AllgatherOptions& opts);
 
   std::shared_ptr<Transport> transport_for(at::Device device);
+  // Under mutex_: the transport of a device type, null before its set-up. Throws if the group is shut down, aborted, or has
+  // failed on any device type: a group is broken as a whole.
+  std::shared_ptr<Transport> usable_transport(at::Device device);
   c10::intrusive_ptr<c10d::Work> run(c10d::OpType op, at::Device device, bool async, std::vector<at::Tensor> inputs,
                                      std::vector<at::Tensor> outputs, Body body);
   c10::intrusive_ptr<c10d::Work> run_on_cpu(c10d::OpType op, bool async, std::vector<at::Tensor> inputs,
@@ -89,11 +98,13 @@ class ProcessGroupMNNVL final : public c10d::Backend {
 
   c10::intrusive_ptr<c10d::Store> store_;
   c10::intrusive_ptr<Options> options_;
-  uint64_t sequence_ = 0;
-  bool closed_ = false;
+  std::atomic<uint64_t> sequence_{0};
 
-  std::mutex mutex_;  // the transports, closed_
+  std::mutex setup_mutex_;    // held through a set-up, which may take until the timeout; taken before mutex_
   int attempts_[2] = {0, 0};  // set-ups begun, CPU and CUDA
+  std::mutex mutex_;          // what follows; held briefly, so that abort() never waits
+  std::atomic<bool> aborted_{false};
+  bool closed_ = false;
   std::shared_ptr<Transport> cpu_, cuda_;
   std::optional<at::Device> cuda_device_;
 

@@ -1,43 +1,60 @@
 #include "backend/store_exchange.h"
 
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <thread>
+
 #include "common/error.h"
 
 namespace mnnvl {
 
 StoreExchange::StoreExchange(c10::intrusive_ptr<c10d::Store> store, std::string prefix, int rank, int size,
-                             std::chrono::milliseconds timeout)
-    : store_(std::move(store)), prefix_(std::move(prefix)), rank_(rank), size_(size), timeout_(timeout) {}
+                             std::chrono::milliseconds timeout, const std::atomic<bool>& cancelled)
+    : store_(std::move(store)),
+      prefix_(std::move(prefix)),
+      rank_(rank),
+      size_(size),
+      timeout_(timeout),
+      cancelled_(cancelled) {}
 
 std::string StoreExchange::key(uint64_t round, int rank) const { return str(prefix_, "/", round, "/", rank); }
 
+// Polls instead of Store::wait(), which nothing but its time-out can end.
+void StoreExchange::wait_for(const std::vector<std::string>& keys, uint64_t round) {
+  const auto deadline = std::chrono::steady_clock::now() + timeout_;
+  auto pause = std::chrono::microseconds(100);
+  while (!store_->check(keys)) {
+    if (cancelled_) fail(ErrorKind::kAborted, "mnnvl: abort() was called on rank ", rank_, " during the set-up");
+    if (std::chrono::steady_clock::now() > deadline) {
+      std::string missing;
+      for (int r = 0; r < size_; ++r) {
+        if (!store_->check({keys[r]})) missing += str(missing.empty() ? "" : ", ", r);
+      }
+      fail(ErrorKind::kTimeout, "mnnvl set-up: rank ", rank_, " waited ", timeout_.count() / 1000.0, " s for rank",
+           missing.find(',') == std::string::npos ? " " : "s ", missing, " to reach step ", round, " of ", prefix_);
+    }
+    std::this_thread::sleep_for(pause);
+    pause = std::min(pause * 2, std::chrono::microseconds(10'000));
+  }
+}
+
 std::vector<std::string> StoreExchange::all_gather(const std::string& mine) {
   const uint64_t round = round_++;
-  store_->set(key(round, rank_), std::vector<uint8_t>(mine.begin(), mine.end()));
-  std::vector<std::string> keys;
+  std::vector<std::string> keys, all;
   for (int r = 0; r < size_; ++r) keys.push_back(key(round, r));
   try {
-    store_->wait(keys, timeout_);
-  } catch (const std::exception& error) {
-    std::string missing;
-    for (int r = 0; r < size_; ++r) {
-      bool there = false;
-      try {
-        there = store_->check({keys[r]});
-      } catch (const std::exception&) {
-        fail(ErrorKind::kSystem, "mnnvl set-up: rank ", rank_, " lost the c10d store: ", error.what());
-      }
-      if (!there) missing += str(missing.empty() ? "" : ", ", r);
+    store_->set(keys[rank_], std::vector<uint8_t>(mine.begin(), mine.end()));
+    wait_for(keys, round);
+    for (const std::string& k : keys) {
+      const std::vector<uint8_t> value = store_->get(k);
+      all.emplace_back(value.begin(), value.end());
     }
-    fail(ErrorKind::kTimeout, "mnnvl set-up: rank ", rank_, " waited ", timeout_.count() / 1000.0, " s for rank",
-         missing.find(',') == std::string::npos ? " " : "s ", missing, " to reach step ", round, " of ", prefix_);
+    // Whoever posted this round has read the last one, so its keys are no longer needed.
+    if (round > 0) store_->deleteKey(key(round - 1, rank_));
+  } catch (const c10::Error& error) {
+    fail(ErrorKind::kSystem, "mnnvl set-up: rank ", rank_, " lost the c10d store: ", error.what_without_backtrace());
   }
-  std::vector<std::string> all;
-  for (const std::string& k : keys) {
-    const std::vector<uint8_t> value = store_->get(k);
-    all.emplace_back(value.begin(), value.end());
-  }
-  // Whoever posted this round has read the last one, so its keys are no longer needed.
-  if (round > 0) store_->deleteKey(key(round - 1, rank_));
   return all;
 }
 

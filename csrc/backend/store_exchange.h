@@ -3,6 +3,7 @@
 
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
+#include <atomic>
 #include <chrono>
 #include <string>
 
@@ -12,20 +13,23 @@ namespace mnnvl {
 
 class StoreExchange final : public Exchange {
  public:
-  // Keys are `prefix`/round/rank; `prefix` must be fresh for the group. Every wait ends after `timeout`.
+  // Keys are `prefix`/round/rank; `prefix` must be fresh for the group. Every wait ends after `timeout`, or with
+  // Error(kAborted) soon after `*cancelled` is set.
   StoreExchange(c10::intrusive_ptr<c10d::Store> store, std::string prefix, int rank, int size,
-                std::chrono::milliseconds timeout);
+                std::chrono::milliseconds timeout, const std::atomic<bool>& cancelled);
   int rank() const override { return rank_; }
   int size() const override { return size_; }
   std::vector<std::string> all_gather(const std::string& mine) override;
 
  private:
   std::string key(uint64_t round, int rank) const;
+  void wait_for(const std::vector<std::string>& keys, uint64_t round);
 
   c10::intrusive_ptr<c10d::Store> store_;
   std::string prefix_;
   int rank_, size_;
   std::chrono::milliseconds timeout_;
+  const std::atomic<bool>& cancelled_;
   uint64_t round_ = 0;
 };
 

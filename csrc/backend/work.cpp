@@ -10,6 +10,8 @@
 namespace mnnvl {
 namespace {
 
+constexpr int64_t kKernelGraceMs = 2000;
+
 c10::intrusive_ptr<c10::ivalue::Future> make_future(std::vector<c10::Device> devices) {
   return c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()), std::move(devices));
 }
@@ -86,11 +88,11 @@ bool CudaWork::wait(std::chrono::milliseconds timeout) {
 }
 
 void CudaWork::wait_on_host(std::chrono::milliseconds timeout) {
-  const auto limit = timeout == kNoTimeout ? std::chrono::milliseconds(timeout_ms_) : timeout;
+  // With the group's own timeout the kernel gives up by itself, and says whom it waited for; it only started later.
+  const auto limit = timeout == kNoTimeout ? std::chrono::milliseconds(timeout_ms_ + kKernelGraceMs) : timeout;
   const auto deadline = std::chrono::steady_clock::now() + limit;
   for (int polls = 0; !end_.query(); ++polls) {
     if (std::chrono::steady_clock::now() > deadline) {
-      // A kernel that ran into its own deadline says more about whom it waited for.
       at_torch_boundary([&] { transport_->check(); });
       C10_THROW_ERROR(DistBackendError, str("mnnvl: ", c10d::opTypeToString(opType_), " on rank ", rank_,
                                             " did not end within ", limit.count(), " ms"));

@@ -22,9 +22,15 @@ class EpochPipe {
 
   __device__ __forceinline__ uint32_t last_epoch() const { return epoch_; }
 
-  // Block-wide. True when this group has failed before.
+  // Block-wide. True when the group has failed before, which then is recorded here too.
   __device__ __forceinline__ bool aborted() const {
-    return __syncthreads_or(threadIdx.x == 0 && ld_relaxed_sys_u32(&own_->abort) != 0);
+    bool aborted = false;
+    if (threadIdx.x == 0) {
+      const uint32_t abort = ld_relaxed_sys_u32(&own_->abort);
+      aborted = abort != 0;
+      if (aborted) give_up(g_, FailureCause::kPeerFailed, abort_rank(abort), operation_, /*stage=*/0, epoch_, 0, 0);
+    }
+    return __syncthreads_or(aborted);
   }
 
   // Where `source`'s piece of step `epoch` stands in `holder`'s workspace.

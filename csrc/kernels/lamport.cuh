@@ -27,7 +27,12 @@ class LamportCall {
     dirty_[1] = uint64_t(dirty.w) << 32 | dirty.z;
   }
 
-  __device__ __forceinline__ bool aborted() const { return abort_ != 0; }
+  // True when the group has failed before, which then is recorded here too: this rank may not have waited for anybody.
+  __device__ __forceinline__ bool aborted() const {
+    if (abort_ == 0) return false;
+    give_up(g_, FailureCause::kPeerFailed, abort_rank(abort_), Operation::kAllReduce, /*stage=*/0, calls_, 0, 0);
+    return true;
+  }
   __device__ __forceinline__ uint32_t sequence() const { return calls_; }
 
   // Offset of a stage of this call's generation in every rank's workspace.

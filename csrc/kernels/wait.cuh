@@ -13,6 +13,26 @@ __device__ __forceinline__ DeviceControl* control_of(const DeviceGroup& g, int r
   return reinterpret_cast<DeviceControl*>(g.peers[rank] + g.layout.control_offset);
 }
 
+// Ends this rank's part in the group, once: the first to come writes the record and tells every peer. Returns false.
+__device__ inline bool give_up(const DeviceGroup& g, FailureCause cause, int peer, Operation operation, uint32_t stage,
+                               uint64_t sequence, uint64_t expected, uint64_t seen) {
+  if (atomicCAS(&control_of(g, g.rank)->failed, 0u, 1u) != 0u) return false;
+  FailureRecord* record = &g.mailbox->record;
+  record->cause = cause;
+  record->rank = g.rank;
+  record->peer = peer;
+  record->operation = operation;
+  record->stage = stage;
+  record->sequence = sequence;
+  record->expected = expected;
+  record->seen = seen;
+  __threadfence_system();
+  st_relaxed_sys_u32(&record->valid, 1u);
+  // Peers hear of the rank where it began: the one that is dead or late, or, after abort(), this one.
+  for (int r = 0; r < g.world_size; ++r) st_relaxed_sys_u32(&control_of(g, r)->abort, abort_word(peer));
+  return false;
+}
+
 class Wait {
  public:
   // Every group of polls, for the cheap words on this device; every 2^14, for the host's words behind PCIe.
@@ -21,48 +41,33 @@ class Wait {
   __device__ __forceinline__ Wait(const DeviceGroup& g, Operation operation, uint32_t stage, uint64_t sequence)
       : g_(g), sequence_(sequence), operation_(operation), stage_(stage) {}
 
-  // Call after each fruitless poll for `peer`. False: give up.
+  // Call after each fruitless poll for `peer`. False: give up. All of it is inlined: a call would need a stack, and
+  // the first kernel with a stack costs a context some 300 MiB of local memory.
   __device__ __forceinline__ bool keep_on(int peer, uint64_t expected, uint64_t seen) {
     if (++polls_ % kCheckEvery != 0) return true;
-    return check(peer, expected, seen);
+    const uint64_t now = globaltimer_ns();
+    if (start_ns_ == 0) start_ns_ = now;
+    FailureCause cause = FailureCause::kNone;
+    if (now - start_ns_ > g_.timeout_ns) cause = FailureCause::kDeadline;
+    if (polls_ % kCheckHostEvery == 0) {
+      const bool dead = ld_relaxed_sys_u32(&g_.mailbox->dead_ranks[peer / 32]) >> (peer % 32) & 1u;
+      // What a dead rank stored before it died still counts: give up only at the next check, after more polls.
+      if (dead && peer_seen_dead_) cause = FailureCause::kPeerDied;
+      peer_seen_dead_ = dead;
+      if (ld_relaxed_sys_u32(&g_.mailbox->abort) != 0) {
+        cause = FailureCause::kLocalAbort;
+        peer = g_.rank;
+      }
+    }
+    if (const uint32_t abort = ld_relaxed_sys_u32(&control_of(g_, g_.rank)->abort); abort != 0) {
+      cause = FailureCause::kPeerFailed;
+      peer = abort_rank(abort);
+    }
+    if (cause == FailureCause::kNone) return true;
+    return give_up(g_, cause, peer, operation_, stage_, sequence_, expected, seen);
   }
 
  private:
-  __device__ __noinline__ bool check(int peer, uint64_t expected, uint64_t seen) {
-    const uint64_t now = globaltimer_ns();
-    if (start_ns_ == 0) start_ns_ = now;
-    const uint32_t abort = ld_relaxed_sys_u32(&control_of(g_, g_.rank)->abort);
-    if (abort != 0) return give_up(FailureCause::kPeerFailed, abort_rank(abort), expected, seen);
-    if (now - start_ns_ > g_.timeout_ns) return give_up(FailureCause::kDeadline, peer, expected, seen);
-    if (polls_ % kCheckHostEvery != 0) return true;
-    if (ld_relaxed_sys_u32(&g_.mailbox->abort) != 0) return give_up(FailureCause::kLocalAbort, g_.rank, expected, seen);
-    const bool dead = ld_relaxed_sys_u32(&g_.mailbox->dead_ranks[peer / 32]) >> (peer % 32) & 1u;
-    // What a dead rank stored before it died still counts: give up only at the next check, after more polls.
-    if (dead && peer_seen_dead_) return give_up(FailureCause::kPeerDied, peer, expected, seen);
-    peer_seen_dead_ = dead;
-    return true;
-  }
-
-  __device__ bool give_up(FailureCause cause, int peer, uint64_t expected, uint64_t seen) {
-    DeviceControl* own = control_of(g_, g_.rank);
-    if (atomicCAS(&own->failed, 0u, 1u) != 0u) return false;
-    FailureRecord* record = &g_.mailbox->record;
-    record->cause = cause;
-    record->rank = g_.rank;
-    record->peer = peer;
-    record->operation = operation_;
-    record->stage = stage_;
-    record->sequence = sequence_;
-    record->expected = expected;
-    record->seen = seen;
-    __threadfence_system();
-    st_relaxed_sys_u32(&record->valid, 1u);
-    // Peers hear of the rank where it began: the one that is dead or late, or, after abort(), this one.
-    const uint32_t word = abort_word(cause == FailureCause::kLocalAbort ? g_.rank : peer);
-    for (int r = 0; r < g_.world_size; ++r) st_relaxed_sys_u32(&control_of(g_, r)->abort, word);
-    return false;
-  }
-
   const DeviceGroup& g_;
   uint64_t start_ns_ = 0;
   uint64_t sequence_;
