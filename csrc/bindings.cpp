@@ -33,7 +33,8 @@ class PythonExchange final : public Exchange {
     py::gil_scoped_acquire gil;
     std::vector<std::string> all;
     for (const py::handle item : comm_.attr("all_gather")(py::bytes(mine))) all.push_back(py::cast<std::string>(item));
-    TORCH_CHECK_VALUE(int(all.size()) == size_, "comm_backend: allgather: expected ", size_, " items, got ", all.size());
+    TORCH_CHECK_VALUE(int(all.size()) == size_, "comm_backend: allgather: expected ", size_, " items, got ",
+                      all.size());
     return all;
   }
 
@@ -66,8 +67,7 @@ void bind_process_group(py::module_& m) {
       .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, int64_t timeout_ms,
                        int64_t workspace_bytes, int strategy, bool multicast, int bootstrap, std::string host_id,
                        bool blocking_wait, std::string nccl_path) {
-             auto options =
-                 c10::make_intrusive<ProcessGroupMNNVL::Options>(std::chrono::milliseconds(timeout_ms));
+             auto options = c10::make_intrusive<ProcessGroupMNNVL::Options>(std::chrono::milliseconds(timeout_ms));
              options->transport = transport_options(timeout_ms, strategy, multicast, bootstrap, std::move(host_id),
                                                     std::move(nccl_path));
              options->transport.workspace_bytes = workspace_bytes;
@@ -91,13 +91,12 @@ void bind_workspace(py::module_& m) {
                        int64_t buffer_size_bytes, int64_t timeout_ms, bool multicast, int bootstrap,
                        std::string host_id, std::string nccl_path) {
              PythonExchange exchange(std::move(comm), rank, size);
-             const at::Device device = device_type == "cpu" ? at::Device(at::kCPU)
-                                                            : at::Device(at::kCUDA, at::DeviceIndex(device_index));
+             const at::Device device =
+                 device_type == "cpu" ? at::Device(at::kCPU) : at::Device(at::kCUDA, at::DeviceIndex(device_index));
              py::gil_scoped_release no_gil;
-             return std::make_unique<Workspace>(
-                 exchange, device, buffer_size_bytes,
-                 transport_options(timeout_ms, int(Strategy::kAuto), multicast, bootstrap, std::move(host_id),
-                                   std::move(nccl_path)));
+             return std::make_unique<Workspace>(exchange, device, buffer_size_bytes,
+                                                transport_options(timeout_ms, int(Strategy::kAuto), multicast,
+                                                                  bootstrap, std::move(host_id), std::move(nccl_path)));
            }),
            py::arg("comm"), py::arg("rank"), py::arg("size"), py::arg("device_type"), py::arg("device_index"),
            py::arg("buffer_size_bytes"), py::arg("timeout_ms"), py::arg("multicast"), py::arg("bootstrap"),
@@ -135,8 +134,8 @@ py::dict probe(const std::string& nccl_path) {
         py::arg("compute_capability") = d.compute_capability, py::arg("multiprocessors") = d.multiprocessors,
         py::arg("virtual_memory") = d.virtual_memory, py::arg("fd_handles") = d.fd_handles,
         py::arg("fabric_handles") = d.fabric_handles, py::arg("multicast") = d.multicast,
-        py::arg("fabric_state") = d.fabric_state, py::arg("cluster_uuid") = d.cluster_uuid, py::arg("clique") = d.clique,
-        py::arg("fabric_problem") = d.fabric_problem, py::arg("problem") = d.problem));
+        py::arg("fabric_state") = d.fabric_state, py::arg("cluster_uuid") = d.cluster_uuid,
+        py::arg("clique") = d.clique, py::arg("fabric_problem") = d.fabric_problem, py::arg("problem") = d.problem));
   }
   return py::dict(py::arg("driver_loaded") = machine.driver_loaded, py::arg("driver_problem") = machine.driver_problem,
                   py::arg("driver_version") = machine.driver_version, py::arg("nvml_loaded") = machine.nvml_loaded,
@@ -154,28 +153,35 @@ FakeSetupConfig fake_config(const py::kwargs& kwargs) {
     known.insert(name);
     if (kwargs.contains(name)) value = py::cast<std::decay_t<decltype(value)>>(kwargs[name]);
   };
+  // clang-format off
 #define MNNVL_FIELD(name) field(#name, config.name);
-  MNNVL_FIELD(world_size) MNNVL_FIELD(bytes) MNNVL_FIELD(timeout_ms) MNNVL_FIELD(repeats) MNNVL_FIELD(bootstrap)
+  MNNVL_FIELD(world_size)
+  MNNVL_FIELD(bytes) MNNVL_FIELD(timeout_ms) MNNVL_FIELD(repeats) MNNVL_FIELD(bootstrap)
   MNNVL_FIELD(multicast_off_ranks) MNNVL_FIELD(host_ids) MNNVL_FIELD(devices) MNNVL_FIELD(compute_capabilities)
   MNNVL_FIELD(multiprocessors) MNNVL_FIELD(fd_handles) MNNVL_FIELD(fabric_handles) MNNVL_FIELD(clusters)
   MNNVL_FIELD(cliques) MNNVL_FIELD(multicast_support) MNNVL_FIELD(faults) MNNVL_FIELD(corruptions)
   MNNVL_FIELD(multicast_lost_rank) MNNVL_FIELD(directory) MNNVL_FIELD(rank)
 #undef MNNVL_FIELD
-  for (const auto& item : kwargs) {
-    TORCH_CHECK_TYPE(known.count(py::cast<std::string>(item.first)), "unknown field ", py::cast<std::string>(item.first));
+      // clang-format on
+      for (const auto& item : kwargs) {
+    TORCH_CHECK_TYPE(known.count(py::cast<std::string>(item.first)), "unknown field ",
+                     py::cast<std::string>(item.first));
   }
   return config;
 }
 
 py::dict fake_result(const FakeSetupResult& result) {
   py::dict dict;
+  // clang-format off
 #define MNNVL_FIELD(name) dict[#name] = result.name;
-  MNNVL_FIELD(ok) MNNVL_FIELD(errors) MNNVL_FIELD(error_kinds) MNNVL_FIELD(seconds) MNNVL_FIELD(verified)
-  MNNVL_FIELD(handle_types) MNNVL_FIELD(multicast) MNNVL_FIELD(multicast_problems) MNNVL_FIELD(peer_pids)
-  MNNVL_FIELD(min_multiprocessors) MNNVL_FIELD(min_compute_capabilities) MNNVL_FIELD(bytes) MNNVL_FIELD(leaks)
-  MNNVL_FIELD(descriptors_leaked) MNNVL_FIELD(mappings_leaked) MNNVL_FIELD(calls) MNNVL_FIELD(calls_by_rank)
+  MNNVL_FIELD(ok)
+  MNNVL_FIELD(errors) MNNVL_FIELD(error_kinds) MNNVL_FIELD(seconds) MNNVL_FIELD(verified) MNNVL_FIELD(handle_types)
+  MNNVL_FIELD(multicast) MNNVL_FIELD(multicast_problems) MNNVL_FIELD(peer_pids) MNNVL_FIELD(min_multiprocessors)
+  MNNVL_FIELD(min_compute_capabilities) MNNVL_FIELD(bytes) MNNVL_FIELD(leaks) MNNVL_FIELD(descriptors_leaked)
+  MNNVL_FIELD(mappings_leaked) MNNVL_FIELD(calls) MNNVL_FIELD(calls_by_rank)
 #undef MNNVL_FIELD
-  return dict;
+      // clang-format on
+      return dict;
 }
 
 template <typename... Args>
@@ -211,7 +217,8 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   m.def("probe", &probe, py::arg("nccl_path"));
-  bind_testing(m.def_submodule("_testing", "The set-up over the test double of the driver; see csrc/driver/fake_setup.h."));
+  bind_testing(
+      m.def_submodule("_testing", "The set-up over the test double of the driver; see csrc/driver/fake_setup.h."));
   m.def("choose_all_reduce", &choose, py::arg("world_size"), py::arg("numel"), py::arg("dtype"), py::arg("strategy"),
         py::arg("workspace_bytes"));
 }

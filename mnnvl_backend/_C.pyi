@@ -8,6 +8,10 @@ from torch._C._distributed_c10d import Backend, Store
 class _Comm(Protocol):
     def all_gather(self, data: bytes) -> list[bytes]: ...
 
+class ProcessGroupOptions(Backend.Options):
+    def __copy__(self) -> ProcessGroupOptions: ...
+    def __deepcopy__(self, memo: dict[int, Any], /) -> ProcessGroupOptions: ...
+
 class ProcessGroupMNNVL(Backend):
     def __init__(
         self,

@@ -156,9 +156,16 @@ def sample_cpu(call: Callable[[], Any], size: int) -> Callable[[], float]:
 
 def measure(place: Place, peer: Peer, size: int, dtype: torch.dtype, replays: int) -> Point:
     verify(place, peer, size // dtype.itemsize, dtype)
-    # Zeros stay zeros however often they are summed in place.
-    call = peer.prepare(torch.zeros(size // dtype.itemsize, dtype=dtype, device=place.device))
-    sample = sample_cuda(place, call, size) if place.device.type == "cuda" else sample_cpu(call, size)
+    # Random values (zeros can be faster than any real data), anew before each sample and so small that they stay finite
+    # however often they are summed in place within it.
+    values = (torch.randn(size // dtype.itemsize, device=place.device) * 2.0**-100).to(dtype)
+    call, payload = peer.prepare(values.clone())
+    timed = sample_cuda(place, call, size) if place.device.type == "cuda" else sample_cpu(call, size)
+
+    def sample() -> float:
+        payload.view(-1).copy_(values)
+        return timed()
+
     dist.barrier()
     begin = time.perf_counter()
     for _ in range(3):

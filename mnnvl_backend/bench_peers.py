@@ -23,8 +23,9 @@ class Peer(Protocol):
     def reduce(self, tensor: torch.Tensor, keep: bool) -> torch.Tensor:
         """The sum over ranks; `keep`: in memory of its own."""
 
-    def prepare(self, tensor: torch.Tensor) -> Call:
-        """A function that sums a tensor like this one, for graphs and loops; allocates nothing when called."""
+    def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
+        """A function that sums a tensor like this one, for graphs and loops, and the tensor that it reads; allocates
+        nothing when called."""
 
     def close(self) -> None: ...
 
@@ -40,8 +41,8 @@ class Group:
         dist.all_reduce(tensor, group=self._group)
         return tensor
 
-    def prepare(self, tensor: torch.Tensor) -> Call:
-        return lambda: dist.all_reduce(tensor, group=self._group)
+    def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
+        return lambda: dist.all_reduce(tensor, group=self._group), tensor
 
     def close(self) -> None:
         dist.destroy_process_group(self._group)
@@ -70,12 +71,12 @@ class Function:
 
         return trtllm_mnnvl_allreduce(self._shape(tensor), self._workspace, self._pdl).view_as(tensor)
 
-    def prepare(self, tensor: torch.Tensor) -> Call:
+    def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
         from mnnvl_backend import trtllm_mnnvl_allreduce
 
         shaped = self._shape(tensor)
         output = torch.empty_like(shaped)
-        return lambda: trtllm_mnnvl_allreduce(shaped, self._workspace, self._pdl, output=output)
+        return lambda: trtllm_mnnvl_allreduce(shaped, self._workspace, self._pdl, output=output), tensor
 
     def close(self) -> None:
         self._workspace.destroy()
@@ -109,10 +110,10 @@ class NcclWindow:
         dist.all_reduce(own, group=self._group)
         return own.clone() if keep else own
 
-    def prepare(self, tensor: torch.Tensor) -> Call:
+    def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
         own = self._like(tensor)
         own.copy_(tensor)
-        return lambda: dist.all_reduce(own, group=self._group)
+        return lambda: dist.all_reduce(own, group=self._group), own
 
     def close(self) -> None:
         self._backend.deregister_mem_pool(self._pool)
@@ -138,10 +139,10 @@ class SymmetricMemory:
         return self._buffers[key]
 
     def reduce(self, tensor: torch.Tensor, keep: bool) -> torch.Tensor:
-        self.prepare(tensor)()
+        self.prepare(tensor)[0]()
         return tensor
 
-    def prepare(self, tensor: torch.Tensor) -> Call:
+    def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
         buffer, name = self._like(tensor), self._group.group_name
 
         def one_shot() -> None:
@@ -152,7 +153,7 @@ class SymmetricMemory:
             torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", name)
             tensor.copy_(buffer)
 
-        return two_shot if self._two_shot else one_shot
+        return two_shot if self._two_shot else one_shot, tensor
 
     def close(self) -> None:
         self._buffers.clear()
@@ -172,12 +173,12 @@ class Mpi:
             raise RuntimeError(f"MPI's world has {MPI.COMM_WORLD.Get_size()} ranks; start with mpirun")
 
     def reduce(self, tensor: torch.Tensor, keep: bool) -> torch.Tensor:
-        self.prepare(tensor)()
+        self.prepare(tensor)[0]()
         return tensor
 
-    def prepare(self, tensor: torch.Tensor) -> Call:
+    def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
         array = tensor.numpy()
-        return lambda: self._mpi.COMM_WORLD.Allreduce(self._mpi.IN_PLACE, array)
+        return lambda: self._mpi.COMM_WORLD.Allreduce(self._mpi.IN_PLACE, array), tensor
 
     def close(self) -> None:
         pass

@@ -12,7 +12,7 @@ from typing import Any
 from mnnvl_backend.options import MIN_WORKSPACE_BYTES, Options
 from mnnvl_backend.strategy import STRATEGY_NAMES, MNNVLAllreduceFusionStrategy
 
-BOOTSTRAP_CODES = {"nccl": 0, "store": 1}  # mnnvl::Bootstrap
+BOOTSTRAP_CODES = {"nccl": 0, "store": 1, "auto": 2}  # mnnvl::Bootstrap
 DEFAULT_TIMEOUT_MS = 30 * 60 * 1000  # c10d's default, for workspaces, which have no group to take one from
 
 
@@ -48,9 +48,9 @@ VARIABLES = [
     Variable("MNNVL_MULTICAST", "0, 1 or auto", "auto",
              "0 forbids multicast objects; otherwise used where supported and no other switch forbids them",
              _choice(**{"0": False, "1": True, "auto": "auto"})),
-    Variable("MNNVL_BOOTSTRAP", "nccl or store", "nccl",
-             "how memory handles are exchanged; store allows several ranks on one GPU",
-             _choice(nccl="nccl", store="store")),
+    Variable("MNNVL_BOOTSTRAP", "nccl, store or auto", "auto",
+             "how memory handles are exchanged: NCCL, or the c10d store; auto: NCCL for fabric handles",
+             _choice(nccl="nccl", store="store", auto="auto")),
     Variable("MNNVL_WORKSPACE_BYTES", "bytes, at least 1M, with an optional suffix K, M or G", "by world size",
              "peer-mapped memory per rank and device type", _size),
     Variable("MNNVL_HOST_ID", "any text", "found out", "what this rank says its host is (for tests)", str),

@@ -140,7 +140,7 @@ def _cuda_plan(build: Any, probe: Any, switches: Any) -> dict[str, str]:
     if multicast:
         plan["why not multicast"] = multicast
     if probe.get("nccl_problem"):
-        plan["bootstrap"] = f"only Options(bootstrap='store'), NCCL can't be loaded: {probe['nccl_problem']}"
+        plan["bootstrap"] = f"through the c10d store, NCCL can't be loaded: {probe['nccl_problem']}"
     return plan
 
 

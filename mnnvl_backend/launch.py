@@ -35,8 +35,6 @@ class Place:
         return not self.shared
 
     def options(self, **options: Any) -> Options:
-        if self.shared:
-            options.setdefault("bootstrap", "store")
         return Options(**options)
 
     def synchronize(self) -> None:

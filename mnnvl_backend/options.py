@@ -22,8 +22,9 @@ class Options:
             go in chunks, so this is about speed, never about what fits.
         strategy: "auto", "oneshot", "twoshot" or an MNNVLAllreduceFusionStrategy; forces the all-reduce algorithm.
         multicast: True or "auto": multicast stores where supported and no switch forbids them; False: never.
-        bootstrap: "nccl": exchange memory handles over NCCL; "store": through the c10d store, which also allows several
-            ranks on one GPU. CPU tensors always use the store.
+        bootstrap: how memory handles are exchanged. "nccl": over NCCL; "store": through the c10d store, which also
+            allows several ranks on one GPU; "auto": NCCL for fabric handles, the store for file descriptors, which
+            NCCL can't carry. CPU tensors always use the store.
 
     Raises:
         TypeError, ValueError: naming the argument, when made and again when a group takes the options.
@@ -33,7 +34,7 @@ class Options:
     workspace_bytes: int | None = None
     strategy: str | MNNVLAllreduceFusionStrategy = "auto"
     multicast: bool | Literal["auto"] = "auto"
-    bootstrap: Literal["nccl", "store"] = "nccl"
+    bootstrap: Literal["auto", "nccl", "store"] = "auto"
 
     def __post_init__(self) -> None:
         self.validate()
@@ -60,5 +61,5 @@ class Options:
             )
         if not isinstance(self.multicast, bool) and self.multicast != "auto":
             raise ValueError(f"Options.multicast: expected True, False or 'auto', got {self.multicast!r}")
-        if self.bootstrap not in ("nccl", "store"):
-            raise ValueError(f"Options.bootstrap: expected 'nccl' or 'store', got {self.bootstrap!r}")
+        if self.bootstrap not in ("auto", "nccl", "store"):
+            raise ValueError(f"Options.bootstrap: expected 'auto', 'nccl' or 'store', got {self.bootstrap!r}")

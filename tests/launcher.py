@@ -54,9 +54,7 @@ class Rank:
     group_timeout: timedelta
 
     def options(self, **options: Any) -> mnnvl_backend.Options:
-        """Options for any group of this device: NCCL refuses several ranks on one GPU, so those take the store."""
-        if self.device.type == "cuda" and self.world_size > torch.cuda.device_count():
-            options.setdefault("bootstrap", "store")
+        """Options for any group of this body."""
         return mnnvl_backend.Options(**options)
 
     def init(

@@ -201,7 +201,7 @@ def unprepared_body(rank: Rank) -> None:
     """Set-up needs the host and the driver: without an eager call before, a capture must fail, not hang or corrupt."""
     x = torch.ones(8, device=rank.device)
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError), torch.cuda.graph(graph):
+    with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(graph):
         dist.all_reduce(x)
     torch.cuda.synchronize()
     rank.meet()

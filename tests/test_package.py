@@ -175,7 +175,7 @@ def test_bad_options_are_the_groups_error(ranks):
         ({"workspace_bytes": 10}, ValueError, "Options.workspace_bytes: expected at least 1048576 bytes, got 10"),
         ({"strategy": "ring"}, ValueError, "Options.strategy: expected one of 'oneshot', 'twoshot', 'auto'"),
         ({"multicast": "maybe"}, ValueError, "Options.multicast: expected True, False or 'auto', got 'maybe'"),
-        ({"bootstrap": "mpi"}, ValueError, "Options.bootstrap: expected 'nccl' or 'store', got 'mpi'"),
+        ({"bootstrap": "mpi"}, ValueError, "Options.bootstrap: expected 'auto', 'nccl' or 'store', got 'mpi'"),
     ],
 )
 def test_options_name_the_argument(options, error, text):
@@ -188,7 +188,7 @@ def test_options_name_the_argument(options, error, text):
     [
         ("MNNVL_STRATEGY", "ring", "oneshot, twoshot or auto"),
         ("MNNVL_MULTICAST", "yes", "0, 1 or auto"),
-        ("MNNVL_BOOTSTRAP", "mpi", "nccl or store"),
+        ("MNNVL_BOOTSTRAP", "mpi", "nccl, store or auto"),
         ("MNNVL_WORKSPACE_BYTES", "12X", "bytes, at least 1M"),
         ("MNNVL_WORKSPACE_BYTES", "1K", "bytes, at least 1M"),
         ("MNNVL_BLOCKING_WAIT", "2", "0 or 1"),

@@ -19,7 +19,9 @@ PLANS: dict[str, dict[str, Any]] = {
     "fabric": {"clusters": ["rack"]},
     "fd": {"fabric_handles": ["not_permitted"]},
     "fabric over nccl": {"clusters": ["rack"], "bootstrap": "nccl"},
+    "fabric by auto, nccl": {"clusters": ["rack"], "bootstrap": "auto"},
     "fd over nccl": {"bootstrap": "nccl"},
+    "fd by auto": {"bootstrap": "auto"},
 }
 
 

@@ -43,8 +43,8 @@ AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype 
   const int world = group.world_size, element = element_size(dtype);
   const int64_t bytes = numel * element, packs = ceil_div(bytes, kPackBytes);
   const int64_t oneshot_elements = group.layout.oneshot_capacity(world, element);
-  const bool oneshot = strategy == Strategy::kOneShot || (strategy == Strategy::kAuto && bytes <= oneshot_limit(world) &&
-                                                          numel <= oneshot_elements);
+  const bool oneshot = strategy == Strategy::kOneShot ||
+                       (strategy == Strategy::kAuto && bytes <= oneshot_limit(world) && numel <= oneshot_elements);
   AllReduceChoice choice;
   if (oneshot) {
     choice.algorithm = Algorithm::kOneShotLamport;

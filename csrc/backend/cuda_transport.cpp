@@ -31,6 +31,17 @@ WorkspaceLayout layout_for(const TransportOptions& options, int world_size) {
   return WorkspaceLayout::for_group(bytes, world_size);
 }
 
+// Null where NCCL isn't asked for, or only if it is there and it isn't.
+const NcclLibrary* nccl_for(const TransportOptions& options) {
+  if (options.bootstrap == Bootstrap::kStore) return nullptr;
+  try {
+    return &load_nccl(options.nccl_path);
+  } catch (const Error&) {
+    if (options.bootstrap == Bootstrap::kNccl) throw;
+    return nullptr;
+  }
+}
+
 struct MailboxDeleter {
   void operator()(HostMailbox* mailbox) const { kernels::free_mailbox(mailbox); }
 };
@@ -46,7 +57,7 @@ class CudaTransport final : public Transport {
     agree(exchange, "loading the CUDA driver and kernels", where, [&] {
       kernels::load_all(device);
       driver = &real_driver();
-      if (options.bootstrap == Bootstrap::kNccl) nccl = &load_nccl(options.nccl_path);
+      nccl = nccl_for(options);
       group_.layout = layout_for(options, exchange.size());
       mailbox_.reset(kernels::allocate_mailbox());
     });

@@ -19,8 +19,8 @@ Error to_error(const FailureRecord& record, double timeout_seconds) {
                                 ", expected ", record.expected, ", seen ", record.seen, ")");
   switch (record.cause) {
     case FailureCause::kPeerDied:
-      return Error(ErrorKind::kPeerFailed,
-                   str("mnnvl: the process of rank ", record.peer, " has ended; rank ", record.rank, " waited for it", where));
+      return Error(ErrorKind::kPeerFailed, str("mnnvl: the process of rank ", record.peer, " has ended; rank ",
+                                               record.rank, " waited for it", where));
     case FailureCause::kPeerFailed:
       return Error(ErrorKind::kPeerFailed, str("mnnvl: rank ", record.rank, " stopped", where,
                                                " because another rank did: the failure began at rank ", record.peer));

@@ -44,11 +44,11 @@ void check_generic_reduce(const at::Tensor& tensor, const c10d::ReduceOp& reduce
   const bool unsigned_wide = type == at::kUInt16 || type == at::kUInt32 || type == at::kUInt64;  // no ATen arithmetic
   TORCH_CHECK_TYPE((integral || floating || complex) && !unsigned_wide,
                    "mnnvl all_reduce: tensor: expected a floating-point, complex, integer or bool dtype, got ", type);
-  const bool fits = op == Op::SUM || op == Op::PRODUCT                             ? true
-                    : op == Op::AVG                                                ? floating || complex
-                    : op == Op::MIN || op == Op::MAX                               ? !complex
+  const bool fits = op == Op::SUM || op == Op::PRODUCT                  ? true
+                    : op == Op::AVG                                     ? floating || complex
+                    : op == Op::MIN || op == Op::MAX                    ? !complex
                     : op == Op::BAND || op == Op::BOR || op == Op::BXOR ? integral
-                                                                                   : false;
+                                                                        : false;
   TORCH_CHECK_VALUE(fits, "mnnvl all_reduce: op: ", name(op), " is not supported for ", type);
 }
 

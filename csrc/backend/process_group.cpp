@@ -9,6 +9,7 @@
 #include "backend/store_exchange.h"
 #include "backend/tensors.h"
 #include "backend/work.h"
+#include "kernels/launch.h"
 
 namespace mnnvl {
 namespace {
@@ -71,6 +72,10 @@ std::shared_ptr<Transport> ProcessGroupMNNVL::transport_for(at::Device device) {
     return usable_transport(device);
   };
   if (auto transport = existing()) return transport;
+  TORCH_CHECK(
+      device.is_cpu() || !kernels::capture_id(current_stream(device).native_handle()),
+      "mnnvl: the first collective on a GPU sets the group up, which can't be captured: make one call before the "
+      "capture, or give init_process_group a device_id");
   std::lock_guard<std::mutex> setup_lock(setup_mutex_);
   if (auto transport = existing()) return transport;
 
@@ -97,8 +102,8 @@ std::shared_ptr<Transport> ProcessGroupMNNVL::transport_for(at::Device device) {
 }
 
 c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::run(c10d::OpType op, at::Device device, bool async,
-                                                      std::vector<at::Tensor> inputs,
-                                                      std::vector<at::Tensor> outputs, Body body) {
+                                                      std::vector<at::Tensor> inputs, std::vector<at::Tensor> outputs,
+                                                      Body body) {
   return at_torch_boundary([&]() -> c10::intrusive_ptr<c10d::Work> {
     std::shared_ptr<Transport> transport = transport_for(device);
     ++sequence_;
@@ -245,8 +250,9 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::allgather(std::vector<std::vec
                                                             const c10d::AllgatherOptions& opts) {
   check_single(inputs, "all_gather");
   const at::Tensor input = inputs[0].contiguous();
-  TORCH_CHECK_VALUE(outputs.size() == 1 && outputs[0].size() == size_t(size_), "mnnvl all_gather: tensor_list: expected ",
-                    size_, " tensors, got ", outputs.empty() ? 0 : outputs[0].size());
+  TORCH_CHECK_VALUE(outputs.size() == 1 && outputs[0].size() == size_t(size_),
+                    "mnnvl all_gather: tensor_list: expected ", size_, " tensors, got ",
+                    outputs.empty() ? 0 : outputs[0].size());
   std::vector<at::Tensor>& wanted = outputs[0];
   std::vector<at::Tensor> landing;  // where contributions land: the output itself unless it isn't contiguous
   bool direct = true;

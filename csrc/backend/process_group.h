@@ -100,9 +100,9 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   c10::intrusive_ptr<Options> options_;
   std::atomic<uint64_t> sequence_{0};
 
-  std::mutex setup_mutex_;    // held through a set-up, which may take until the timeout; taken before mutex_
+  std::mutex setup_mutex_;  // held through a set-up, which may take until the timeout; taken before mutex_
   int attempts_[2] = {0, 0};  // set-ups begun, CPU and CUDA
-  std::mutex mutex_;          // what follows; held briefly, so that abort() never waits
+  std::mutex mutex_;  // what follows; held briefly, so that abort() never waits
   std::atomic<bool> aborted_{false};
   bool closed_ = false;
   std::shared_ptr<Transport> cpu_, cuda_;

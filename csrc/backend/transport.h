@@ -14,10 +14,10 @@ namespace mnnvl {
 struct TransportOptions {
   int64_t timeout_ms = 0;
   int64_t workspace_bytes = 0;  // all of a rank's workspace; 0: the default
-  int64_t stage_bytes = 0;      // nonzero: a Lamport-only workspace whose generations hold this (the standalone function)
+  int64_t stage_bytes = 0;  // nonzero: a Lamport-only workspace whose generations hold this (the standalone function)
   Strategy strategy = Strategy::kAuto;  // for calls that ask for kAuto
-  bool multicast = true;        // allowed; used where every rank can
-  Bootstrap bootstrap = Bootstrap::kNccl;
+  bool multicast = true;  // allowed; used where every rank can
+  Bootstrap bootstrap = Bootstrap::kAuto;
   std::string host_id;
   std::string nccl_path;
 };

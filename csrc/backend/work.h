@@ -35,8 +35,7 @@ class CudaWork final : public c10d::Work {
  public:
   // Made right after the launch, under a guard of `stream`. `blocking`: wait() also holds the host until the end.
   CudaWork(int rank, c10d::OpType op, const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs,
-           c10::Stream stream, std::shared_ptr<Transport> transport, bool capturing, bool blocking,
-           int64_t timeout_ms);
+           c10::Stream stream, std::shared_ptr<Transport> transport, bool capturing, bool blocking, int64_t timeout_ms);
   bool isCompleted() override;
   bool isSuccess() const override;
   std::exception_ptr exception() const override;

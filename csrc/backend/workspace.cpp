@@ -11,7 +11,8 @@ namespace mnnvl {
 
 Workspace::Workspace(Exchange& exchange, at::Device device, int64_t buffer_bytes, TransportOptions options)
     : device_(device), buffer_bytes_(buffer_bytes), rank_(exchange.rank()), size_(exchange.size()) {
-  TORCH_CHECK_VALUE(buffer_bytes > 0, "mnnvl workspace: buffer_size_in_bytes: expected more than 0, got ", buffer_bytes);
+  TORCH_CHECK_VALUE(buffer_bytes > 0, "mnnvl workspace: buffer_size_in_bytes: expected more than 0, got ",
+                    buffer_bytes);
   TORCH_CHECK_VALUE(size_ >= 1 && size_ <= kMaxWorldSize, "mnnvl workspace: world size: expected 1 to ", kMaxWorldSize,
                     ", got ", size_);
   if (size_ == 1) return;

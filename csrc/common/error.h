@@ -49,7 +49,7 @@ template <typename... Args>
 }  // namespace mnnvl
 
 // Internal invariants; a failure is a bug of this library.
-#define MNNVL_ASSERT(cond, ...)                                                                      \
-  do {                                                                                               \
+#define MNNVL_ASSERT(cond, ...) \
+  do { \
     if (!(cond)) ::mnnvl::fail(::mnnvl::ErrorKind::kSystem, "internal: " #cond ": ", __VA_ARGS__); \
   } while (0)

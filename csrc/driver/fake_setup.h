@@ -15,7 +15,7 @@ struct FakeSetupConfig {
   int64_t bytes = 100000;
   int timeout_ms = 4000;
   int repeats = 1;  // whole set-ups and tear-downs, one after another; stops after one that fails
-  std::string bootstrap = "store";  // or "nccl": a simulated one, between threads only
+  std::string bootstrap = "store";  // "nccl" (a simulated one, between threads only) or "auto"
   std::vector<int> multicast_off_ranks;  // ranks whose options switch multicast off
 
   // Per rank. Empty: the default for all; one value: for all; else world_size values.

@@ -12,14 +12,16 @@ namespace mnnvl::kernels {
 constexpr int kMaxThreads = 512;
 
 inline void check(cudaError_t result, const char* what) {
-  if (result != cudaSuccess) fail(ErrorKind::kSystem, what, ": ", cudaGetErrorString(result));
+  if (result == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next launch would report it again
+  fail(ErrorKind::kSystem, what, ": ", cudaGetErrorString(result));
 }
 
 // One instance for each world size up to kMaxFastWorldSize; 0 is the loop for larger ones. `X(T, world)`.
 #define MNNVL_FOR_EACH_WORLD(X, T) X(T, 2) X(T, 3) X(T, 4) X(T, 5) X(T, 6) X(T, 7) X(T, 8) X(T, 0)
 #define MNNVL_FOR_EACH_INSTANCE(X) \
-  MNNVL_FOR_EACH_WORLD(X, float)   \
-  MNNVL_FOR_EACH_WORLD(X, __half)  \
+  MNNVL_FOR_EACH_WORLD(X, float) \
+  MNNVL_FOR_EACH_WORLD(X, __half) \
   MNNVL_FOR_EACH_WORLD(X, __nv_bfloat16)
 
 template <typename T>

@@ -17,7 +17,7 @@ const char* architectures();
 
 struct Launch {
   int threads = 128;
-  bool pdl = false;        // programmatic dependent launch: the kernel waits for its predecessor before shared state
+  bool pdl = false;  // programmatic dependent launch: the kernel waits for its predecessor before shared state
   void* stream = nullptr;  // cudaStream_t
 };
 
@@ -36,10 +36,10 @@ void launch_twoshot_lamport_allreduce(const AllReduceParams& params, const Launc
 
 struct GatherParams {
   DeviceGroup group;
-  const void* in = nullptr;          // this rank's contribution; unused where `source` is another rank
-  void* outs[kMaxWorldSize] = {};    // where each rank's contribution goes here; null: not wanted
-  int64_t bytes = 0;                 // per contribution
-  int source = -1;                   // -1: every rank contributes (all_gather); r: rank r alone (broadcast)
+  const void* in = nullptr;  // this rank's contribution; unused where `source` is another rank
+  void* outs[kMaxWorldSize] = {};  // where each rank's contribution goes here; null: not wanted
+  int64_t bytes = 0;  // per contribution
+  int source = -1;  // -1: every rank contributes (all_gather); r: rank r alone (broadcast)
   Operation operation = Operation::kAllGather;
   int blocks = 1;
 };

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kMaxThreads) oneshot_lamport_allreduce(const _
 
 void launch_oneshot_lamport_allreduce(const AllReduceParams& params, const Launch& shape) {
   const int64_t blocks = ceil_div(ceil_div(params.numel * element_size(params.dtype), kPackBytes), shape.threads);
-#define MNNVL_LAUNCH(T, world)                                                        \
+#define MNNVL_LAUNCH(T, world) \
   if (params.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) \
     return launch(oneshot_lamport_allreduce<T, world>, params, blocks, shape);
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LAUNCH)

@@ -55,7 +55,8 @@ void store_words(int device, uint64_t address, const uint32_t* words, size_t cou
     check(cudaMemcpyAsync(reinterpret_cast<void*>(address), words, count * 4, cudaMemcpyHostToDevice, scope.stream()),
           "cannot write to a peer's memory");
   } else {
-    if (count % 4 != 0 || count > kProbeWords / 2) fail(ErrorKind::kInvalidArgument, "multicast probe of ", count, " words");
+    if (count % 4 != 0 || count > kProbeWords / 2)
+      fail(ErrorKind::kInvalidArgument, "multicast probe of ", count, " words");
     ProbeWords source{};
     std::memcpy(source.words, words, count * 4);
     multicast_store_kernel<<<1, 32, 0, scope.stream()>>>(reinterpret_cast<uint4*>(address), source, int(count / 4));
@@ -73,8 +74,9 @@ void fill_words(int device, uint64_t address, uint32_t value, size_t count) {
 
 void load_words(int device, uint64_t address, uint32_t* words, size_t count) {
   DeviceScope scope(device);
-  check(cudaMemcpyAsync(words, reinterpret_cast<const void*>(address), count * 4, cudaMemcpyDeviceToHost, scope.stream()),
-        "cannot read the workspace");
+  check(
+      cudaMemcpyAsync(words, reinterpret_cast<const void*>(address), count * 4, cudaMemcpyDeviceToHost, scope.stream()),
+      "cannot read the workspace");
   scope.finish();
 }
 

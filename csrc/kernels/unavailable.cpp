@@ -8,7 +8,8 @@ namespace mnnvl::kernels {
 namespace {
 [[noreturn]] void refuse() {
   fail(ErrorKind::kUnsupported,
-       "mnnvl was built without CUDA kernels (no nvcc was found); install a CUDA toolkit or the nvidia-cuda-nvcc wheel and "
+       "mnnvl was built without CUDA kernels (no nvcc was found); install a CUDA toolkit or the nvidia-cuda-nvcc wheel "
+       "and "
        "rebuild to use CUDA tensors");
 }
 }  // namespace

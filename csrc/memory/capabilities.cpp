@@ -116,7 +116,7 @@ std::string Capabilities::serialise() const {
   host.serialise(writer);
   writer.put(device).put(device_name).put(device_uuid).put(compute_capability).put(multiprocessors).put(granularity);
   writer.put(fd_problem).put(fabric_problem).put(cluster_uuid).put(clique).put(cluster_problem).put(multicast_problem);
-  writer.put(multicast_forbidden).put(bootstrap).put(bytes).put(fill);
+  writer.put(multicast_forbidden).put(bootstrap).put(has_nccl).put(bytes).put(fill);
   return writer.bytes();
 }
 
@@ -136,7 +136,7 @@ Capabilities Capabilities::parse(const std::string& record) {
       .get(c.clique)
       .get(c.cluster_problem)
       .get(c.multicast_problem);
-  reader.get(c.multicast_forbidden).get(c.bootstrap).get(c.bytes).get(c.fill).finish();
+  reader.get(c.multicast_forbidden).get(c.bootstrap).get(c.has_nccl).get(c.bytes).get(c.fill).finish();
   return c;
 }
 

@@ -27,7 +27,8 @@ struct Capabilities {
   std::string cluster_problem;    // why in none
   std::string multicast_problem;  // why this rank can't or may not use multicast, empty when it can
   bool multicast_forbidden = false;  // by a variable of the environment: binding for NCCL too
-  Bootstrap bootstrap = Bootstrap::kNccl;
+  Bootstrap bootstrap = Bootstrap::kAuto;
+  bool has_nccl = false;
   uint64_t bytes = 0;  // what the options ask for; the same everywhere, or it is an error
   uint32_t fill = 0;
 
@@ -41,7 +42,7 @@ struct Plan {
   bool multicast = false;           // to be tried
   std::string multicast_problem;    // why not, naming the rank
   bool multicast_forbidden = false; // on some rank, by a variable of the environment
-  Bootstrap bootstrap = Bootstrap::kNccl;
+  Bootstrap bootstrap = Bootstrap::kStore;  // never kAuto
   uint64_t granularity = 0;  // the largest of all ranks
   int min_compute_capability = 0;
   int min_multiprocessors = 0;

@@ -223,7 +223,9 @@ void set_up_buffer(const FakeSetupConfig& config, std::shared_ptr<fake::World> w
   options.device = rank;
   options.bytes = static_cast<size_t>(config.bytes);
   options.fill = kFill;
-  options.bootstrap = config.bootstrap == "nccl" ? Bootstrap::kNccl : Bootstrap::kStore;
+  options.bootstrap = config.bootstrap == "nccl"   ? Bootstrap::kNccl
+                      : config.bootstrap == "auto" ? Bootstrap::kAuto
+                                                   : Bootstrap::kStore;
   options.host_id = per_rank(config.host_ids, rank, std::string());
   options.timeout_ms = config.timeout_ms;
   for (int off : config.multicast_off_ranks) {

@@ -94,6 +94,18 @@ void check_same_request(const Ranks& ranks) {
   }
 }
 
+// The given exchange works everywhere: one rank that asks for it has it for all.
+Bootstrap choose_bootstrap(const Ranks& ranks, HandleType handle, bool device_shared) {
+  const auto any = [&](Bootstrap asked) {
+    return std::any_of(ranks.begin(), ranks.end(), [&](const Capabilities& c) { return c.bootstrap == asked; });
+  };
+  if (any(Bootstrap::kStore)) return Bootstrap::kStore;
+  if (any(Bootstrap::kNccl)) return Bootstrap::kNccl;
+  const bool possible =
+      !device_shared && std::all_of(ranks.begin(), ranks.end(), [](const Capabilities& c) { return c.has_nccl; });
+  return handle == HandleType::kFabric && possible ? Bootstrap::kNccl : Bootstrap::kStore;
+}
+
 }  // namespace
 
 Plan choose_plan(const std::vector<Capabilities>& ranks) {
@@ -112,12 +124,8 @@ Plan choose_plan(const std::vector<Capabilities>& ranks) {
          ".\n  Fabric handles: ", no_fabric, ".\n  File descriptors: ", no_fd, ".", table(ranks));
   }
 
-  // NCCL only where every rank asks for it: the given exchange works everywhere.
-  plan.bootstrap = Bootstrap::kNccl;
-  for (const Capabilities& c : ranks) {
-    if (c.bootstrap != Bootstrap::kNccl) plan.bootstrap = Bootstrap::kStore;
-  }
   std::string shared = shared_device(ranks);
+  plan.bootstrap = choose_bootstrap(ranks, plan.handle, !shared.empty());
   if (plan.bootstrap == Bootstrap::kNccl && !shared.empty()) {
     fail(ErrorKind::kUnsupported, shared,
          ", which NCCL refuses; give each rank its own device, or set bootstrap=\"store\"");

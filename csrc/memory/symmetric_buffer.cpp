@@ -29,7 +29,7 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
               const SymmetricBufferOptions& options) {
     const int timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : kDefaultTimeoutMs;
     SetupContext context{driver, exchange, "", options.device, HandleType::kPosixFd, std::max(1, timeout_ms / 2)};
-    std::vector<Capabilities> ranks = compare(context, options);
+    std::vector<Capabilities> ranks = compare(context, nccl != nullptr, options);
     std::vector<SharedHandle> handles = allocate(context, nccl, options);
     map(context, ranks, handles);
     add_multicast(context);
@@ -38,10 +38,12 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
 
  private:
   // Stage 1. Capabilities, and the plan that follows from them.
-  std::vector<Capabilities> compare(SetupContext& context, const SymmetricBufferOptions& options) {
+  std::vector<Capabilities> compare(SetupContext& context, bool has_nccl, const SymmetricBufferOptions& options) {
     std::string where = str("host ", host_identity("").hostname, ", device ", options.device);
     std::vector<std::string> records = agree_gather(context.exchange, "finding out what the device can do", where, [&] {
-      return find_capabilities(context.driver, options).serialise();
+      Capabilities found = find_capabilities(context.driver, options);
+      found.has_nccl = has_nccl;
+      return found.serialise();
     });
     std::vector<Capabilities> ranks;
     std::vector<HostIdentity> hosts;

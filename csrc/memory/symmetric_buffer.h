@@ -16,14 +16,16 @@ namespace mnnvl {
 
 enum class HandleType : int { kPosixFd = 0, kFabric = 1 };
 enum class MulticastMode : int { kOff = 0, kAuto = 1 };
-enum class Bootstrap : int { kNccl = 0, kStore = 1 };
+// How handles are exchanged. kAuto: over NCCL where they are fabric handles and every rank has NCCL and a device of its own,
+// else over the given exchange: descriptors need only an address, and NCCL's first kernel costs a context some 280 MiB.
+enum class Bootstrap : int { kNccl = 0, kStore = 1, kAuto = 2 };
 
 struct SymmetricBufferOptions {
   int device = 0;                // CUDA ordinal; the caller has made its primary context current
   size_t bytes = 0;              // rounded up to the granularity that the plan needs
   uint32_t fill = 0x80000000u;   // value of every 32-bit word at rest
   MulticastMode multicast = MulticastMode::kAuto;  // kAuto still obeys the environment's switches
-  Bootstrap bootstrap = Bootstrap::kNccl;
+  Bootstrap bootstrap = Bootstrap::kAuto;
   std::string host_id;           // empty: found out; tests and MNNVL_HOST_ID override it
   int timeout_ms = 0;            // deadline of each wait inside the set-up
 };

@@ -54,8 +54,7 @@ struct WorkspaceLayout {
     l.pipe_offset = kGenerations * l.generation_bytes;
     l.pipe_slot_bytes = align_down(pipe_bytes / (kPipeBlocks * kPipeDepth), kStageAlign);
     l.signal_offset = l.pipe_offset + l.pipe_slot_bytes * kPipeBlocks * kPipeDepth;
-    l.control_offset =
-        l.signal_offset + align_up(int64_t{kPipeBlocks} * kMaxWorldSize * 4, kStageAlign);
+    l.control_offset = l.signal_offset + align_up(int64_t{kPipeBlocks} * kMaxWorldSize * 4, kStageAlign);
     l.total_bytes = l.control_offset + align_up(sizeof(DeviceControl), kStageAlign);
     return l;
   }
