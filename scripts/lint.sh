@@ -2,7 +2,7 @@
 # Checks style, types, include rules, and the stub against the compiled module. --fix also reformats.
 source "$(dirname "$0")/common.sh"
 set_up
-need ruff mypy clang_format || die "ruff, mypy and clang-format are needed"
+need ruff mypy clang_format rich || die "ruff, mypy, clang-format and rich are needed"
 paths=(mnnvl_backend tests scripts setup.py)
 sources=$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 

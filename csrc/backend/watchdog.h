@@ -2,10 +2,13 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
+#include "common/peer_watch.h"
 #include "protocol/workspace.h"
 
 namespace mnnvl {
@@ -19,22 +22,22 @@ class Watchdog {
   Watchdog(const Watchdog&) = delete;
   Watchdog& operator=(const Watchdog&) = delete;
 
-  // Lowest rank known to be dead, or -1.
+  // A rank known to be dead, or -1.
   int dead_rank() const { return dead_rank_.load(std::memory_order_acquire); }
 
  private:
-  struct Peer {
-    int rank;
-    int pidfd;
-  };
   void run();
-  void mark_dead(int rank);
+  void look();
 
   HostMailbox* mailbox_;
   std::function<void()> on_failure_;
-  std::vector<Peer> peers_;
+  std::vector<PeerWatch> peers_;  // by rank
+  std::vector<bool> dead_;
+  bool reported_ = false;
   std::atomic<int> dead_rank_{-1};
-  int stop_fd_;
+  std::mutex mutex_;
+  std::condition_variable stop_requested_;
+  bool stop_ = false;
   std::thread thread_;
 };
 

@@ -14,7 +14,7 @@
 #include "common/error.h"
 #include "common/math.h"
 #include "cpu/layout.h"
-#include "cpu/peer_watch.h"
+#include "common/peer_watch.h"
 #include "protocol/failure.h"
 
 namespace mnnvl::cpu {

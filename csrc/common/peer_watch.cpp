@@ -1,4 +1,4 @@
-#include "cpu/peer_watch.h"
+#include "common/peer_watch.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -15,7 +15,7 @@
 #define SYS_pidfd_open 434
 #endif
 
-namespace mnnvl::cpu {
+namespace mnnvl {
 namespace {
 
 struct ProcessState {
@@ -83,4 +83,4 @@ bool PeerWatch::ended() {
   return ended_;
 }
 
-}  // namespace mnnvl::cpu
+}  // namespace mnnvl

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace mnnvl::cpu {
+namespace mnnvl {
 
 // Owns one pidfd. Where the kernel or a sandbox refuses pidfd_open, it compares the process's start time in /proc
 // instead, so that a reused pid isn't taken for the peer. Not thread-safe, except that distinct objects are
@@ -28,4 +28,4 @@ class PeerWatch {
   uint64_t start_time_ = 0;  // 0: unknown
 };
 
-}  // namespace mnnvl::cpu
+}  // namespace mnnvl
