@@ -13,8 +13,8 @@
 
 #include "common/error.h"
 #include "common/math.h"
-#include "cpu/layout.h"
 #include "common/peer_watch.h"
+#include "cpu/layout.h"
 #include "protocol/failure.h"
 
 namespace mnnvl::cpu {
