@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
+from launcher import Rank
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGER_OF = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -74,3 +78,37 @@ def float32_edges(rank: int) -> torch.Tensor:
     if rank == 0:
         return values.repeat_interleave(len(words)).view(torch.float32)
     return values.roll(rank - 1).repeat(len(words)).view(torch.float32)
+
+
+def values(rank: int, numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Any bits at all (0 and 1 for bool): what is copied must not be looked at. Every rank can make any rank's."""
+    generator = torch.Generator().manual_seed(seed * 1009 + rank)
+    top = 2 if dtype == torch.bool else 256
+    raw = torch.randint(0, top, (numel * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype)
+
+
+def raw_bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().contiguous().view(torch.uint8).cpu()
+
+
+def in_the_middle(x: torch.Tensor, offset: int, device: torch.device) -> tuple[torch.Tensor, Callable[[], None]]:
+    """A copy of `x` on `device`, `offset` elements into a larger storage, and a check that the rest is untouched."""
+    size, begin, end = x.dtype.itemsize, offset * x.dtype.itemsize, (offset + x.numel()) * x.dtype.itemsize
+    storage = torch.full((end + 8 * size,), 0xA5, dtype=torch.uint8, device=device)
+    storage[begin:end] = raw_bytes(x).to(device)
+
+    def check() -> None:
+        around = torch.cat([storage[:begin], storage[end:]])
+        assert torch.equal(around, torch.full_like(around, 0xA5)), "wrote beside the tensor"
+
+    return storage.view(x.dtype)[offset : offset + x.numel()], check
+
+
+def all_reduce_works(rank: Rank, group: dist.ProcessGroup | None = None) -> None:
+    """What every refusal must leave behind: a group that adds up."""
+    world_size = dist.get_world_size(group)
+    inputs = [random_input(r, 37, torch.float32, 5) for r in range(world_size)]
+    x = inputs[dist.get_rank(group)].clone().to(rank.device)
+    dist.all_reduce(x, group=group)
+    assert_bits(x, rank_order_sum(inputs))

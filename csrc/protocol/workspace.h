@@ -40,7 +40,7 @@ struct HostMailbox {
 
 struct WorkspaceLayout {
   int64_t generation_bytes;  // one Lamport generation; stage 1 of a two-shot starts at its half
-  int64_t pipe_slot_bytes;   // one slot of one block and stage; 0: no epoch kernels in this workspace
+  int64_t pipe_slot_bytes;   // one slot of one block; 0: no epoch kernels in this workspace
   int64_t pipe_offset;
   int64_t signal_offset;
   int64_t control_offset;

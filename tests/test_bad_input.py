@@ -1,0 +1,154 @@
+"""What is refused: an error that says what, and a group that still works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from launcher import Rank
+from reference import (
+    DTYPES,
+    all_reduce_works,
+    assert_bits,
+    random_input,
+    rank_order_sum,
+)
+
+cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+
+
+def refused_body(
+    rank: Rank, calls: Callable[[Rank], dict[str, tuple[Callable[[], Any], type[Exception], str]]]
+) -> None:
+    for name, (call, kind, text) in calls(rank).items():
+        with pytest.raises(kind, match=text):
+            call()
+            pytest.fail(f"{name} was accepted")
+        all_reduce_works(rank)
+
+
+def unsupported(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
+    n, x = rank.world_size, torch.ones(4, device=rank.device)
+    parts = [torch.ones(4, device=rank.device) for _ in range(n)]
+    whole = torch.ones(4 * n, device=rank.device)
+    root, peer = rank.rank == 0, (rank.rank + 1) % n
+    calls: dict[str, tuple[Callable[[], Any], str]] = {
+        "reduce": (lambda: dist.reduce(x, 0), "reduce"),
+        "gather": (lambda: dist.gather(x, parts if root else None, dst=0), "gather"),
+        "scatter": (lambda: dist.scatter(x, parts if root else None, src=0), "scatter"),
+        "reduce_scatter": (lambda: dist.reduce_scatter(x, parts), "reduce_scatter"),
+        "reduce_scatter_tensor": (lambda: dist.reduce_scatter_tensor(x, whole), "reduce_scatter"),
+        "all_to_all": (lambda: dist.all_to_all(parts, parts), "alltoall"),
+        "all_to_all_single": (lambda: dist.all_to_all_single(whole.clone(), whole), "alltoall"),
+        "send": (lambda: dist.send(x, peer), "send"),
+        "isend": (lambda: dist.isend(x, peer), "send"),
+        "recv": (lambda: dist.recv(x, peer), "recv"),
+        "recv from anyone": (lambda: dist.recv(x), "recv"),
+    }
+    return {name: (call, RuntimeError, rf"(?i)\bmnnvl\b.*\b_?{text}") for name, (call, text) in calls.items()}
+
+
+def test_unsupported_operations_name_backend_and_operation(ranks, device):
+    ranks(refused_body, 2, device, args=(unsupported,))
+
+
+def bad_input(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
+    n, device = rank.world_size, rank.device
+    x, grid = torch.ones(4, device=device), torch.ones(4, 6, device=device)
+    dense = "expected a dense, non-overlapping tensor.*contiguous"
+
+    def several(*args, **kwargs):
+        return [torch.empty(*args, device=kwargs.pop("device", device), **kwargs) for _ in range(n)]
+
+    return {
+        "sparse": (lambda: dist.all_reduce(grid.to_sparse()), ValueError, "mnnvl all_reduce.*dense.*Sparse"),
+        "fp8": (lambda: dist.all_reduce(x.to(torch.float8_e5m2)), TypeError, "mnnvl all_reduce.*dtype.*Float8_e5m2"),
+        "uint32": (lambda: dist.all_reduce(x.to(torch.uint32)), TypeError, "mnnvl all_reduce.*dtype.*got UInt32"),
+        "BAND": (lambda: dist.all_reduce(x, op=dist.ReduceOp.BAND), ValueError, "mnnvl all_reduce.*BAND.*Float"),
+        "AVG": (lambda: dist.all_reduce(x.int(), op=dist.ReduceOp.AVG), ValueError, "mnnvl all_reduce.*AVG.*Int"),
+        "columns": (lambda: dist.all_reduce(grid[:, ::2]), ValueError, f"mnnvl all_reduce.*{dense}"),
+        "expanded": (lambda: dist.all_reduce(x[:1].expand(5)), ValueError, f"mnnvl all_reduce.*{dense}"),
+        "broadcast of columns": (lambda: dist.broadcast(grid[:, ::2], 0), ValueError, f"mnnvl broadcast.*{dense}"),
+        "broadcast root": (lambda: dist.broadcast(x, n), ValueError, f"root: expected 0 to {n - 1}, got {n}"),
+        "gather of columns": (lambda: dist.all_gather(several(4, 3), grid[:, ::2]), ValueError, dense),
+        "short list": (lambda: dist.all_gather(several(4)[1:], x), ValueError, f"expected {n} tensors, got {n - 1}"),
+        "list's numel": (lambda: dist.all_gather(several(3), x), ValueError, "4 elements like the input, got 3"),
+        "list's dtype": (lambda: dist.all_gather(several(4, dtype=torch.half), x), ValueError, "dtypes"),
+        "list on meta": (lambda: dist.all_gather(several(4, device="meta"), x), ValueError, "expected a tensor on"),
+        "output's numel": (lambda: dist.all_gather_into_tensor(torch.empty(4 * n + 1, device=device), x),
+                           ValueError, f"expected {4 * n} elements, got {4 * n + 1}"),
+        "output's dtype": (lambda: dist.all_gather_into_tensor(torch.empty(4 * n, dtype=torch.half, device=device), x),
+                           TypeError, "output: expected dtype Float, got Half"),
+        "output's strides": (lambda: dist.all_gather_into_tensor(torch.empty(4 * n, 2, device=device)[:, 0], x),
+                             ValueError, "mnnvl all_gather_into_tensor: output"),
+    }  # fmt: skip
+
+
+def test_bad_input_leaves_the_group_usable(ranks, device):
+    ranks(refused_body, 2, device, args=(bad_input,))
+
+
+def meta_body(rank: Rank) -> None:
+    """torch itself answers collectives on meta tensors, with nothing; they must not reach the transport."""
+    x = torch.ones(4, device="meta")
+    dist.all_reduce(x)
+    dist.broadcast(x, 0)
+    all_reduce_works(rank)
+
+
+def test_meta_tensors_do_nothing(ranks, device):
+    ranks(meta_body, 2, device)
+
+
+def mixed_devices(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
+    n, x, on_cpu = rank.world_size, torch.ones(4, device=rank.device), torch.ones(4)
+    cases: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+        "list on the CPU": (lambda: dist.all_gather([torch.empty(4) for _ in range(n)], x), ValueError, "expected a tensor on cuda"),
+        "input on the CPU": (lambda: dist.all_gather_into_tensor(torch.empty(4 * n, device=rank.device), on_cpu), ValueError, "expected a tensor on"),
+    }  # fmt: skip
+    if torch.cuda.device_count() > 1:
+        elsewhere = torch.device("cuda", (rank.device.index + 1) % torch.cuda.device_count())
+        cases["another GPU"] = (lambda: dist.all_reduce(x.to(elsewhere)), ValueError, "a rank has one GPU")
+    return cases
+
+
+@cuda_only
+def test_mixed_devices(ranks):
+    ranks(refused_body, 2, "cuda", args=(mixed_devices,))
+
+
+def both_devices_body(rank: Rank) -> None:
+    all_reduce_works(rank)
+    on_cpu = [random_input(r, 500, dtype, 1) for r in range(rank.world_size) for dtype in DTYPES]
+    for i, dtype in enumerate(DTYPES):
+        inputs = on_cpu[i :: len(DTYPES)]
+        x, y = inputs[rank.rank].clone(), inputs[rank.rank].to(rank.device)
+        works = [dist.all_reduce(x, async_op=True), dist.all_reduce(y, async_op=True)]
+        for work in works:
+            work.wait()
+        assert_bits(x, rank_order_sum(inputs), f"CPU {dtype}")
+        assert_bits(y, rank_order_sum(inputs), f"CUDA {dtype}")
+
+
+@cuda_only
+def test_one_group_serves_cpu_and_cuda_tensors(ranks):
+    ranks(both_devices_body, 2, "cuda")
+
+
+def same_gpu_body(rank: Rank) -> str:
+    torch.cuda.set_device(0)
+    rank.device = torch.device("cuda", 0)
+    dist.init_process_group("mnnvl", store=rank.store, rank=rank.rank, world_size=rank.world_size,
+                            timeout=rank.group_timeout, pg_options=rank.options(bootstrap="nccl"))  # fmt: skip
+    with pytest.raises(RuntimeError, match="share one device.*store") as raised:
+        dist.all_reduce(torch.ones(1, device="cuda:0"))
+    return str(raised.value)
+
+
+@cuda_only
+def test_two_ranks_on_one_gpu_with_the_nccl_exchange(ranks):
+    assert len(set(ranks(same_gpu_body, 2, "cuda", backend=None))) == 1
