@@ -86,7 +86,15 @@ void bind_process_group(py::module_& m) {
 }
 
 void bind_workspace(py::module_& m) {
-  py::class_<Workspace>(m, "Workspace")
+  // A destructor may wait for kernels, and peers that are threads here need the GIL meanwhile.
+  struct WithoutGil {
+    void operator()(Workspace* workspace) const {
+      py::gil_scoped_release no_gil;
+      delete workspace;
+    }
+  };
+  using Holder = std::unique_ptr<Workspace, WithoutGil>;
+  py::class_<Workspace, Holder>(m, "Workspace")
       .def(py::init([](py::object comm, int rank, int size, const std::string& device_type, int device_index,
                        int64_t buffer_size_bytes, int64_t timeout_ms, bool multicast, int bootstrap,
                        std::string host_id, std::string nccl_path) {
@@ -94,9 +102,9 @@ void bind_workspace(py::module_& m) {
              const at::Device device =
                  device_type == "cpu" ? at::Device(at::kCPU) : at::Device(at::kCUDA, at::DeviceIndex(device_index));
              py::gil_scoped_release no_gil;
-             return std::make_unique<Workspace>(exchange, device, buffer_size_bytes,
-                                                transport_options(timeout_ms, int(Strategy::kAuto), multicast,
-                                                                  bootstrap, std::move(host_id), std::move(nccl_path)));
+             return Holder(new Workspace(exchange, device, buffer_size_bytes,
+                                         transport_options(timeout_ms, int(Strategy::kAuto), multicast, bootstrap,
+                                                           std::move(host_id), std::move(nccl_path))));
            }),
            py::arg("comm"), py::arg("rank"), py::arg("size"), py::arg("device_type"), py::arg("device_index"),
            py::arg("buffer_size_bytes"), py::arg("timeout_ms"), py::arg("multicast"), py::arg("bootstrap"),
@@ -112,13 +120,13 @@ void bind_workspace(py::module_& m) {
       .def("destroy", &Workspace::destroy, py::call_guard<py::gil_scoped_release>());
 }
 
-// The algorithm choice, for tests: (algorithm, threads, launch_elements).
+// The algorithm choice, for tests: (algorithm, blocks, threads, launch_elements).
 py::tuple choose(int world_size, int64_t numel, int dtype, int strategy, int64_t workspace_bytes) {
   GroupShape shape;
   shape.world_size = world_size;
   shape.layout = WorkspaceLayout::for_group(workspace_bytes, world_size);
   const AllReduceChoice choice = choose_all_reduce(shape, numel, Dtype(dtype), Strategy(strategy));
-  return py::make_tuple(name(choice.algorithm), choice.threads, choice.launch_elements);
+  return py::make_tuple(name(choice.algorithm), choice.blocks, choice.threads, choice.launch_elements);
 }
 
 // What this machine offers: the fields of MachineProbe.

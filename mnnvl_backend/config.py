@@ -51,7 +51,7 @@ VARIABLES = [
     Variable("MNNVL_BOOTSTRAP", "nccl, store or auto", "auto",
              "how memory handles are exchanged: NCCL, or the c10d store; auto: NCCL for fabric handles",
              _choice(nccl="nccl", store="store", auto="auto")),
-    Variable("MNNVL_WORKSPACE_BYTES", "bytes, at least 1M, with an optional suffix K, M or G", "by world size",
+    Variable("MNNVL_WORKSPACE_BYTES", "bytes, at least 1M, with an optional suffix K, M or G", "64M, CPU 1M",
              "peer-mapped memory per rank and device type", _size),
     Variable("MNNVL_HOST_ID", "any text", "found out", "what this rank says its host is (for tests)", str),
     Variable("MNNVL_BLOCKING_WAIT", "0 or 1", "0",

@@ -301,3 +301,19 @@ def complex_body(rank: Rank) -> None:
 
 def test_complex_sums_are_sums_of_their_parts(ranks, device):
     ranks(complex_body, 3, device)
+
+
+def nested_body(rank: Rank) -> float:
+    """What torch's PowerSGD hook does: a callback of one collective's future waits for another collective."""
+
+    def then(future: torch.futures.Future) -> torch.Tensor:
+        x = future.value()[0]
+        return dist.all_reduce(x, async_op=True).get_future().wait()[0]
+
+    x = torch.ones(1000, device=rank.device)
+    result = dist.all_reduce(x, async_op=True).get_future().then(then).wait()
+    return float(result.sum())
+
+
+def test_collectives_inside_callbacks(ranks, device):
+    assert ranks(nested_body, 2, device) == [4000.0] * 2

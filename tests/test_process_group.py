@@ -223,3 +223,47 @@ def test_timeouts(ranks, device):
 def test_handles_over_nccl(ranks):
     """Forced: by default descriptors don't go that way."""
     ranks(all_reduce_works, min(4, torch.cuda.device_count()), "cuda", options={"bootstrap": "nccl"})
+
+
+def same_store_body(rank: Rank) -> None:
+    """Under torchrun the store outlives a group, and torch gives the next one the same prefix."""
+    for _ in range(3):
+        rank.init(prefix="same")
+        all_reduce_works(rank)
+        dist.destroy_process_group()
+
+
+def test_groups_made_again_in_the_same_store(ranks, device):
+    ranks(same_store_body, 3, device, backend=None)
+
+
+def different_options_body(rank: Rank) -> str:
+    rank.init(strategy="oneshot" if rank.rank == 1 else "twoshot")
+    with pytest.raises(ValueError, match="options differ.*rank 1") as raised:
+        dist.all_reduce(torch.ones(100_000, device=rank.device))
+    return str(raised.value)
+
+
+def test_options_that_differ_between_ranks(ranks, device):
+    assert len(set(ranks(different_options_body, 3, device, backend=None))) == 1
+
+
+def crossed_groups_body(rank: Rank) -> None:
+    """Rows and columns of a 2 x 2 mesh, large tensors in flight on both at once, begun in another order on each rank."""
+    groups = [dist.new_group(ranks, backend="mnnvl") for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    row, column = groups[rank.rank // 2], groups[2 + rank.rank % 2]
+    for group in (row, column):  # set up before anything is in flight
+        dist.all_reduce(torch.ones(1, device=rank.device), group=group)
+    for turn in range(10):
+        order = [row, column] if (rank.rank + turn) % 3 else [column, row]
+        tensors = [torch.full((3_000_000,), float(rank.rank + 1), device=rank.device) for _ in order]
+        works = [dist.all_reduce(x, group=g, async_op=True) for x, g in zip(tensors, order, strict=True)]
+        for work in works:
+            work.wait()
+        for x, group in zip(tensors, order, strict=True):
+            expected = sum(r + 1 for r in dist.get_process_group_ranks(group))
+            assert bool((x == expected).all())
+
+
+def test_crossed_groups(ranks, device):
+    ranks(crossed_groups_body, 4, device, timeout=120)

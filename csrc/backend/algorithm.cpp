@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/error.h"
+#include "kernels/launch.h"
 
 namespace mnnvl {
 namespace {
@@ -25,12 +26,14 @@ int64_t oneshot_limit(int world_size) {
   fail(ErrorKind::kInvalidArgument, "world size ", world_size, " is over ", kMaxWorldSize);
 }
 
-// As few threads a block as still give every multiprocessor work: the more blocks, the sooner the first packs leave.
-int lamport_threads(int64_t packs, int multiprocessors) {
-  for (int threads : {128, 256}) {
-    if (packs <= int64_t{threads} * multiprocessors) return threads;
+// One thread a pack, in as few threads a block as still give every multiprocessor work (the more blocks, the sooner the first
+// packs leave); from one full block a multiprocessor on, threads take several packs.
+void shape_lamport(AllReduceChoice& choice, int64_t packs, const GroupShape& group) {
+  choice.threads = kernels::max_all_reduce_threads(group.world_size);
+  for (int threads : {256, 128}) {
+    if (packs <= int64_t{threads} * group.multiprocessors) choice.threads = threads;
   }
-  return 512;
+  choice.blocks = int(std::clamp<int64_t>(ceil_div(packs, choice.threads), 1, group.multiprocessors));
 }
 
 }  // namespace
@@ -49,11 +52,12 @@ AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype 
   if (oneshot) {
     choice.algorithm = Algorithm::kOneShotLamport;
     choice.launch_elements = oneshot_elements;
-    choice.threads = lamport_threads(packs, group.multiprocessors);
+    shape_lamport(choice, std::min(packs, ceil_div(oneshot_elements * element, kPackBytes)), group);
   } else {
     choice.algorithm = Algorithm::kTwoShotLamport;
     choice.launch_elements = group.layout.twoshot_capacity(world, element);
-    choice.threads = lamport_threads(slice_packs(packs, world), group.multiprocessors);
+    shape_lamport(choice, slice_packs(std::min(packs, ceil_div(choice.launch_elements * element, kPackBytes)), world),
+                  group);
   }
   return choice;
 }
@@ -62,7 +66,7 @@ GatherChoice choose_gather(const GroupShape& group, int64_t bytes) {
   const int64_t pieces = ceil_div(bytes, group.layout.pipe_piece_bytes(group.world_size));
   GatherChoice choice;
   choice.blocks = int(std::clamp<int64_t>(pieces, 1, std::min(kPipeBlocks, group.multiprocessors)));
-  choice.threads = bytes <= 4096 ? 128 : 512;
+  choice.threads = bytes <= 4096 ? 128 : kernels::kMaxGatherThreads;
   return choice;
 }
 

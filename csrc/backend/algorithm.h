@@ -20,6 +20,7 @@ struct GroupShape {
 
 struct AllReduceChoice {
   Algorithm algorithm = Algorithm::kOneShotLamport;
+  int blocks = 1;
   int threads = 128;
   int64_t launch_elements = 0;  // most elements of one launch; a larger tensor takes several
 };

@@ -14,6 +14,7 @@ class CpuTransport final : public Transport {
  public:
   CpuTransport(Exchange& exchange, const TransportOptions& options)
       : timeout_ms_(options.timeout_ms), strategy_(options.strategy) {
+    agree_on_options(exchange, options);
     HostSegmentsOptions segment_options;
     segment_options.bytes =
         options.workspace_bytes ? size_t(options.workspace_bytes) : cpu::default_segment_bytes(exchange.size());
@@ -51,8 +52,8 @@ class CpuTransport final : public Transport {
     if (failure_) throw *failure_;
   }
   void abort() override { communicator_->abort(); }
+  void close() override {}  // calls return when they are done, and the destructor waits for nobody
   void set_timeout(int64_t timeout_ms) override { timeout_ms_ = timeout_ms; }
-  int64_t capacity_bytes() const override { return int64_t(segments_->bytes()); }
 
  private:
   template <typename F>

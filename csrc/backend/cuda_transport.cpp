@@ -50,6 +50,7 @@ class CudaTransport final : public Transport {
  public:
   CudaTransport(Exchange& exchange, int device, const TransportOptions& options)
       : device_(device), strategy_(options.strategy) {
+    agree_on_options(exchange, options);
     const std::string where = str("cuda:", device);
     const CudaDriver* driver = nullptr;
     const NcclLibrary* nccl = nullptr;
@@ -93,16 +94,21 @@ class CudaTransport final : public Transport {
       const int64_t words = (group_.layout.total_bytes - group_.layout.signal_offset) / 4;
       kernels::device_ops().fill_words(device, buffer_->address(group_.rank) + uint64_t(group_.layout.signal_offset), 0,
                                        size_t(words));
+      watchdog_.emplace(mailbox_.get(), buffer_->peer_pids(),
+                        [this] { LOG(ERROR) << to_error(mailbox_->record, timeout_seconds()).what(); });
     });
-    watchdog_.emplace(mailbox_.get(), buffer_->peer_pids(),
-                      [this] { LOG(ERROR) << to_error(mailbox_->record, timeout_seconds()).what(); });
   }
 
-  // Waits for the kernels in flight, which end by their deadline at the latest. Peers may still store into this rank's
-  // memory afterwards: their mappings keep it alive.
-  ~CudaTransport() override {
+  ~CudaTransport() override { close(); }
+
+  // The kernels in flight end by their deadline at the latest. Peers may still store into this rank's memory afterwards: their
+  // mappings keep it alive.
+  void close() override {
+    std::lock_guard<std::mutex> lock(close_mutex_);
+    if (!buffer_) return;
     kernels::synchronize_device(device_);
-    watchdog_.reset();
+    watchdog_.reset();  // takes a last look at the mailbox
+    buffer_.reset();
   }
 
   void all_reduce(const void* in, void* out, int64_t numel, Dtype dtype, ReduceOp op, Strategy strategy, bool pdl,
@@ -115,8 +121,9 @@ class CudaTransport final : public Transport {
     launch.pdl = pdl;
     launch.stream = stream;
     kernels::AllReduceParams params;
-    params.group = group_;
+    params.group = launch_group();
     params.dtype = dtype;
+    params.blocks = choice.blocks;
     params.op = op;
     for (int64_t begin = 0; begin < numel; begin += choice.launch_elements) {
       params.in = static_cast<const std::byte*>(in) + begin * element_size(dtype);
@@ -160,17 +167,42 @@ class CudaTransport final : public Transport {
     }
   }
 
-  void abort() override { __atomic_store_n(&mailbox_->abort, 1u, __ATOMIC_RELEASE); }
-  void set_timeout(int64_t timeout_ms) override { group_.timeout_ns = uint64_t(timeout_ms) * 1'000'000; }
-  int64_t capacity_bytes() const override { return group_.layout.generation_bytes; }
+  void abort() override {
+    __atomic_store_n(&mailbox_->abort, 1u, __ATOMIC_RELEASE);
+    tell_peers(group_.rank);
+  }
+  void set_timeout(int64_t timeout_ms) override { timeout_ns_ = uint64_t(timeout_ms) * 1'000'000; }
 
  private:
-  double timeout_seconds() const { return double(group_.timeout_ns) * 1e-9; }
+  double timeout_seconds() const { return double(timeout_ns_) * 1e-9; }
+
+  DeviceGroup launch_group() const {
+    DeviceGroup group = group_;
+    group.timeout_ns = timeout_ns_;
+    return group;
+  }
+
+  // Peers may wait in a kernel for this rank, which will launch nothing more.
+  void tell_peers(int root) noexcept {
+    std::lock_guard<std::mutex> lock(close_mutex_);
+    if (!buffer_) return;
+    const uint32_t word = abort_word(root);
+    for (int r = 0; r < group_.world_size; ++r) {
+      const uint64_t address =
+          buffer_->address(r) + uint64_t(group_.layout.control_offset) + offsetof(DeviceControl, abort);
+      try {
+        kernels::device_ops().store_words(device_, address, &word, 1, /*multicast=*/false);
+      } catch (const Error& error) {
+        LOG(WARNING) << "mnnvl: cannot tell rank " << r << " of the failure: " << error.what();
+      }
+    }
+  }
 
   // Before a launch. A peer that has ended is a failure only for calls that still need it.
   void check_usable() {
     check();
     if (const int dead = watchdog_->dead_rank(); dead >= 0) {
+      tell_peers(dead);
       fail(ErrorKind::kPeerFailed, "mnnvl: the process of rank ", dead, " has ended; rank ", group_.rank,
            " can make no further collective with it");
     }
@@ -179,7 +211,7 @@ class CudaTransport final : public Transport {
   void gather(kernels::GatherParams& params, int64_t bytes, void* stream) {
     check_usable();
     const GatherChoice choice = choose_gather(shape_, bytes);
-    params.group = group_;
+    params.group = launch_group();
     params.bytes = bytes;
     params.blocks = choice.blocks;
     kernels::Launch launch;
@@ -192,6 +224,8 @@ class CudaTransport final : public Transport {
   int device_;
   Strategy strategy_;
   DeviceGroup group_{};
+  std::atomic<uint64_t> timeout_ns_{0};
+  std::mutex close_mutex_;  // buffer_ against close()
   GroupShape shape_;
   std::unique_ptr<HostMailbox, MailboxDeleter> mailbox_;
   std::unique_ptr<SymmetricBuffer> buffer_;

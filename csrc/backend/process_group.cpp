@@ -14,8 +14,6 @@
 namespace mnnvl {
 namespace {
 
-constexpr int kAsyncStreamPriority = -1;  // communication first, as every backend does
-
 // The collective is over as soon as it begins: nothing to send.
 c10::intrusive_ptr<CpuWork> completed_work(int rank, c10d::OpType op, std::vector<at::Tensor> outputs) {
   auto work = c10::make_intrusive<CpuWork>(rank, op, outputs, outputs);
@@ -24,6 +22,20 @@ c10::intrusive_ptr<CpuWork> completed_work(int rank, c10d::OpType op, std::vecto
 }
 
 using Body = std::function<void(Transport&, void*)>;
+
+// Runs a body. If that fails in mid-way for reasons other than the group's failure, this rank can't be paired with its peers
+// again: part of it may have run.
+void run_body(const Body& body, Transport& transport, void* stream) {
+  try {
+    body(transport, stream);
+  } catch (const Error& error) {
+    if (error.kind() == ErrorKind::kSystem) transport.abort();
+    throw;
+  } catch (...) {
+    transport.abort();
+    throw;
+  }
+}
 
 // Several collectives as one work.
 Body in_turn(std::vector<Body> bodies) {
@@ -56,8 +68,18 @@ ProcessGroupMNNVL::~ProcessGroupMNNVL() {
 
 std::shared_ptr<Transport> ProcessGroupMNNVL::usable_transport(at::Device device) {
   TORCH_CHECK_WITH(DistBackendError, !closed_, "mnnvl: this process group has been shut down");
-  for (const auto& transport : {cpu_, cuda_}) {
-    if (transport) transport->check();
+  try {
+    for (const auto& transport : {cpu_, cuda_}) {
+      if (transport) transport->check();
+    }
+  } catch (const Error&) {
+    // Peers may wait for this rank on the other device type, where nothing has failed yet.
+    if (!std::exchange(broken_, true)) {
+      for (const auto& transport : {cpu_, cuda_}) {
+        if (transport) transport->abort();
+      }
+    }
+    throw;
   }
   if (aborted_) fail(ErrorKind::kAborted, "mnnvl: abort() was called on this process group on rank ", rank_);
   if (device.is_cpu()) return cpu_;
@@ -76,13 +98,15 @@ std::shared_ptr<Transport> ProcessGroupMNNVL::transport_for(at::Device device) {
       device.is_cpu() || !kernels::capture_id(current_stream(device).native_handle()),
       "mnnvl: the first collective on a GPU sets the group up, which can't be captured: make one call before the "
       "capture, or give init_process_group a device_id");
-  std::lock_guard<std::mutex> setup_lock(setup_mutex_);
+  const int kind = device.is_cpu() ? 0 : 1;
+  std::lock_guard<std::mutex> setup_lock(setup_mutex_[kind]);
   if (auto transport = existing()) return transport;
 
-  // Numbered, since a retry after a failed set-up must not read the keys of the first; ranks fail together.
-  const int attempt = attempts_[device.is_cpu() ? 0 : 1]++;
-  StoreExchange exchange(store_, str("mnnvl/", device.is_cpu() ? "cpu" : "cuda", attempt), rank_, size_,
-                         options_->timeout, aborted_);
+  // Numbered in the store, which may outlive this object: neither a retry nor a later group of the same name may read the
+  // keys of an earlier set-up.
+  const std::string prefix = str("mnnvl/", kind == 0 ? "cpu" : "cuda");
+  const int64_t attempt = store_->add(str(prefix, "/attempts/", rank_), 1);
+  StoreExchange exchange(store_, str(prefix, attempt), rank_, size_, options_->timeout, aborted_);
   std::shared_ptr<Transport> made;
   if (device.is_cpu()) {
     made = make_cpu_transport(exchange, options_->transport);
@@ -91,7 +115,8 @@ std::shared_ptr<Transport> ProcessGroupMNNVL::transport_for(at::Device device) {
     made = make_cuda_transport(exchange, device.index(), options_->transport);
   }
   std::lock_guard<std::mutex> lock(mutex_);
-  (void)usable_transport(device);  // it may have been aborted or shut down meanwhile
+  if (aborted_ || closed_) made->abort();  // meanwhile; the peers believe in it
+  (void)usable_transport(device);
   if (device.is_cpu()) {
     cpu_ = made;
   } else {
@@ -123,24 +148,26 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::run_on_cuda(c10d::OpType op, a
   const c10::Stream current = guard.getStream(device);
   c10::Stream stream = current;
   if (async) {
-    if (!async_stream_) async_stream_ = guard.getStreamFromGlobalPool(device, kAsyncStreamPriority < 0);
+    if (!async_stream_) async_stream_ = guard.getStreamFromGlobalPool(device, /*isHighPriority=*/true);
     stream = *async_stream_;
     c10::Event ready(device.type());
     ready.record(current);
     stream.wait(ready);
   }
-  // The caller's tensors may be made on another stream than the one they are used on.
   c10::StreamGuard stream_guard(stream);
   const bool capturing = stream_order_.enter(stream);
-  body(*transport, stream.native_handle());
+  run_body(body, *transport, stream.native_handle());
+  auto end = std::make_shared<c10::Event>(device.type());
+  end->record(stream);
+  stream_order_.leave(stream, end);
   if (async) {
     for (const auto* list : {&inputs, &outputs}) {
       for (const at::Tensor& tensor : *list) guard.recordDataPtrOnStream(tensor.storage().data_ptr(), stream);
     }
   }
   const bool blocking = options_->blocking_wait || op == c10d::OpType::BARRIER;
-  return c10::make_intrusive<CudaWork>(rank_, op, inputs, std::move(outputs), stream, std::move(transport), capturing,
-                                       blocking, options_->transport.timeout_ms);
+  return c10::make_intrusive<CudaWork>(rank_, op, inputs, std::move(outputs), stream, std::move(end),
+                                       std::move(transport), capturing, blocking, options_->transport.timeout_ms);
 }
 
 c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::run_on_cpu(c10d::OpType op, bool async,
@@ -148,32 +175,41 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::run_on_cpu(c10d::OpType op, bo
                                                              std::vector<at::Tensor> outputs,
                                                              std::shared_ptr<Transport> transport, Body body) {
   auto work = c10::make_intrusive<CpuWork>(rank_, op, inputs, std::move(outputs));
-  // `inputs` keeps the tensors alive until the body has run.
-  auto job = [work, body = std::move(body), transport = std::move(transport), inputs = std::move(inputs)] {
-    std::exception_ptr failure;
-    try {
-      at_torch_boundary([&] { body(*transport, /*stream=*/nullptr); });
-    } catch (...) {
-      failure = std::current_exception();
-    }
-    work->complete(failure);
-  };
   std::unique_lock<std::mutex> lock(queue_mutex_);
-  if (!async && queue_.empty() && !worker_busy_) {
-    // On the caller's own thread, which would only wait: no hand-over to pay for.
-    worker_busy_ = true;
-    lock.unlock();
-    job();
-    lock.lock();
-    worker_busy_ = false;
-    queue_cv_.notify_all();  // the worker may have something to do, or be asked to stop
-    return work;
-  }
   TORCH_CHECK_WITH(DistBackendError, !worker_stop_, "mnnvl: this process group has been shut down");
-  if (!worker_.joinable()) worker_ = std::thread([this] { work_loop(); });
-  queue_.push_back(std::move(job));
+  queue_.push_back({work, std::move(inputs), std::move(transport), std::move(body)});
+  if (std::this_thread::get_id() == worker_id_) {
+    // A callback of a finished work calls again, and may wait for it: nobody else would run it.
+    while (!queue_.empty()) run_next(lock);
+  } else if (!async && queue_.size() == 1 && !worker_busy_) {
+    run_next(lock);  // on the caller's own thread, which would only wait: no hand-over to pay for
+  } else if (!worker_.joinable()) {
+    worker_ = std::thread([this] { work_loop(); });
+    worker_id_ = worker_.get_id();
+  }
   queue_cv_.notify_all();
   return work;
+}
+
+// With `lock` held, which is let go while the job and its callbacks run.
+void ProcessGroupMNNVL::run_next(std::unique_lock<std::mutex>& lock) {
+  CpuJob job = std::move(queue_.front());
+  queue_.pop_front();
+  worker_busy_ = true;
+  lock.unlock();
+  std::exception_ptr failure;
+  try {
+    at_torch_boundary([&] { run_body(job.body, *job.transport, /*stream=*/nullptr); });
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  lock.lock();
+  worker_busy_ = false;
+  lock.unlock();
+  queue_cv_.notify_all();
+  job.work->complete(failure);
+  job = {};  // drops its tensors without the lock
+  lock.lock();
 }
 
 void ProcessGroupMNNVL::work_loop() {
@@ -181,14 +217,7 @@ void ProcessGroupMNNVL::work_loop() {
   for (;;) {
     queue_cv_.wait(lock, [this] { return !worker_busy_ && (!queue_.empty() || worker_stop_); });
     if (queue_.empty()) return;
-    std::function<void()> job = std::move(queue_.front());
-    queue_.pop_front();
-    worker_busy_ = true;
-    lock.unlock();
-    job();
-    job = nullptr;  // drops its tensors without the lock
-    lock.lock();
-    worker_busy_ = false;
+    run_next(lock);
   }
 }
 
@@ -328,16 +357,19 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::gather_into_tensors(c10d::OpTy
   return run(op, inputs[0].device(), opts.asyncOp, std::move(kept), outputs, in_turn(std::move(bodies)));
 }
 
-at::Device ProcessGroupMNNVL::barrier_device(const c10d::BarrierOptions& opts) const {
+at::Device ProcessGroupMNNVL::barrier_device(const c10d::BarrierOptions& opts) {
   const auto with_index = [](at::Device device) {
     if (!device.is_cuda() || device.has_index()) return device;
     return c10::impl::VirtualGuardImpl(device.type()).getDevice();
   };
-  if (opts.device) return with_index(*opts.device);
+  if (opts.device && (!opts.device->is_cuda() || opts.device->has_index())) return *opts.device;
   if (!opts.device_ids.empty()) return at::Device(at::kCUDA, at::DeviceIndex(opts.device_ids[0]));
   if (getBoundDeviceId()) return *getBoundDeviceId();
-  if (cuda_device_) return *cuda_device_;
-  return at::Device(at::kCPU);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (cuda_device_) return *cuda_device_;  // torch asks for "cuda" without an index where nobody bound a device
+  }
+  return opts.device ? with_index(*opts.device) : at::Device(at::kCPU);
 }
 
 c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::barrier(const c10d::BarrierOptions& opts) {
@@ -406,11 +438,21 @@ void ProcessGroupMNNVL::shutdown() {
     worker = std::move(worker_);
   }
   queue_cv_.notify_all();
-  if (worker.joinable()) worker.join();  // runs what is queued; each job ends by its deadline
+  if (worker.joinable() && worker.get_id() == std::this_thread::get_id()) {
+    worker.detach();  // a callback drops the group's last reference; the thread ends behind it
+  } else if (worker.joinable()) {
+    worker.join();  // runs what is queued; each job ends by its deadline
+  }
   std::shared_ptr<Transport> cpu, cuda;
-  std::lock_guard<std::mutex> lock(mutex_);
-  cpu.swap(cpu_);  // works still held by the user keep them until they go
-  cuda.swap(cuda_);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    cpu.swap(cpu_);
+    cuda.swap(cuda_);
+  }
+  // Works still held by the user keep the objects, to ask them about failures, but not their memory.
+  for (const auto& transport : {cpu, cuda}) {
+    if (transport) transport->close();
+  }
 }
 
 }  // namespace mnnvl

@@ -15,6 +15,7 @@
 
 #include "backend/stream_order.h"
 #include "backend/transport.h"
+#include "backend/work.h"
 
 namespace mnnvl {
 
@@ -73,7 +74,14 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   // What one collective does, given its transport and native stream (null on the CPU).
   using Body = std::function<void(Transport&, void* stream)>;
 
-  // Checks the arguments; what it returns can only fail for reasons of the group.
+  struct CpuJob {
+    c10::intrusive_ptr<CpuWork> work;
+    std::vector<at::Tensor> kept;  // alive until the body has run
+    std::shared_ptr<Transport> transport;
+    Body body;
+  };
+
+  // Checks the arguments; what it returns fails only for reasons of the group, or for want of memory.
   Body reduce_body(const at::Tensor& tensor, const c10d::ReduceOp& reduce_op);
   c10::intrusive_ptr<c10d::Work> reduce_all(c10d::OpType op, std::vector<at::Tensor>& tensors,
                                             const c10d::AllreduceOptions& opts);
@@ -93,18 +101,19 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   c10::intrusive_ptr<c10d::Work> run_on_cuda(c10d::OpType op, at::Device device, bool async,
                                              std::vector<at::Tensor> inputs, std::vector<at::Tensor> outputs,
                                              std::shared_ptr<Transport> transport, const Body& body);
+  void run_next(std::unique_lock<std::mutex>& lock);
   void work_loop();
-  at::Device barrier_device(const c10d::BarrierOptions& opts) const;
+  at::Device barrier_device(const c10d::BarrierOptions& opts);
 
   c10::intrusive_ptr<c10d::Store> store_;
   c10::intrusive_ptr<Options> options_;
   std::atomic<uint64_t> sequence_{0};
 
-  std::mutex setup_mutex_;  // held through a set-up, which may take until the timeout; taken before mutex_
-  int attempts_[2] = {0, 0};  // set-ups begun, CPU and CUDA
-  std::mutex mutex_;  // what follows; held briefly, so that abort() never waits
+  std::mutex
+      setup_mutex_[2];  // CPU, CUDA; held through a set-up, which may take until the timeout; taken before mutex_
+  std::mutex mutex_;  // what follows; held briefly, so that abort() never waits for a set-up
   std::atomic<bool> aborted_{false};
-  bool closed_ = false;
+  bool closed_ = false, broken_ = false;
   std::shared_ptr<Transport> cpu_, cuda_;
   std::optional<at::Device> cuda_device_;
 
@@ -115,9 +124,10 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   // CPU collectives that don't run on the caller's thread, in order.
   std::mutex queue_mutex_;
   std::condition_variable queue_cv_;
-  std::deque<std::function<void()>> queue_;
+  std::deque<CpuJob> queue_;
   bool worker_busy_ = false, worker_stop_ = false;
   std::thread worker_;
+  std::thread::id worker_id_;
 };
 
 }  // namespace mnnvl

@@ -1,31 +1,20 @@
 #include "backend/stream_order.h"
 
-#include <c10/core/Event.h>
-
 #include "kernels/launch.h"
 
 namespace mnnvl {
-namespace {
-
-void chain(c10::Stream from, c10::Stream to) {
-  if (from == to) return;
-  c10::Event event(from.device_type());
-  event.record(from);
-  to.wait(event);
-}
-
-}  // namespace
 
 bool StreamOrder::enter(c10::Stream stream) {
-  const std::optional<uint64_t> capture = kernels::capture_id(stream.native_handle());
-  if (!capture) {
-    if (eager_) chain(*eager_, stream);
-    eager_ = stream;
-    return false;
-  }
-  if (captured_ && captured_->id == *capture) chain(captured_->stream, stream);
-  captured_ = Captured{*capture, stream};
-  return true;
+  current_id_ = kernels::capture_id(stream.native_handle());
+  const bool chained = !current_id_ || current_id_ == captured_id_;
+  const std::optional<Last>& last = current_id_ ? captured_ : eager_;
+  if (chained && last && last->stream != stream) stream.wait(*last->end);
+  return current_id_.has_value();
+}
+
+void StreamOrder::leave(c10::Stream stream, std::shared_ptr<c10::Event> end) {
+  (current_id_ ? captured_ : eager_) = Last{stream, std::move(end)};
+  if (current_id_) captured_id_ = current_id_;
 }
 
 }  // namespace mnnvl

@@ -38,12 +38,16 @@ class Transport {
 
   // Throws the failure of this group, if it has one by now.
   virtual void check() = 0;
-  // From any thread: ends all waits.
+  // From any thread: ends all waits here, and tells the peers.
   virtual void abort() = 0;
   virtual void set_timeout(int64_t timeout_ms) = 0;
-  // Bytes of one Lamport generation as the caller asked for it, or more (GPU); of a segment (CPU).
-  virtual int64_t capacity_bytes() const = 0;
+  // Waits for what was enqueued and releases the memory; nothing but check() may be called afterwards. Idempotent; the
+  // destructor does it too.
+  virtual void close() = 0;
 };
+
+// Collective: what must be the same on every rank and isn't looked at elsewhere. Error(kInvalidArgument) naming two ranks.
+void agree_on_options(Exchange& exchange, const TransportOptions& options);
 
 std::unique_ptr<Transport> make_cpu_transport(Exchange& exchange, const TransportOptions& options);
 // `device` is a CUDA ordinal.

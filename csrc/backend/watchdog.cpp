@@ -25,6 +25,7 @@ Watchdog::~Watchdog() {
 void Watchdog::run() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stop_requested_.wait_for(lock, kPeriod, [this] { return stop_; })) look();
+  look();  // what failed last must not go unsaid
 }
 
 void Watchdog::look() {

@@ -45,23 +45,27 @@ bool CpuWork::wait(std::chrono::milliseconds timeout) {
 }
 
 CudaWork::CudaWork(int rank, c10d::OpType op, const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs,
-                   c10::Stream stream, std::shared_ptr<Transport> transport, bool capturing, bool blocking,
-                   int64_t timeout_ms)
+                   c10::Stream stream, std::shared_ptr<c10::Event> end, std::shared_ptr<Transport> transport,
+                   bool capturing, bool blocking, int64_t timeout_ms)
     : Work(rank, op, "mnnvl", inputs),
       outputs_(std::move(outputs)),
       stream_(stream),
-      end_(stream.device_type()),
+      end_(std::move(end)),
       transport_(std::move(transport)),
       capturing_(capturing),
       blocking_(blocking),
       timeout_ms_(timeout_ms),
       future_(make_future({stream.device()})) {
-  end_.record(stream_);
   // The future records the end on the current stream, which the caller has made this work's.
   future_->markCompleted(c10::IValue(outputs_));
+  // For the profiler the call ends here; its kernels are in the trace by themselves.
+  if (recordFunctionEndCallback_) {
+    recordFunctionEndCallback_();
+    recordFunctionEndCallback_ = nullptr;
+  }
 }
 
-bool CudaWork::isCompleted() { return !capturing_ && end_.query(); }
+bool CudaWork::isCompleted() { return !capturing_ && end_->query(); }
 
 bool CudaWork::isSuccess() const { return exception() == nullptr; }
 
@@ -76,7 +80,7 @@ std::exception_ptr CudaWork::exception() const {
 
 void CudaWork::synchronize() {
   const c10::Stream current = current_stream(stream_.device());
-  if (current != stream_) current.wait(end_);
+  if (current != stream_) current.wait(*end_);
 }
 
 bool CudaWork::wait(std::chrono::milliseconds timeout) {
@@ -91,7 +95,7 @@ void CudaWork::wait_on_host(std::chrono::milliseconds timeout) {
   // With the group's own timeout the kernel gives up by itself, and says whom it waited for; it only started later.
   const auto limit = timeout == kNoTimeout ? std::chrono::milliseconds(timeout_ms_ + kKernelGraceMs) : timeout;
   const auto deadline = std::chrono::steady_clock::now() + limit;
-  for (int polls = 0; !end_.query(); ++polls) {
+  for (int polls = 0; !end_->query(); ++polls) {
     if (std::chrono::steady_clock::now() > deadline) {
       at_torch_boundary([&] { transport_->check(); });
       C10_THROW_ERROR(DistBackendError, str("mnnvl: ", c10d::opTypeToString(opType_), " on rank ", rank_,

@@ -33,9 +33,10 @@ class CpuWork final : public c10d::Work {
 // A collective enqueued on a GPU stream; completion is an event there.
 class CudaWork final : public c10d::Work {
  public:
-  // Made right after the launch, under a guard of `stream`. `blocking`: wait() also holds the host until the end.
+  // Made right after the launch, under a guard of `stream`, on which `end` has just been recorded. `blocking`: wait() also holds the host until the end.
   CudaWork(int rank, c10d::OpType op, const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs,
-           c10::Stream stream, std::shared_ptr<Transport> transport, bool capturing, bool blocking, int64_t timeout_ms);
+           c10::Stream stream, std::shared_ptr<c10::Event> end, std::shared_ptr<Transport> transport, bool capturing,
+           bool blocking, int64_t timeout_ms);
   bool isCompleted() override;
   bool isSuccess() const override;
   std::exception_ptr exception() const override;
@@ -50,7 +51,7 @@ class CudaWork final : public c10d::Work {
 
   std::vector<at::Tensor> outputs_;
   c10::Stream stream_;
-  c10::Event end_;
+  std::shared_ptr<c10::Event> end_;
   std::shared_ptr<Transport> transport_;
   bool capturing_, blocking_;
   int64_t timeout_ms_;

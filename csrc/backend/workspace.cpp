@@ -1,5 +1,6 @@
 #include "backend/workspace.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "backend/errors.h"
@@ -10,7 +11,7 @@
 namespace mnnvl {
 
 Workspace::Workspace(Exchange& exchange, at::Device device, int64_t buffer_bytes, TransportOptions options)
-    : device_(device), buffer_bytes_(buffer_bytes), rank_(exchange.rank()), size_(exchange.size()) {
+    : device_(device), buffer_bytes_(buffer_bytes), size_(exchange.size()) {
   TORCH_CHECK_VALUE(buffer_bytes > 0, "mnnvl workspace: buffer_size_in_bytes: expected more than 0, got ",
                     buffer_bytes);
   TORCH_CHECK_VALUE(size_ >= 1 && size_ <= kMaxWorldSize, "mnnvl workspace: world size: expected 1 to ", kMaxWorldSize,
@@ -28,6 +29,7 @@ Workspace::Workspace(Exchange& exchange, at::Device device, int64_t buffer_bytes
 }
 
 void Workspace::all_reduce(const at::Tensor& input, at::Tensor& output, Strategy strategy, bool pdl) {
+  std::lock_guard<std::mutex> lock(mutex_);
   TORCH_CHECK(!destroyed_, "mnnvl workspace: it has been destroyed");
   check_dense(input, "trtllm_mnnvl_allreduce", "input");
   check_dense(output, "trtllm_mnnvl_allreduce", "output");
@@ -37,6 +39,7 @@ void Workspace::all_reduce(const at::Tensor& input, at::Tensor& output, Strategy
   TORCH_CHECK_VALUE(input.sizes() == output.sizes() && input.strides() == output.strides(),
                     "mnnvl trtllm_mnnvl_allreduce: output: expected sizes ", input.sizes(), " and strides ",
                     input.strides(), " like the input, got ", output.sizes(), " and ", output.strides());
+  at::assert_no_partial_overlap(input, output);
   const std::optional<Dtype> dtype = kernel_dtype(input);
   TORCH_CHECK_TYPE(dtype, "mnnvl trtllm_mnnvl_allreduce: input: expected dtype float32, float16 or bfloat16, got ",
                    input.scalar_type());
@@ -46,20 +49,23 @@ void Workspace::all_reduce(const at::Tensor& input, at::Tensor& output, Strategy
     return;
   }
   at_torch_boundary([&] {
-    void* native = nullptr;
-    std::optional<c10::DeviceGuard> guard;
-    if (!device_.is_cpu()) {
-      guard.emplace(device_);
-      const c10::Stream stream = current_stream(device_);
-      stream_order_.enter(stream);
-      native = stream.native_handle();
-    }
-    transport_->all_reduce(input.data_ptr(), output.data_ptr(), input.numel(), *dtype, ReduceOp::kSum, strategy, pdl,
-                           native);
+    const auto reduce = [&](void* native) {
+      transport_->all_reduce(input.data_ptr(), output.data_ptr(), input.numel(), *dtype, ReduceOp::kSum, strategy, pdl,
+                             native);
+    };
+    if (device_.is_cpu()) return reduce(nullptr);
+    const c10::DeviceGuard guard(device_);
+    const c10::Stream stream = current_stream(device_);
+    stream_order_.enter(stream);
+    reduce(stream.native_handle());
+    auto end = std::make_shared<c10::Event>(stream.device_type());
+    end->record(stream);
+    stream_order_.leave(stream, std::move(end));
   });
 }
 
 void Workspace::destroy() {
+  std::lock_guard<std::mutex> lock(mutex_);
   destroyed_ = true;
   transport_.reset();
 }

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <memory>
+#include <mutex>
 
 #include "backend/stream_order.h"
 #include "backend/transport.h"
@@ -24,7 +25,8 @@ class Workspace {
  private:
   at::Device device_;
   int64_t buffer_bytes_;
-  int rank_, size_;
+  int size_;
+  std::mutex mutex_;  // the calls of several threads, and destroy()
   bool destroyed_ = false;
   StreamOrder stream_order_;
   std::unique_ptr<Transport> transport_;

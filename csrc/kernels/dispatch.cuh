@@ -9,7 +9,7 @@
 
 namespace mnnvl::kernels {
 
-constexpr int kMaxThreads = 512;
+constexpr int kMinBlocks = 2;  // so that a multiprocessor has room for the kernels of two groups
 
 inline void check(cudaError_t result, const char* what) {
   if (result == cudaSuccess) return;
@@ -28,6 +28,8 @@ template <typename T>
 constexpr Dtype dtype_of() {
   return sizeof(T) == 4 ? Dtype::kFloat32 : std::is_same<T, __half>::value ? Dtype::kFloat16 : Dtype::kBFloat16;
 }
+
+constexpr int threads_of(int instance) { return max_all_reduce_threads(instance == 0 ? kMaxWorldSize : instance); }
 
 constexpr int instance_of(int world_size) { return world_size <= kMaxFastWorldSize ? world_size : 0; }
 

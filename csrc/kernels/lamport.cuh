@@ -4,8 +4,9 @@
 // into that memory again in call g+2, which it enters only after finishing call g+1, which needs data that A sent in call
 // g+1, after A's call g had completed and with it the clearing. The kernel boundary orders A's clearing before A's sends.
 //
-// Progress without co-residency: the block that stores a pack for a peer has the same index as the peer's block that waits
-// for it, and blocks start in index order, so the lowest unfinished block of the group can always finish.
+// Progress: a block waits only for packs that the blocks of the same index publish, and those publish before they wait. The
+// grid is one block a multiprocessor at most (kernels of several groups must find room beside each other), and the same on
+// every rank.
 #pragma once
 
 #include "kernels/memory_order.cuh"
@@ -16,7 +17,7 @@ namespace mnnvl::kernels {
 
 class LamportCall {
  public:
-  // Reads this rank's state. Every thread of the grid makes one, then calls begin().
+  // Reads this rank's state. Every thread of the grid makes one.
   __device__ __forceinline__ explicit LamportCall(const DeviceGroup& g) : g_(g), own_(control_of(g, g.rank)) {
     const uint4 head = ld_relaxed_sys_v4(own_);
     const uint4 dirty = ld_relaxed_sys_v4(own_->dirty_bytes);
@@ -94,17 +95,17 @@ __device__ __forceinline__ bool await_and_sum(const DeviceGroup& g, const std::b
   if constexpr (kWorld != 0) {
     // All ranks' loads in flight at once; the own value stays in registers.
     uint4 packs[kWorld];
-    int missing;
+    uint32_t missing;  // a bit per rank
     do {
-      missing = -1;
+      missing = 0;
 #pragma unroll
       for (int r = 0; r < kWorld; ++r) packs[r] = r == g.rank ? own : ld_relaxed_sys_v4(first + r * stride);
 #pragma unroll
       for (int r = 0; r < kWorld; ++r) {
-        if (has_sentinel(packs[r])) missing = r;
+        if (has_sentinel(packs[r])) missing |= 1u << r;
       }
-      if (missing >= 0 && !wait.keep_on(missing, pack_index, kLamportSentinel)) return false;
-    } while (missing >= 0);
+      if (missing != 0 && !wait.keep_on(__ffs(missing) - 1, pack_index, kLamportSentinel, missing)) return false;
+    } while (missing != 0);
     acc.begin(packs[0]);
 #pragma unroll
     for (int r = 1; r < kWorld; ++r) acc.add(packs[r]);

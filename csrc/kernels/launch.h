@@ -21,6 +21,9 @@ struct Launch {
   void* stream = nullptr;  // cudaStream_t
 };
 
+// Most threads a block of the all-reduce kernels: those for larger worlds need more registers each.
+MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 5 ? 512 : 256; }
+
 struct AllReduceParams {
   DeviceGroup group;
   const void* in = nullptr;
@@ -28,11 +31,15 @@ struct AllReduceParams {
   int64_t numel = 0;
   Dtype dtype = Dtype::kFloat32;
   ReduceOp op = ReduceOp::kSum;
+  int blocks =
+      1;  // the same on every rank; at most one a multiprocessor, so that kernels of several groups fit together
 };
 
 // Lamport protocols: numel within the layout's capacity for the algorithm.
 void launch_oneshot_lamport_allreduce(const AllReduceParams& params, const Launch& launch);
 void launch_twoshot_lamport_allreduce(const AllReduceParams& params, const Launch& launch);
+
+constexpr int kMaxGatherThreads = 256;
 
 struct GatherParams {
   DeviceGroup group;
@@ -51,9 +58,6 @@ void launch_epoch_gather(const GatherParams& params, const Launch& launch);
 // if there is no machine code for it.
 void load_all(int device);
 
-// Makes `device` current in this thread, with its primary context.
-void set_device(int device);
-int device_count();  // 0 without a driver
 // Pinned, device-mapped, zeroed host memory; address valid on host and device.
 HostMailbox* allocate_mailbox();
 void free_mailbox(HostMailbox* mailbox) noexcept;

@@ -1,4 +1,4 @@
-// Every access to shared words, named op_order_scope_type. Ordered and volatile ones carry a "memory" clobber.
+// Every access that another rank or another block may race with, named op_order_scope_type. Ordered and volatile ones carry a "memory" clobber.
 #pragma once
 
 #include <cstdint>

@@ -13,9 +13,9 @@
 namespace mnnvl::kernels {
 namespace {
 
-constexpr int kProbeWords = 1024;  // words a probe kernel takes by value
+constexpr int kProbeWords = 512;  // that a probe kernel takes by value
 struct ProbeWords {
-  uint32_t words[kProbeWords / 2];
+  uint32_t words[kProbeWords];
 };
 
 __global__ void fill_kernel(uint32_t* to, uint32_t value, size_t count) {
@@ -55,7 +55,7 @@ void store_words(int device, uint64_t address, const uint32_t* words, size_t cou
     check(cudaMemcpyAsync(reinterpret_cast<void*>(address), words, count * 4, cudaMemcpyHostToDevice, scope.stream()),
           "cannot write to a peer's memory");
   } else {
-    if (count % 4 != 0 || count > kProbeWords / 2)
+    if (count % 4 != 0 || count > kProbeWords)
       fail(ErrorKind::kInvalidArgument, "multicast probe of ", count, " words");
     ProbeWords source{};
     std::memcpy(source.words, words, count * 4);
@@ -90,26 +90,13 @@ void load_all(int device) {
   static std::mutex mutex;
   static std::set<int> loaded;
   std::lock_guard<std::mutex> lock(mutex);
-  if (!loaded.insert(device).second) return;
+  if (loaded.count(device) != 0) return;
   load_oneshot_lamport();
   load_twoshot_lamport();
   load_epoch_gather();
   load(fill_kernel);
   load(multicast_store_kernel);
-}
-
-void set_device(int device) {
-  check(cudaSetDevice(device), "cudaSetDevice");
-  check(cudaFree(nullptr), "cannot initialise the CUDA context");
-}
-
-int device_count() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    (void)cudaGetLastError();
-    return 0;
-  }
-  return count;
+  loaded.insert(device);
 }
 
 HostMailbox* allocate_mailbox() {

@@ -20,8 +20,6 @@ void launch_oneshot_lamport_allreduce(const AllReduceParams&, const Launch&) { r
 void launch_twoshot_lamport_allreduce(const AllReduceParams&, const Launch&) { refuse(); }
 void launch_epoch_gather(const GatherParams&, const Launch&) { refuse(); }
 void load_all(int) { refuse(); }
-void set_device(int) { refuse(); }
-int device_count() { return 0; }
 HostMailbox* allocate_mailbox() { refuse(); }
 void free_mailbox(HostMailbox*) noexcept {}
 bool synchronize_device(int) noexcept { return false; }

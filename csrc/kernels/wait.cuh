@@ -41,19 +41,25 @@ class Wait {
   __device__ __forceinline__ Wait(const DeviceGroup& g, Operation operation, uint32_t stage, uint64_t sequence)
       : g_(g), sequence_(sequence), operation_(operation), stage_(stage) {}
 
-  // Call after each fruitless poll for `peer`. False: give up. All of it is inlined: a call would need a stack, and
+  // Call after each fruitless poll for `peer`, or for all ranks of `absent` (a bit per rank, up to 32) of which `peer` is the
+  // first. False: give up. All of it is inlined: a call would need a stack, and
   // the first kernel with a stack costs a context some 300 MiB of local memory.
-  __device__ __forceinline__ bool keep_on(int peer, uint64_t expected, uint64_t seen) {
+  __device__ __forceinline__ bool keep_on(int peer, uint64_t expected, uint64_t seen, uint32_t absent = 0) {
     if (++polls_ % kCheckEvery != 0) return true;
     const uint64_t now = globaltimer_ns();
     if (start_ns_ == 0) start_ns_ = now;
     FailureCause cause = FailureCause::kNone;
     if (now - start_ns_ > g_.timeout_ns) cause = FailureCause::kDeadline;
     if (polls_ % kCheckHostEvery == 0) {
-      const bool dead = ld_relaxed_sys_u32(&g_.mailbox->dead_ranks[peer / 32]) >> (peer % 32) & 1u;
+      const uint32_t among = absent != 0 ? absent : 1u << (peer % 32);
+      const uint32_t dead = ld_relaxed_sys_u32(&g_.mailbox->dead_ranks[absent != 0 ? 0 : peer / 32]) & among;
+      const int first_dead = dead != 0 ? __ffs(dead) - 1 + (absent != 0 ? 0 : peer / 32 * 32) : -1;
       // What a dead rank stored before it died still counts: give up only at the next check, after more polls.
-      if (dead && peer_seen_dead_) cause = FailureCause::kPeerDied;
-      peer_seen_dead_ = dead;
+      if (first_dead >= 0 && first_dead == dead_seen_) {
+        cause = FailureCause::kPeerDied;
+        peer = first_dead;
+      }
+      dead_seen_ = first_dead;
       if (ld_relaxed_sys_u32(&g_.mailbox->abort) != 0) {
         cause = FailureCause::kLocalAbort;
         peer = g_.rank;
@@ -74,7 +80,7 @@ class Wait {
   Operation operation_;
   uint32_t stage_;
   uint32_t polls_ = 0;
-  bool peer_seen_dead_ = false;
+  int dead_seen_ = -1;  // the absent rank that was dead at the last check
 };
 
 }  // namespace mnnvl::kernels

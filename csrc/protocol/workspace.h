@@ -52,7 +52,10 @@ struct WorkspaceLayout {
     // Slices are whole packs, so every source may take one pack more than its share of the bytes.
     l.generation_bytes = 2 * align_up(stage_bytes + int64_t{world_size} * kPackBytes, kStageAlign);
     l.pipe_offset = kGenerations * l.generation_bytes;
-    l.pipe_slot_bytes = align_down(pipe_bytes / (kPipeBlocks * kPipeDepth), kStageAlign);
+    // Every source has at least one pack, however small the workspace and large the world.
+    l.pipe_slot_bytes = pipe_bytes == 0 ? 0
+                                        : max64(align_down(pipe_bytes / (kPipeBlocks * kPipeDepth), kStageAlign),
+                                                align_up(int64_t{world_size} * kPackBytes, kStageAlign));
     l.signal_offset = l.pipe_offset + l.pipe_slot_bytes * kPipeBlocks * kPipeDepth;
     l.control_offset = l.signal_offset + align_up(int64_t{kPipeBlocks} * kMaxWorldSize * 4, kStageAlign);
     l.total_bytes = l.control_offset + align_up(sizeof(DeviceControl), kStageAlign);
