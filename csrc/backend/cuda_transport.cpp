@@ -188,6 +188,7 @@ class CudaTransport final : public Transport {
     if (!buffer_) return;
     const uint32_t word = abort_word(root);
     for (int r = 0; r < group_.world_size; ++r) {
+      if (r == group_.rank) continue;  // the mailbox tells the own kernels
       const uint64_t address =
           buffer_->address(r) + uint64_t(group_.layout.control_offset) + offsetof(DeviceControl, abort);
       try {
