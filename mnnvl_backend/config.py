@@ -44,7 +44,7 @@ class Variable:
 # README and doctor print this list; nothing else of this package reads the environment at run time.
 VARIABLES = [
     Variable("MNNVL_STRATEGY", "oneshot, twoshot or auto", "auto",
-             "forces the all-reduce algorithm", _choice(**STRATEGY_NAMES)),
+             "forces the all-reduce algorithm of process groups", _choice(**STRATEGY_NAMES)),
     Variable("MNNVL_MULTICAST", "0, 1 or auto", "auto",
              "0 forbids multicast objects; otherwise used where supported and no other switch forbids them",
              _choice(**{"0": False, "1": True, "auto": "auto"})),

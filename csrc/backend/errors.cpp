@@ -17,7 +17,9 @@ void throw_as_torch(const Error& error) {
 Error to_error(const FailureRecord& record, double timeout_seconds) {
   const std::string where = str(" in ", name(record.operation), " (call ", record.sequence, ", stage ", record.stage,
                                 ", expected ", record.expected, ", seen ", record.seen, ")");
-  switch (record.cause) {
+  // Whoever hears of a failure tells everybody where it began, so this rank may hear of its own abort().
+  const bool own = record.cause == FailureCause::kPeerFailed && record.peer == record.rank;
+  switch (own ? FailureCause::kLocalAbort : record.cause) {
     case FailureCause::kPeerDied:
       return Error(ErrorKind::kPeerFailed, str("mnnvl: the process of rank ", record.peer, " has ended; rank ",
                                                record.rank, " waited for it", where));
