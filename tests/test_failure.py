@@ -507,3 +507,23 @@ def test_20_failed_set_ups_leave_nothing(ranks, device):
 
 if __name__ == "__main__":
     script_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+
+
+def late_to_set_up_body(rank: Rank) -> None:
+    """Rank 1 comes when rank 0 has given up: it is told at once, and a further attempt brings them together."""
+    rank.init(timeout=timedelta(seconds=2))
+    if rank.rank == 0:
+        with pytest.raises(dist.DistBackendError, match="waited 2 s for rank 1"):
+            call(rank)
+    rank.meet("given up")
+    if rank.rank == 1:
+        start = time.monotonic()
+        with pytest.raises(dist.DistBackendError, match="rank 0 waited 2 s for rank 1"):
+            call(rank)
+        assert time.monotonic() - start < 1
+    rank.meet("told")
+    works(rank)
+
+
+def test_late_to_the_set_up(device):
+    run_ranks(late_to_set_up_body, 2, device, backend=None)

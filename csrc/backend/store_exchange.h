@@ -14,7 +14,8 @@ namespace mnnvl {
 class StoreExchange final : public Exchange {
  public:
   // Keys are `prefix`/round/rank; `prefix` must be fresh for the group. Every wait ends after `timeout`, or with
-  // Error(kAborted) soon after `*cancelled` is set.
+  // Error(kAborted) soon after `*cancelled` is set. A rank that gives up a wait leaves word in the store, so that those who
+  // come later don't wait for it.
   StoreExchange(c10::intrusive_ptr<c10d::Store> store, std::string prefix, int rank, int size,
                 std::chrono::milliseconds timeout, const std::atomic<bool>& cancelled);
   int rank() const override { return rank_; }
@@ -24,6 +25,7 @@ class StoreExchange final : public Exchange {
  private:
   std::string key(uint64_t round, int rank) const;
   void wait_for(const std::vector<std::string>& keys, uint64_t round);
+  std::string missing(const std::vector<std::string>& keys, uint64_t round) const;
 
   c10::intrusive_ptr<c10d::Store> store_;
   std::string prefix_;
