@@ -8,7 +8,7 @@
 
 namespace mnnvl {
 
-// ValueError, NotImplementedError-like RuntimeError, or DistBackendError by the error's kind.
+// ValueError, RuntimeError, or DistBackendError by the error's kind.
 [[noreturn]] void throw_as_torch(const Error& error);
 
 // Runs `body` and rethrows an Error as a torch exception.

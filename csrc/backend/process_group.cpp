@@ -21,22 +21,6 @@ c10::intrusive_ptr<CpuWork> completed_work(int rank, c10d::OpType op, std::vecto
   return work;
 }
 
-using Body = std::function<void(Transport&, void*)>;
-
-// Runs a body. If that fails in mid-way for reasons other than the group's failure, this rank can't be paired with its peers
-// again: part of it may have run.
-void run_body(const Body& body, Transport& transport, void* stream) {
-  try {
-    body(transport, stream);
-  } catch (const Error& error) {
-    if (error.kind() == ErrorKind::kSystem) transport.abort();
-    throw;
-  } catch (...) {
-    transport.abort();
-    throw;
-  }
-}
-
 // Several collectives as one work.
 Body in_turn(std::vector<Body> bodies) {
   if (bodies.size() == 1) return std::move(bodies[0]);
@@ -175,53 +159,11 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::run_on_cpu(c10d::OpType op, bo
                                                              std::vector<at::Tensor> outputs,
                                                              std::shared_ptr<Transport> transport, Body body) {
   auto work = c10::make_intrusive<CpuWork>(rank_, op, inputs, std::move(outputs));
-  std::unique_lock<std::mutex> lock(queue_mutex_);
-  TORCH_CHECK_WITH(DistBackendError, !worker_stop_, "mnnvl: this process group has been shut down");
-  queue_.push_back({work, std::move(inputs), std::move(transport), std::move(body)});
-  if (std::this_thread::get_id() == worker_id_) {
-    // A callback of a finished work calls again, and may wait for it: nobody else would run it.
-    while (!queue_.empty()) run_next(lock);
-  } else if (!async && queue_.size() == 1 && !worker_busy_) {
-    run_next(lock);  // on the caller's own thread, which would only wait: no hand-over to pay for
-  } else if (!worker_.joinable()) {
-    worker_ = std::thread([this] { work_loop(); });
-    worker_id_ = worker_.get_id();
-  }
-  queue_cv_.notify_all();
+  cpu_queue_->submit({work, std::move(inputs), std::move(transport), std::move(body)}, async);
   return work;
 }
 
-// With `lock` held, which is let go while the job and its callbacks run.
-void ProcessGroupMNNVL::run_next(std::unique_lock<std::mutex>& lock) {
-  CpuJob job = std::move(queue_.front());
-  queue_.pop_front();
-  worker_busy_ = true;
-  lock.unlock();
-  std::exception_ptr failure;
-  try {
-    at_torch_boundary([&] { run_body(job.body, *job.transport, /*stream=*/nullptr); });
-  } catch (...) {
-    failure = std::current_exception();
-  }
-  lock.lock();
-  worker_busy_ = false;
-  lock.unlock();
-  queue_cv_.notify_all();
-  job.work->complete(failure);
-  job = {};  // drops its tensors without the lock
-  lock.lock();
-}
-
-void ProcessGroupMNNVL::work_loop() {
-  std::unique_lock<std::mutex> lock(queue_mutex_);
-  for (;;) {
-    queue_cv_.wait(lock, [this] { return !worker_busy_ && (!queue_.empty() || worker_stop_); });
-    if (queue_.empty()) return;
-    run_next(lock);
-  }
-}
-
-ProcessGroupMNNVL::Body ProcessGroupMNNVL::reduce_body(const at::Tensor& tensor, const c10d::ReduceOp& reduce_op) {
+Body ProcessGroupMNNVL::reduce_body(const at::Tensor& tensor, const c10d::ReduceOp& reduce_op) {
   const std::optional<Dtype> dtype = kernel_dtype(tensor);
   const std::optional<ReduceOp> op = kernel_op(reduce_op);
   if (dtype && op) {
@@ -431,18 +373,7 @@ void ProcessGroupMNNVL::shutdown() {
     std::lock_guard<std::mutex> lock(mutex_);
     closed_ = true;
   }
-  std::thread worker;
-  {
-    std::lock_guard<std::mutex> lock(queue_mutex_);
-    worker_stop_ = true;
-    worker = std::move(worker_);
-  }
-  queue_cv_.notify_all();
-  if (worker.joinable() && worker.get_id() == std::this_thread::get_id()) {
-    worker.detach();  // a callback drops the group's last reference; the thread ends behind it
-  } else if (worker.joinable()) {
-    worker.join();  // runs what is queued; each job ends by its deadline
-  }
+  cpu_queue_->stop();
   std::shared_ptr<Transport> cpu, cuda;
   {
     std::lock_guard<std::mutex> lock(mutex_);

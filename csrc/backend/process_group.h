@@ -6,13 +6,10 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include <atomic>
-#include <condition_variable>
-#include <deque>
-#include <functional>
 #include <memory>
 #include <mutex>
-#include <thread>
 
+#include "backend/cpu_queue.h"
 #include "backend/stream_order.h"
 #include "backend/transport.h"
 #include "backend/work.h"
@@ -71,16 +68,6 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   void shutdown() override;
 
  private:
-  // What one collective does, given its transport and native stream (null on the CPU).
-  using Body = std::function<void(Transport&, void* stream)>;
-
-  struct CpuJob {
-    c10::intrusive_ptr<CpuWork> work;
-    std::vector<at::Tensor> kept;  // alive until the body has run
-    std::shared_ptr<Transport> transport;
-    Body body;
-  };
-
   // Checks the arguments; what it returns fails only for reasons of the group, or for want of memory.
   Body reduce_body(const at::Tensor& tensor, const c10d::ReduceOp& reduce_op);
   c10::intrusive_ptr<c10d::Work> reduce_all(c10d::OpType op, std::vector<at::Tensor>& tensors,
@@ -101,8 +88,6 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   c10::intrusive_ptr<c10d::Work> run_on_cuda(c10d::OpType op, at::Device device, bool async,
                                              std::vector<at::Tensor> inputs, std::vector<at::Tensor> outputs,
                                              std::shared_ptr<Transport> transport, const Body& body);
-  void run_next(std::unique_lock<std::mutex>& lock);
-  void work_loop();
   at::Device barrier_device(const c10d::BarrierOptions& opts);
 
   c10::intrusive_ptr<c10d::Store> store_;
@@ -121,13 +106,7 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   StreamOrder stream_order_;
   std::optional<c10::Stream> async_stream_;  // for async_op=True
 
-  // CPU collectives that don't run on the caller's thread, in order.
-  std::mutex queue_mutex_;
-  std::condition_variable queue_cv_;
-  std::deque<CpuJob> queue_;
-  bool worker_busy_ = false, worker_stop_ = false;
-  std::thread worker_;
-  std::thread::id worker_id_;
+  std::shared_ptr<CpuQueue> cpu_queue_ = std::make_shared<CpuQueue>();
 };
 
 }  // namespace mnnvl
