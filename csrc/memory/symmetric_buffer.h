@@ -17,7 +17,7 @@ namespace mnnvl {
 enum class HandleType : int { kPosixFd = 0, kFabric = 1 };
 enum class MulticastMode : int { kOff = 0, kAuto = 1 };
 // How handles are exchanged. kAuto: over NCCL where they are fabric handles and every rank has NCCL and a device of its own,
-// else over the given exchange: descriptors need only an address, and NCCL's first kernel costs a context some 280 MiB.
+// else over the given exchange: descriptors need only an address, and a first exchange over NCCL leaves some 280 MiB in the context.
 enum class Bootstrap : int { kNccl = 0, kStore = 1, kAuto = 2 };
 
 struct SymmetricBufferOptions {
