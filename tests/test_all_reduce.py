@@ -120,7 +120,7 @@ def test_every_bit_pattern(ranks, device, world_size, strategy):
 
 
 def interleaving_body(rank: Rank, calls: int, seed: int) -> None:
-    """Two groups, one per strategy, and one that chooses; calls of all sizes and kinds, several in flight."""
+    """Two groups, one per strategy, and one that chooses; sync and async calls of all sizes and kinds, several in flight."""
     forced = [
         dist.new_group(backend="mnnvl", pg_options=rank.options(strategy=strategy), timeout=rank.group_timeout)
         for strategy in ("oneshot", "twoshot")
@@ -131,7 +131,8 @@ def interleaving_body(rank: Rank, calls: int, seed: int) -> None:
 
     def finish() -> None:
         for work, x, expected, what in pending:
-            work.wait()
+            if work is not None:
+                work.wait()
             assert torch.equal(x.cpu().view(torch.uint8), expected.view(torch.uint8)), what
         pending.clear()
 
@@ -145,22 +146,22 @@ def interleaving_body(rank: Rank, calls: int, seed: int) -> None:
         x = inputs[rank.rank].to(rank.device, copy=True)
         what = f"call {call}: {kind} of {numel} x {dtype}"
         if kind == "all_reduce":
-            work = dist.all_reduce(x, group=group, async_op=True)
+            work = dist.all_reduce(x, group=group, async_op=asynchronous)
             expected = rank_order_sum(inputs)
         elif kind == "broadcast":
             root = plan.randrange(rank.world_size)
-            work = dist.broadcast(x, root, group=group, async_op=True)
+            work = dist.broadcast(x, root, group=group, async_op=asynchronous)
             expected = inputs[root]
         elif kind == "all_gather":
             gathered = torch.empty(rank.world_size * numel, dtype=dtype, device=rank.device)
-            work = dist.all_gather_into_tensor(gathered, x, group=group, async_op=True)
+            work = dist.all_gather_into_tensor(gathered, x, group=group, async_op=asynchronous)
             x, expected = gathered, torch.cat(inputs)
         else:
             finish()
             dist.barrier(group=group)
             continue
         pending.append((work, x, expected, what))
-        if not asynchronous or len(pending) > 5:
+        if len(pending) > 5:
             finish()
     finish()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
+from markers import cuda_only
 from reference import (
     DTYPES,
     all_reduce_works,
@@ -16,9 +17,6 @@ from reference import (
     random_input,
     rank_order_sum,
 )
-
-cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 
 
 def refused_body(

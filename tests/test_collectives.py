@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
+from markers import cuda_only
 from reference import (
     DTYPES,
     all_reduce_works,
@@ -20,10 +21,6 @@ from reference import (
     raw_bytes,
     values,
 )
-
-cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
-
 
 EVERY_DTYPE = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
                torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32,

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from launcher import Died, Rank, run_ranks
 
-cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 NOTICED_WITHIN = 5.0  # seconds, of a death; the group's timeout in those tests is far longer
 SHORT = timedelta(seconds=2)  # the timeout of groups that run into it
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
+from markers import cuda_only, two_gpus
 from reference import (
     all_reduce_works,
     assert_bits,
@@ -22,9 +23,6 @@ from reference import (
 )
 
 from mnnvl_backend.registration import load_compiled
-
-cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 
 
 def whole_life_body(rank: Rank, form: str) -> None:

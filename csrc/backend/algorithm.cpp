@@ -9,7 +9,7 @@ namespace mnnvl {
 namespace {
 
 // Up to these sizes of the tensor one shot is faster than two. One shot sends world_size - 1 copies at once, two shots
-// about two in a row: measured for 2 ranks (docs/results), for more ranks where the extra copies cost the 1.1 us that the
+// about two in a row: measured for 2 ranks (docs/results), for more ranks where the extra copies cost the 1 us that the
 // second hop cost there, at 320 GB/s.
 struct Crossover {
   int world_size;  // applies up to this world size

@@ -1,6 +1,4 @@
 #include <atomic>
-#include <mutex>
-#include <optional>
 
 #include "backend/transport.h"
 #include "common/error.h"
@@ -33,48 +31,26 @@ class CpuTransport final : public Transport {
 
   void all_reduce(const void* in, void* out, int64_t numel, Dtype dtype, ReduceOp op, Strategy strategy, bool /*pdl*/,
                   void*) override {
-    remembering_failure([&] {
-      communicator_->all_reduce(in, out, numel, dtype, op, strategy == Strategy::kAuto ? strategy_ : strategy,
-                                timeout_ms_);
-    });
+    communicator_->all_reduce(in, out, numel, dtype, op, strategy == Strategy::kAuto ? strategy_ : strategy,
+                              timeout_ms_);
   }
   void all_gather(const void* in, void* const* outs, int64_t bytes, void*) override {
-    remembering_failure([&] { communicator_->all_gather(in, outs, bytes, timeout_ms_); });
+    communicator_->all_gather(in, outs, bytes, timeout_ms_);
   }
   void broadcast(void* data, int64_t bytes, int root, void*) override {
-    remembering_failure([&] { communicator_->broadcast(data, bytes, root, timeout_ms_); });
+    communicator_->broadcast(data, bytes, root, timeout_ms_);
   }
-  void barrier(void*) override {
-    remembering_failure([&] { communicator_->barrier(timeout_ms_); });
-  }
-  void check() override {
-    std::lock_guard<std::mutex> lock(failure_mutex_);
-    if (failure_) throw *failure_;
-  }
+  void barrier(void*) override { communicator_->barrier(timeout_ms_); }
+  void check() override { communicator_->check(); }
   void abort() override { communicator_->abort(); }
   void close() override {}  // calls return when they are done, and the destructor waits for nobody
   void set_timeout(int64_t timeout_ms) override { timeout_ms_ = timeout_ms; }
 
  private:
-  template <typename F>
-  void remembering_failure(const F& call) {
-    try {
-      call();
-    } catch (const Error& error) {
-      if (error.kind() != ErrorKind::kInvalidArgument) {
-        std::lock_guard<std::mutex> lock(failure_mutex_);
-        if (!failure_) failure_ = error;
-      }
-      throw;
-    }
-  }
-
   std::atomic<int64_t> timeout_ms_;
   Strategy strategy_;
   std::unique_ptr<HostSegments> segments_;
   std::unique_ptr<cpu::Communicator> communicator_;
-  std::mutex failure_mutex_;
-  std::optional<Error> failure_;
 };
 
 }  // namespace

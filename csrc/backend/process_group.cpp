@@ -226,13 +226,11 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::allgather(std::vector<std::vec
                     outputs.empty() ? 0 : outputs[0].size());
   std::vector<at::Tensor>& wanted = outputs[0];
   std::vector<at::Tensor> landing;  // where contributions land: the output itself unless it isn't contiguous
-  bool direct = true;
   for (const at::Tensor& output : wanted) {
     TORCH_CHECK_VALUE(output.layout() == at::kStrided, "mnnvl all_gather: tensor_list: expected dense tensors");
     check_same(output, input, "all_gather", "tensor_list");
     TORCH_CHECK_VALUE(output.numel() == input.numel(), "mnnvl all_gather: tensor_list: expected tensors of ",
                       input.numel(), " elements like the input, got ", output.numel());
-    direct = direct && output.is_contiguous();
     landing.push_back(output.is_contiguous() ? output : at::empty_like(output, at::MemoryFormat::Contiguous));
   }
   if (size_ == 1) {
@@ -243,11 +241,10 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::allgather(std::vector<std::vec
   std::vector<at::Tensor> kept{input};
   kept.insert(kept.end(), landing.begin(), landing.end());
   return run(c10d::OpType::ALLGATHER, input.device(), opts.asyncOp, std::move(kept), wanted,
-             [input, landing, wanted, direct](Transport& transport, void* stream) {
+             [input, landing, wanted](Transport& transport, void* stream) {
                std::vector<void*> outs;
                for (const at::Tensor& tensor : landing) outs.push_back(tensor.data_ptr());
                transport.all_gather(input.data_ptr(), outs.data(), int64_t(input.nbytes()), stream);
-               if (direct) return;
                for (size_t i = 0; i < wanted.size(); ++i) {
                  if (!wanted[i].is_same(landing[i])) at::Tensor(wanted[i]).copy_(landing[i], /*non_blocking=*/true);
                }
@@ -300,10 +297,6 @@ c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::gather_into_tensors(c10d::OpTy
 }
 
 at::Device ProcessGroupMNNVL::barrier_device(const c10d::BarrierOptions& opts) {
-  const auto with_index = [](at::Device device) {
-    if (!device.is_cuda() || device.has_index()) return device;
-    return c10::impl::VirtualGuardImpl(device.type()).getDevice();
-  };
   if (opts.device && (!opts.device->is_cuda() || opts.device->has_index())) return *opts.device;
   if (!opts.device_ids.empty()) return at::Device(at::kCUDA, at::DeviceIndex(opts.device_ids[0]));
   if (getBoundDeviceId()) return *getBoundDeviceId();
@@ -311,7 +304,7 @@ at::Device ProcessGroupMNNVL::barrier_device(const c10d::BarrierOptions& opts) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (cuda_device_) return *cuda_device_;  // torch asks for "cuda" without an index where nobody bound a device
   }
-  return opts.device ? with_index(*opts.device) : at::Device(at::kCPU);
+  return opts.device ? c10::impl::VirtualGuardImpl(opts.device->type()).getDevice() : at::Device(at::kCPU);
 }
 
 c10::intrusive_ptr<c10d::Work> ProcessGroupMNNVL::barrier(const c10d::BarrierOptions& opts) {

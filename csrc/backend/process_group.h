@@ -94,8 +94,8 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   c10::intrusive_ptr<Options> options_;
   std::atomic<uint64_t> sequence_{0};
 
-  std::mutex
-      setup_mutex_[2];  // CPU, CUDA; held through a set-up, which may take until the timeout; taken before mutex_
+  // CPU, CUDA: held through a set-up, which may take until the timeout; taken before mutex_.
+  std::mutex setup_mutex_[2];
   std::mutex mutex_;  // what follows; held briefly, so that abort() never waits for a set-up
   std::atomic<bool> aborted_{false};
   bool closed_ = false, broken_ = false;

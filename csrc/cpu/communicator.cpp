@@ -39,7 +39,7 @@ class SegmentCommunicator final : public Communicator {
   void broadcast(void* data, int64_t bytes, int root, int64_t timeout_ms) override;
   void barrier(int64_t timeout_ms) override;
   void abort() override { waiter_.abort(); }
-  std::optional<FailureRecord> failure() const override { return waiter_.failure(); }
+  void check() const override { waiter_.check(); }
 
  private:
   struct Reduction {  // one all_reduce

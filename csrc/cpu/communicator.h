@@ -38,7 +38,8 @@ class Communicator {
   virtual void broadcast(void* data, int64_t bytes, int root, int64_t timeout_ms) = 0;
   virtual void barrier(int64_t timeout_ms) = 0;
   virtual void abort() = 0;
-  virtual std::optional<FailureRecord> failure() const = 0;
+  // Throws the failure of this group, if it has one by now. Any thread.
+  virtual void check() const = 0;
 };
 
 // Smallest and default segment sizes for a world size.

@@ -94,10 +94,7 @@ void Waiter::begin(Operation operation, int64_t timeout_ms) {
   started_ = Clock::now();
   // 100 years at most, so that the sum can't overflow.
   deadline_ = started_ + std::chrono::milliseconds(std::min<int64_t>(timeout_ms, int64_t{100} * 365 * 86400 * 1000));
-  if (broken_.load(std::memory_order_acquire)) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    throw Error(*error_);
-  }
+  check();
   throw_if_told(nullptr);
 }
 
@@ -186,22 +183,9 @@ void Waiter::fail_wait(FailureCause cause, int root, int culprit, const Target* 
       break;
     default: text += str(" stopped", describe(target), ": rank ", culprit, " failed first"); break;
   }
-  FailureRecord record{};
-  record.cause = cause;
-  record.rank = rank_;
-  record.peer = culprit;
-  record.operation = operation_;
-  record.sequence = sequence_;
-  if (target != nullptr) {
-    record.stage = target->word == Word::kReduced ? 1 : 0;
-    record.expected = target->expected;
-    record.seen = target->seen();
-  }
-  record.valid = 1;
   const Error error(kind, std::move(text));
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    record_ = record;
     error_ = error;
   }
   broken_.store(true, std::memory_order_release);
@@ -226,9 +210,10 @@ void Waiter::abort() {
   tell_peers(rank_);
 }
 
-std::optional<FailureRecord> Waiter::failure() const {
+void Waiter::check() const {
+  if (!broken_.load(std::memory_order_acquire)) return;
   std::lock_guard<std::mutex> lock(mutex_);
-  return record_;
+  throw Error(*error_);
 }
 
 }  // namespace mnnvl::cpu

@@ -40,7 +40,7 @@ inline void publish(Signal& signal, uint32_t epoch) {
   if (signal.sleepers.load(std::memory_order_seq_cst) != 0) futex_wake_all(signal.epoch);
 }
 
-// Waits of one rank. One collective at a time, on one thread; abort() and failure() from any thread. After the first
+// Waits of one rank. One collective at a time, on one thread; abort() and check() from any thread. After the first
 // failure the group is broken: peers have been told, nothing more is published, and every begin() throws again.
 class Waiter {
  public:
@@ -57,7 +57,8 @@ class Waiter {
   }
 
   void abort();
-  std::optional<FailureRecord> failure() const;
+  // Throws what made the group broken, if it is.
+  void check() const;
 
  private:
   struct Target;  // one wait, for messages
@@ -82,8 +83,7 @@ class Waiter {
   Clock::time_point deadline_;
 
   std::atomic<bool> aborted_{false};
-  mutable std::mutex mutex_;  // of the two below
-  std::optional<FailureRecord> record_;
+  mutable std::mutex mutex_;  // of error_
   std::optional<Error> error_;
   std::atomic<bool> broken_{false};
 };

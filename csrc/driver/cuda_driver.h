@@ -36,7 +36,6 @@ class CudaDriver {
   virtual CUresult device_get_uuid(CUuuid* uuid, CUdevice device) const = 0;
   virtual CUresult device_get_attribute(int* value, CUdeviceAttribute attribute, CUdevice device) const = 0;
   virtual CUresult ctx_get_device(CUdevice* device) const = 0;  // of the context current on this thread
-  virtual CUresult ctx_synchronize() const = 0;
 
   virtual CUresult mem_create(CUmemHandle* handle, size_t size, const CUmemAllocationProp* prop,
                               unsigned long long flags) const = 0;

@@ -93,7 +93,6 @@ class FakeDriver final : public CudaDriver {
     MNNVL_FAKE_ENTER("cuCtxGetDevice");
     return *device = rank_, kCudaSuccess;
   }
-  CUresult ctx_synchronize() const override { return kCudaSuccess; }
 
   CUresult mem_create(CUmemHandle* handle, size_t size, const CUmemAllocationProp* prop,
                       unsigned long long) const override {

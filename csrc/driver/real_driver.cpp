@@ -17,7 +17,6 @@ namespace {
   X(device_get_uuid, true, "cuDeviceGetUuid_v2", "cuDeviceGetUuid") \
   X(device_get_attribute, true, "cuDeviceGetAttribute") \
   X(ctx_get_device, true, "cuCtxGetDevice") \
-  X(ctx_synchronize, true, "cuCtxSynchronize") \
   X(mem_create, true, "cuMemCreate") \
   X(mem_release, true, "cuMemRelease") \
   X(mem_address_reserve, true, "cuMemAddressReserve") \
@@ -97,7 +96,6 @@ class RealDriver final : public CudaDriver {
     return f_.device_get_attribute(value, attribute, device);
   }
   CUresult ctx_get_device(CUdevice* device) const override { return f_.ctx_get_device(device); }
-  CUresult ctx_synchronize() const override { return f_.ctx_synchronize(); }
 
   CUresult mem_create(CUmemHandle* handle, size_t size, const CUmemAllocationProp* prop,
                       unsigned long long flags) const override {

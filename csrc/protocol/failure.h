@@ -1,5 +1,5 @@
-// What a wait that ended without its data leaves behind. Kernels write it into pinned host memory, CPU ranks into
-// their own object; backend/ turns it into the text of a DistBackendError.
+// What a wait that ended without its data leaves behind. Kernels write it into pinned host memory, and
+// backend/ turns it into the text of a DistBackendError; CPU ranks make their text at once (cpu/wait.h).
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,9 @@
+"""Where a test can run, said once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
