@@ -7,11 +7,10 @@
 #include <set>
 #include <string>
 
-#include "backend/algorithm.h"
+#include "tuning/choose.h"
 #include "backend/process_group.h"
-#include "backend/workspace.h"
-#include "driver/fake_setup.h"
-#include "kernels/launch.h"
+#include "backend/function_group.h"
+#include "kernels/kernels.h"
 #include "memory/probe.h"
 
 #ifndef MNNVL_NVCC_VERSION
@@ -153,63 +152,6 @@ py::dict probe(const std::string& nccl_path) {
                   py::arg("multicast_forbidden") = machine.multicast_forbidden, py::arg("devices") = devices);
 }
 
-// The test double of the driver: keyword arguments are FakeSetupConfig's fields, the result's keys FakeSetupResult's.
-FakeSetupConfig fake_config(const py::kwargs& kwargs) {
-  FakeSetupConfig config;
-  std::set<std::string> known;
-  const auto field = [&](const char* name, auto& value) {
-    known.insert(name);
-    if (kwargs.contains(name)) value = py::cast<std::decay_t<decltype(value)>>(kwargs[name]);
-  };
-  // clang-format off
-#define MNNVL_FIELD(name) field(#name, config.name);
-  MNNVL_FIELD(world_size)
-  MNNVL_FIELD(bytes) MNNVL_FIELD(timeout_ms) MNNVL_FIELD(repeats) MNNVL_FIELD(bootstrap)
-  MNNVL_FIELD(multicast_off_ranks) MNNVL_FIELD(host_ids) MNNVL_FIELD(devices) MNNVL_FIELD(compute_capabilities)
-  MNNVL_FIELD(multiprocessors) MNNVL_FIELD(fd_handles) MNNVL_FIELD(fabric_handles) MNNVL_FIELD(clusters)
-  MNNVL_FIELD(cliques) MNNVL_FIELD(multicast_support) MNNVL_FIELD(faults) MNNVL_FIELD(corruptions)
-  MNNVL_FIELD(multicast_lost_rank) MNNVL_FIELD(directory) MNNVL_FIELD(rank)
-#undef MNNVL_FIELD
-      // clang-format on
-      for (const auto& item : kwargs) {
-    TORCH_CHECK_TYPE(known.count(py::cast<std::string>(item.first)), "unknown field ",
-                     py::cast<std::string>(item.first));
-  }
-  return config;
-}
-
-py::dict fake_result(const FakeSetupResult& result) {
-  py::dict dict;
-  // clang-format off
-#define MNNVL_FIELD(name) dict[#name] = result.name;
-  MNNVL_FIELD(ok)
-  MNNVL_FIELD(errors) MNNVL_FIELD(error_kinds) MNNVL_FIELD(seconds) MNNVL_FIELD(verified) MNNVL_FIELD(handle_types)
-  MNNVL_FIELD(multicast) MNNVL_FIELD(multicast_problems) MNNVL_FIELD(peer_pids) MNNVL_FIELD(min_multiprocessors)
-  MNNVL_FIELD(min_compute_capabilities) MNNVL_FIELD(bytes) MNNVL_FIELD(leaks) MNNVL_FIELD(descriptors_leaked)
-  MNNVL_FIELD(mappings_leaked) MNNVL_FIELD(calls) MNNVL_FIELD(calls_by_rank)
-#undef MNNVL_FIELD
-      // clang-format on
-      return dict;
-}
-
-template <typename... Args>
-py::dict without_gil(FakeSetupResult (*run)(Args...), const std::decay_t<Args>&... args) {
-  FakeSetupResult result;
-  {
-    py::gil_scoped_release no_gil;
-    result = run(args...);
-  }
-  return fake_result(result);
-}
-
-void bind_testing(py::module_ m) {
-  m.def("run_fake_setup", [](const py::kwargs& kwargs) { return without_gil(run_fake_setup, fake_config(kwargs)); });
-  m.def("run_host_setup", [](const py::kwargs& kwargs) { return without_gil(run_host_setup, fake_config(kwargs)); });
-  m.def("run_descriptor_exchange", [](int world_size, const std::string& scenario, int timeout_ms) {
-    return without_gil(run_descriptor_exchange, world_size, scenario, timeout_ms);
-  });
-}
-
 }  // namespace
 }  // namespace mnnvl
 
@@ -225,8 +167,6 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   m.def("probe", &probe, py::arg("nccl_path"));
-  bind_testing(
-      m.def_submodule("_testing", "The set-up over the test double of the driver; see csrc/driver/fake_setup.h."));
   m.def("choose_all_reduce", &choose, py::arg("world_size"), py::arg("numel"), py::arg("dtype"), py::arg("strategy"),
         py::arg("workspace_bytes"));
 }

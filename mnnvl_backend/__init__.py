@@ -35,19 +35,19 @@ def _autoload() -> None:
 
 # Name -> module that defines it; loaded on first use, so that importing the package stays cheap.
 _LAZY = {
-    "MNNVLAllReduceFusionWorkspace": "workspace",
-    "MNNVLAllreduceFusionStrategy": "strategy",
-    "Mapping": "mapping",
+    "MNNVLAllReduceFusionWorkspace": "flashinfer.workspace",
+    "MNNVLAllreduceFusionStrategy": "flashinfer.strategy",
+    "Mapping": "flashinfer.mapping",
     "Options": "options",
-    "trtllm_mnnvl_allreduce": "functional",
+    "trtllm_mnnvl_allreduce": "flashinfer.allreduce",
 }
 
 if TYPE_CHECKING:
-    from mnnvl_backend.functional import trtllm_mnnvl_allreduce
-    from mnnvl_backend.mapping import Mapping
+    from mnnvl_backend.flashinfer.allreduce import trtllm_mnnvl_allreduce
+    from mnnvl_backend.flashinfer.mapping import Mapping
     from mnnvl_backend.options import Options
-    from mnnvl_backend.strategy import MNNVLAllreduceFusionStrategy
-    from mnnvl_backend.workspace import MNNVLAllReduceFusionWorkspace
+    from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy
+    from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace
 
 __all__ = [
     "MNNVLAllReduceFusionWorkspace",

@@ -2,7 +2,7 @@
 
 import sys
 
-from mnnvl_backend.cli import main
+from mnnvl_backend.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mnnvl_backend.options import MIN_WORKSPACE_BYTES, Options
-from mnnvl_backend.strategy import STRATEGY_NAMES, MNNVLAllreduceFusionStrategy
+from mnnvl_backend.flashinfer.strategy import STRATEGY_NAMES, MNNVLAllreduceFusionStrategy
 
 BOOTSTRAP_CODES = {"nccl": 0, "store": 1, "auto": 2}  # mnnvl::Bootstrap
 DEFAULT_TIMEOUT_MS = 30 * 60 * 1000  # c10d's default, for workspaces, which have no group to take one from

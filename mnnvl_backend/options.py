@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
-from mnnvl_backend.strategy import STRATEGY_NAMES, MNNVLAllreduceFusionStrategy
+from mnnvl_backend.flashinfer.strategy import STRATEGY_NAMES, MNNVLAllreduceFusionStrategy
 
 # Smaller workspaces could not hold one pack per rank and stage at 72 ranks beside the signal area.
 MIN_WORKSPACE_BYTES = 1 << 20

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "backend/transport.h"
+#include "transport/transport.h"
 #include "backend/work.h"
 
 namespace mnnvl {

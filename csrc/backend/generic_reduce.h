@@ -5,7 +5,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/distributed/c10d/Types.hpp>
 
-#include "backend/transport.h"
+#include "transport/transport.h"
 
 namespace mnnvl {
 

@@ -9,7 +9,7 @@
 #include "backend/store_exchange.h"
 #include "backend/tensors.h"
 #include "backend/work.h"
-#include "kernels/launch.h"
+#include "kernels/kernels.h"
 
 namespace mnnvl {
 namespace {

@@ -11,7 +11,7 @@
 
 #include "backend/cpu_queue.h"
 #include "backend/stream_order.h"
-#include "backend/transport.h"
+#include "transport/transport.h"
 #include "backend/work.h"
 
 namespace mnnvl {

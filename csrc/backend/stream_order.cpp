@@ -1,6 +1,6 @@
 #include "backend/stream_order.h"
 
-#include "kernels/launch.h"
+#include "kernels/kernels.h"
 
 namespace mnnvl {
 

@@ -11,7 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "backend/transport.h"
+#include "transport/transport.h"
 
 namespace mnnvl {
 

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstring>
 
-#include "bootstrap/deadline.h"
+#include "system/deadline.h"
 #include "common/error.h"
 
 namespace mnnvl {

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "driver/unique_fd.h"
+#include "system/unique_fd.h"
 
 namespace mnnvl {
 

@@ -7,7 +7,7 @@
 #include <thread>
 
 #include "bootstrap/agreement.h"
-#include "bootstrap/deadline.h"
+#include "system/deadline.h"
 #include "common/math.h"
 
 namespace mnnvl {

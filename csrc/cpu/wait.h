@@ -13,7 +13,7 @@
 
 #include "common/error.h"
 #include "common/math.h"
-#include "common/peer_watch.h"
+#include "system/peer_watch.h"
 #include "cpu/layout.h"
 #include "protocol/failure.h"
 

@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "driver/cuda_driver.h"
-#include "driver/unique_fd.h"
+#include "system/unique_fd.h"
 #include "memory/symmetric_buffer.h"
 
 namespace mnnvl {

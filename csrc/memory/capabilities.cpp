@@ -6,7 +6,7 @@
 #include <cstdlib>
 
 #include "driver/nvml.h"
-#include "driver/unique_fd.h"
+#include "system/unique_fd.h"
 #include "memory/allocation.h"
 
 namespace mnnvl {

@@ -8,7 +8,7 @@
 #include "bootstrap/exchange.h"
 #include "driver/cuda_driver.h"
 #include "driver/nccl.h"
-#include "driver/unique_fd.h"
+#include "system/unique_fd.h"
 #include "memory/allocation.h"
 
 namespace mnnvl {

@@ -1,0 +1,86 @@
+// The one owner of waiting: it knows the deadline, the abort words and what to record. A wait that gives up returns
+// false; its thread then publishes nothing more and leaves the kernel. Nothing traps: the context stays usable.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/device/memory_order.cuh"
+#include "protocol/workspace.h"
+
+namespace mnnvl::kernels {
+
+__device__ __forceinline__ DeviceControl* control_of(const DeviceGroup& g, int rank) {
+  return reinterpret_cast<DeviceControl*>(g.peers[rank] + g.layout.control_offset);
+}
+
+// Ends this rank's part in the group, once: the first to come writes the record and tells every peer. Returns false.
+__device__ inline bool give_up(const DeviceGroup& g, FailureCause cause, int peer, Operation operation, uint32_t stage,
+                               uint64_t sequence, uint64_t expected, uint64_t seen) {
+  if (atomicCAS(&control_of(g, g.rank)->failed, 0u, 1u) != 0u) return false;
+  FailureRecord* record = &g.mailbox->record;
+  record->cause = cause;
+  record->rank = g.rank;
+  record->peer = peer;
+  record->operation = operation;
+  record->stage = stage;
+  record->sequence = sequence;
+  record->expected = expected;
+  record->seen = seen;
+  __threadfence_system();
+  st_relaxed_sys_u32(&record->valid, 1u);
+  // Peers hear of the rank where it began: the one that is dead or late, or, after abort(), this one.
+  for (int r = 0; r < g.world_size; ++r) st_relaxed_sys_u32(&control_of(g, r)->abort, abort_word(peer));
+  return false;
+}
+
+class Wait {
+ public:
+  // Every group of polls, for the cheap words on this device; every 2^14, for the host's words behind PCIe.
+  static constexpr uint32_t kCheckEvery = 64, kCheckHostEvery = 1u << 14;
+
+  __device__ __forceinline__ Wait(const DeviceGroup& g, Operation operation, uint32_t stage, uint64_t sequence)
+      : g_(g), sequence_(sequence), operation_(operation), stage_(stage) {}
+
+  // Call after each fruitless poll for `peer`, or for all ranks of `absent` (a bit per rank, up to 32) of which `peer` is the
+  // first. False: give up. All of it is inlined: a call would need a stack, and for the first kernel with a stack the
+  // driver may reserve local memory for every thread the device can hold (docs/notes.md).
+  __device__ __forceinline__ bool keep_on(int peer, uint64_t expected, uint64_t seen, uint32_t absent = 0) {
+    if (++polls_ % kCheckEvery != 0) return true;
+    const uint64_t now = globaltimer_ns();
+    if (start_ns_ == 0) start_ns_ = now;
+    FailureCause cause = FailureCause::kNone;
+    if (now - start_ns_ > g_.timeout_ns) cause = FailureCause::kDeadline;
+    if (polls_ % kCheckHostEvery == 0) {
+      const uint32_t among = absent != 0 ? absent : 1u << (peer % 32);
+      const uint32_t dead = ld_relaxed_sys_u32(&g_.mailbox->dead_ranks[absent != 0 ? 0 : peer / 32]) & among;
+      const int first_dead = dead != 0 ? __ffs(dead) - 1 + (absent != 0 ? 0 : peer / 32 * 32) : -1;
+      // What a dead rank stored before it died still counts: give up only at the next check, after more polls.
+      if (first_dead >= 0 && first_dead == dead_seen_) {
+        cause = FailureCause::kPeerDied;
+        peer = first_dead;
+      }
+      dead_seen_ = first_dead;
+      if (ld_relaxed_sys_u32(&g_.mailbox->abort) != 0) {
+        cause = FailureCause::kLocalAbort;
+        peer = g_.rank;
+      }
+    }
+    if (const uint32_t abort = ld_relaxed_sys_u32(&control_of(g_, g_.rank)->abort); abort != 0) {
+      cause = FailureCause::kPeerFailed;
+      peer = abort_rank(abort);
+    }
+    if (cause == FailureCause::kNone) return true;
+    return give_up(g_, cause, peer, operation_, stage_, sequence_, expected, seen);
+  }
+
+ private:
+  const DeviceGroup& g_;
+  uint64_t start_ns_ = 0;
+  uint64_t sequence_;
+  Operation operation_;
+  uint32_t stage_;
+  uint32_t polls_ = 0;
+  int dead_seen_ = -1;  // the absent rank that was dead at the last check
+};
+
+}  // namespace mnnvl::kernels

@@ -1,0 +1,69 @@
+// From run-time dtype and world size to template instances, and the one place that launches.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/error.h"
+#include "kernels/kernels.h"
+#include "kernels/device/pack.cuh"
+
+namespace mnnvl::kernels {
+
+constexpr int kMinBlocks = 2;  // so that a multiprocessor has room for the kernels of two groups
+
+inline void check(cudaError_t result, const char* what) {
+  if (result == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next launch would report it again
+  fail(ErrorKind::kSystem, what, ": ", cudaGetErrorString(result));
+}
+
+// One instance for each world size up to kMaxFastWorldSize; 0 is the loop for larger ones. `X(T, world)`.
+#define MNNVL_FOR_EACH_WORLD(X, T) X(T, 2) X(T, 3) X(T, 4) X(T, 5) X(T, 6) X(T, 7) X(T, 8) X(T, 0)
+#define MNNVL_FOR_EACH_INSTANCE(X) \
+  MNNVL_FOR_EACH_WORLD(X, float) \
+  MNNVL_FOR_EACH_WORLD(X, __half) \
+  MNNVL_FOR_EACH_WORLD(X, __nv_bfloat16)
+
+template <typename T>
+constexpr Dtype dtype_of() {
+  return sizeof(T) == 4 ? Dtype::kFloat32 : std::is_same<T, __half>::value ? Dtype::kFloat16 : Dtype::kBFloat16;
+}
+
+constexpr int threads_of(int instance) { return max_all_reduce_threads(instance == 0 ? kMaxWorldSize : instance); }
+
+constexpr int instance_of(int world_size) { return world_size <= kMaxFastWorldSize ? world_size : 0; }
+
+template <typename Params>
+void launch(void (*kernel)(Params), const Params& params, int64_t blocks, const Launch& shape) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.stream = static_cast<cudaStream_t>(shape.stream);
+  cudaLaunchAttribute attribute{};
+  if (shape.pdl) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  check(cudaLaunchKernelEx(&config, kernel, params), "cannot launch a kernel of mnnvl");
+}
+
+// Loads a kernel's code onto the current device.
+template <typename Kernel>
+void load(Kernel kernel) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t result = cudaFuncGetAttributes(&attributes, kernel);
+  if (result == cudaErrorNoKernelImageForDevice || result == cudaErrorInvalidDeviceFunction) {
+    (void)cudaGetLastError();
+    fail(ErrorKind::kUnsupported, "mnnvl was built for ", architectures(),
+         ", which this GPU can't run; rebuild with MNNVL_CUDA_ARCHS set to its compute capability");
+  }
+  check(result, "cannot load a kernel of mnnvl");
+}
+
+void load_oneshot_lamport();
+void load_twoshot_lamport();
+void load_epoch_gather();
+
+}  // namespace mnnvl::kernels

@@ -1,0 +1,65 @@
+// All-reduce, one shot: every rank stores its packs to every rank and reduces locally.
+#include "kernels/host/launch.cuh"
+#include "kernels/device/lamport.cuh"
+
+namespace mnnvl::kernels {
+namespace {
+
+template <typename T, int kWorld>
+__global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
+    oneshot_lamport_allreduce(const __grid_constant__ AllReduceParams p) {
+  grid_dependency_wait();
+  const DeviceGroup& g = p.group;
+  LamportCall call(g);
+  if (call.aborted()) return;
+
+  const int64_t bytes = p.numel * int64_t(sizeof(T));
+  const int64_t packs = ceil_div(bytes, kPackBytes);
+  const int64_t begin = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  const int64_t slot_bytes = packs * kPackBytes;  // slot r holds rank r's packs
+  const auto load_own = [&](int64_t i) {
+    return without_negative_zero<T>(
+        load_pack<Unit<T>>(static_cast<const std::byte*>(p.in) + i * kPackBytes, bytes - i * kPackBytes));
+  };
+
+  // Phase 1: to slot [rank] of every peer; the first own value stays in registers.
+  uint4 own{};
+  for (int64_t i = begin; i < packs; i += step) {
+    const uint4 pack = load_own(i);
+    if (i == begin) own = pack;
+    publish<kWorld>(g, call.stage(0) + g.rank * slot_bytes + i * kPackBytes, pack);
+  }
+
+  // Phase 2: while the packs travel, clear the dirty generation and advance the state.
+  call.clear_and_advance(/*stage0_bytes=*/g.world_size * slot_bytes, /*stage1_bytes=*/0);
+
+  // Phase 3: the data is the flag. Add in rank order, round once.
+  const float divisor = p.op == ReduceOp::kAvg ? float(g.world_size) : 1.0f;
+  for (int64_t i = begin; i < packs; i += step) {
+    if (i != begin) own = load_own(i);  // in place too: nobody else writes this pack of the output
+    Accumulator<T> acc;
+    Wait wait(g, Operation::kAllReduce, /*stage=*/0, call.sequence());
+    const std::byte* first = g.peers[g.rank] + call.stage(0) + i * kPackBytes;
+    if (!await_and_sum<T, kWorld>(g, first, slot_bytes, own, wait, i, acc)) return;
+    store_pack<Unit<T>>(static_cast<std::byte*>(p.out) + i * kPackBytes, bytes - i * kPackBytes, acc.finish(divisor));
+  }
+}
+
+}  // namespace
+
+void launch_oneshot_lamport_allreduce(const AllReduceParams& params, const Launch& shape) {
+#define MNNVL_LAUNCH(T, world) \
+  if (params.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) \
+    return launch(oneshot_lamport_allreduce<T, world>, params, params.blocks, shape);
+  MNNVL_FOR_EACH_INSTANCE(MNNVL_LAUNCH)
+#undef MNNVL_LAUNCH
+}
+
+void load_oneshot_lamport() {
+#define MNNVL_LOAD(T, world) load(oneshot_lamport_allreduce<T, world>);
+  MNNVL_FOR_EACH_INSTANCE(MNNVL_LOAD)
+#undef MNNVL_LOAD
+}
+
+}  // namespace mnnvl::kernels

@@ -1,0 +1,19 @@
+#include "transport/transport.h"
+
+#include "bootstrap/agreement.h"
+
+namespace mnnvl {
+
+void agree_on_options(Exchange& exchange, const TransportOptions& options) {
+  const std::string mine = str("strategy ", int(options.strategy), ", workspace_bytes ", options.workspace_bytes,
+                               ", buffer_size_in_bytes ", 2 * options.stage_bytes);
+  const std::vector<std::string> all = exchange.all_gather(mine);
+  for (int r = 1; r < exchange.size(); ++r) {
+    if (all[r] != all[0]) {
+      fail(ErrorKind::kInvalidArgument, "mnnvl: the ranks' options differ: rank 0 has ", all[0], "; rank ", r, " has ",
+           all[r]);
+    }
+  }
+}
+
+}  // namespace mnnvl

@@ -1,0 +1,1 @@
+"""FlashInfer's names, arguments and errors over this package's kernels."""

@@ -1,0 +1,62 @@
+"""The command line: mnnvl doctor | demo | bench, also as python -m mnnvl_backend."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def _size(text: str) -> int:
+    """Bytes, with an optional suffix K, M or G."""
+    units = {"k": 10, "m": 20, "g": 30}
+    number, shift = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 0)
+    try:
+        return int(number) << shift
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected bytes such as 4096, 64K or 1G, got {text!r}") from None
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="mnnvl", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    doctor = commands.add_parser("doctor", help="what is built, what this machine allows, and why not more")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+
+    demo = commands.add_parser("demo", help="all-reduces checked and timed, then DDP training; run under torchrun")
+    demo.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    demo.add_argument("--epochs", type=int, default=12)
+
+    bench = commands.add_parser("bench", help="all-reduce beside its peers, in one run; run under torchrun")
+    bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    bench.add_argument("--min-bytes", type=_size, help="default 2K on CUDA, 1K on CPU")
+    bench.add_argument("--max-bytes", type=_size, default=64 << 20, help="default 64M")
+    bench.add_argument("--replays", type=int, default=31, help="samples per size and peer")
+    bench.add_argument("--only", help="comma-separated peers, e.g. mnnvl,nccl")
+    bench.add_argument("--multicast", action="store_true", help="let mnnvl and its peers make multicast objects")
+    bench.add_argument("--output", help="folder for the dated results, markdown and JSON")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    # Imported when asked for: doctor must run where the others' needs are missing.
+    if arguments.command == "doctor":
+        from mnnvl_backend.tools import doctor
+
+        return doctor.run(as_json=arguments.json)
+    if arguments.command == "demo":
+        from mnnvl_backend.tools import demo
+
+        return demo.run(arguments.device, arguments.epochs)
+    from mnnvl_backend.tools import bench
+
+    return bench.run(
+        arguments.device,
+        arguments.min_bytes,
+        arguments.max_bytes,
+        arguments.replays,
+        arguments.only.split(",") if arguments.only else None,
+        arguments.output,
+        arguments.multicast,
+    )
