@@ -3,15 +3,18 @@
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
+#include <torch/version.h>
 
+#include <list>
+#include <mutex>
 #include <set>
 #include <string>
 
-#include "tuning/choose.h"
-#include "backend/process_group.h"
 #include "backend/function_group.h"
+#include "backend/process_group.h"
 #include "kernels/kernels.h"
 #include "memory/probe.h"
+#include "tuning/choose.h"
 
 #ifndef MNNVL_NVCC_VERSION
 #define MNNVL_NVCC_VERSION ""
@@ -21,6 +24,8 @@ namespace py = pybind11;
 
 namespace mnnvl {
 namespace {
+
+constexpr auto kDefaultTimeout = std::chrono::milliseconds(30 * 60 * 1000);  // c10d's
 
 // A caller's Python communicator with all_gather(bytes) -> list[bytes].
 class PythonExchange final : public Exchange {
@@ -42,81 +47,177 @@ class PythonExchange final : public Exchange {
   int rank_, size_;
 };
 
-TransportOptions transport_options(int64_t timeout_ms, int strategy, bool multicast, int bootstrap, std::string host_id,
-                                   std::string nccl_path) {
-  TransportOptions options;
-  options.timeout_ms = timeout_ms;
-  options.strategy = Strategy(strategy);
-  options.multicast = multicast;
-  options.bootstrap = Bootstrap(bootstrap);
-  options.host_id = std::move(host_id);
-  options.nccl_path = std::move(nccl_path);
+// The options of groups by their names in Python, where all of them are keyword arguments; the same for both kinds of group.
+class Fields {
+ public:
+  explicit Fields(const py::kwargs& given) : given_(given) {}
+
+  template <typename T>
+  void read(const char* name, T& value) {
+    known_.insert(name);
+    if (given_.contains(name)) value = py::cast<T>(given_[name]);
+  }
+  template <typename T>
+  void read_enum(const char* name, T& value) {
+    int code = int(value);
+    read(name, code);
+    value = T(code);
+  }
+  void read(TransportOptions& options) {
+    read("timeout_ms", options.timeout_ms);
+    read("workspace_bytes", options.workspace_bytes);
+    read_enum("strategy", options.strategy);
+    read("multicast", options.multicast);
+    read("multicast_forbidden", options.multicast_forbidden);
+    read_enum("bootstrap", options.bootstrap);
+    read("host_id", options.host_id);
+    read("nccl_path", options.nccl_path);
+  }
+  void refuse_others() const {
+    for (const auto& item : given_) {
+      const std::string name = py::cast<std::string>(item.first);
+      TORCH_CHECK_TYPE(known_.count(name), "unexpected keyword argument '", name, "'");
+    }
+  }
+
+ private:
+  const py::kwargs& given_;
+  std::set<std::string> known_;
+};
+
+using Options = ProcessGroupMNNVL::Options;
+
+c10::intrusive_ptr<Options> make_options(const py::kwargs& given) {
+  auto options = c10::make_intrusive<Options>(kDefaultTimeout);
+  options->transport.timeout_ms = options->timeout.count();
+  Fields fields(given);
+  fields.read(options->transport);
+  fields.read("blocking_wait", options->blocking_wait);
+  fields.refuse_others();
+  options->timeout = std::chrono::milliseconds(options->transport.timeout_ms);
   return options;
 }
+
+// Python's last reference may be the last one of all, and the destructor may wait for kernels or for another thread that
+// wants the GIL.
+template <typename T>
+class NoGilPtr {
+ public:
+  NoGilPtr() = default;
+  explicit NoGilPtr(T* object) : object_(c10::intrusive_ptr<T>::unsafe_steal_from_new(object)) {}
+  NoGilPtr(c10::intrusive_ptr<T> object) : object_(std::move(object)) {}  // NOLINT: as pybind casts it
+  NoGilPtr(const NoGilPtr&) = default;
+  NoGilPtr(NoGilPtr&&) noexcept = default;
+  NoGilPtr& operator=(const NoGilPtr&) = default;
+  NoGilPtr& operator=(NoGilPtr&&) noexcept = default;
+  ~NoGilPtr() {
+    if (PyGILState_Check()) {
+      py::gil_scoped_release no_gil;
+      object_.reset();
+    }
+  }
+  T* get() const { return object_.get(); }
+  T& operator*() const { return *object_; }
+  T* operator->() const { return object_.get(); }
+  operator c10::intrusive_ptr<T>() const { return object_; }  // NOLINT
+
+ private:
+  c10::intrusive_ptr<T> object_;
+};
+
+// Groups that live, for the end of the interpreter.
+class LiveGroups {
+ public:
+  void add(const c10::intrusive_ptr<ProcessGroupMNNVL>& group) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    groups_.remove_if([](const Weak& weak) { return weak.expired(); });
+    groups_.emplace_back(group);
+  }
+  void finish(std::chrono::milliseconds grace) {
+    std::list<Weak> groups;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      groups.swap(groups_);
+    }
+    for (const Weak& weak : groups) {
+      if (const auto group = weak.lock()) group->finish(grace);
+    }
+  }
+  static LiveGroups& get() {
+    static auto* groups = new LiveGroups;  // outlives everything
+    return *groups;
+  }
+
+ private:
+  using Weak = c10::weak_intrusive_ptr<ProcessGroupMNNVL>;
+  std::mutex mutex_;
+  std::list<Weak> groups_;
+};
+
+}  // namespace
+}  // namespace mnnvl
+
+PYBIND11_DECLARE_HOLDER_TYPE(T, mnnvl::NoGilPtr<T>, true)
+
+namespace mnnvl {
+namespace {
 
 void bind_process_group(py::module_& m) {
   const py::object base = py::module_::import("torch._C._distributed_c10d").attr("Backend");
   // Read and copied by torch before it splits a group.
-  using Options = ProcessGroupMNNVL::Options;
   const auto copy = [](const Options& self) { return c10::make_intrusive<Options>(self); };
   py::class_<Options, c10::intrusive_ptr<Options>>(m, "ProcessGroupOptions", base.attr("Options"))
+      .def(py::init([](const py::kwargs& fields) { return make_options(fields); }))
       .def("__copy__", copy)
       .def("__deepcopy__", [copy](const Options& self, const py::dict& /*memo*/) { return copy(self); });
-  py::class_<ProcessGroupMNNVL, c10::intrusive_ptr<ProcessGroupMNNVL>>(m, "ProcessGroupMNNVL", base)
-      .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, int64_t timeout_ms,
-                       int64_t workspace_bytes, int strategy, bool multicast, int bootstrap, std::string host_id,
-                       bool blocking_wait, std::string nccl_path) {
-             auto options = c10::make_intrusive<ProcessGroupMNNVL::Options>(std::chrono::milliseconds(timeout_ms));
-             options->transport = transport_options(timeout_ms, strategy, multicast, bootstrap, std::move(host_id),
-                                                    std::move(nccl_path));
-             options->transport.workspace_bytes = workspace_bytes;
-             options->blocking_wait = blocking_wait;
-             return c10::make_intrusive<ProcessGroupMNNVL>(store, rank, size, options);
+  py::class_<ProcessGroupMNNVL, NoGilPtr<ProcessGroupMNNVL>>(m, "ProcessGroupMNNVL", base)
+      .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, const py::kwargs& fields) {
+             auto group = c10::make_intrusive<ProcessGroupMNNVL>(store, rank, size, make_options(fields));
+             LiveGroups::get().add(group);
+             return NoGilPtr<ProcessGroupMNNVL>(std::move(group));
            }),
-           py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("timeout_ms"), py::arg("workspace_bytes"),
-           py::arg("strategy"), py::arg("multicast"), py::arg("bootstrap"), py::arg("host_id"),
-           py::arg("blocking_wait"), py::arg("nccl_path"), py::call_guard<py::gil_scoped_release>())
+           py::arg("store"), py::arg("rank"), py::arg("size"))
       .def_property_readonly("options", &ProcessGroupMNNVL::options)
+      .def("_get_sequence_number_for_group", &ProcessGroupMNNVL::getSequenceNumberForGroup)
       .def("abort", &ProcessGroupMNNVL::abort, py::call_guard<py::gil_scoped_release>())
       .def("shutdown", &ProcessGroupMNNVL::shutdown, py::call_guard<py::gil_scoped_release>())
       // new_group() of torch calls this on the ranks outside a new group when the parent supports splitting; a split here
       // shares nothing with its parent, so there is nothing to do.
       .def("perform_nocolor_split", [](ProcessGroupMNNVL&, const py::object& /*device*/) {});
+  m.def(
+      "finish_groups", [](int64_t grace_ms) { LiveGroups::get().finish(std::chrono::milliseconds(grace_ms)); },
+      py::arg("grace_ms"), py::call_guard<py::gil_scoped_release>());
 }
 
-void bind_workspace(py::module_& m) {
-  // A destructor may wait for kernels, and peers that are threads here need the GIL meanwhile.
+void bind_function_group(py::module_& m) {
   struct WithoutGil {
-    void operator()(Workspace* workspace) const {
+    void operator()(FunctionGroup* group) const {
       py::gil_scoped_release no_gil;
-      delete workspace;
+      delete group;
     }
   };
-  using Holder = std::unique_ptr<Workspace, WithoutGil>;
-  py::class_<Workspace, Holder>(m, "Workspace")
+  using Holder = std::unique_ptr<FunctionGroup, WithoutGil>;
+  py::class_<FunctionGroup, Holder>(m, "FunctionGroup")
       .def(py::init([](py::object comm, int rank, int size, const std::string& device_type, int device_index,
-                       int64_t buffer_size_bytes, int64_t timeout_ms, bool multicast, int bootstrap,
-                       std::string host_id, std::string nccl_path) {
-             PythonExchange exchange(std::move(comm), rank, size);
+                       int64_t buffer_size_bytes, const py::kwargs& given) {
              const at::Device device =
                  device_type == "cpu" ? at::Device(at::kCPU) : at::Device(at::kCUDA, at::DeviceIndex(device_index));
+             TransportOptions options = make_options(given)->transport;
+             PythonExchange exchange(std::move(comm), rank, size);
              py::gil_scoped_release no_gil;
-             return Holder(new Workspace(exchange, device, buffer_size_bytes,
-                                         transport_options(timeout_ms, int(Strategy::kAuto), multicast, bootstrap,
-                                                           std::move(host_id), std::move(nccl_path))));
+             return Holder(new FunctionGroup(exchange, device, buffer_size_bytes, std::move(options)));
            }),
            py::arg("comm"), py::arg("rank"), py::arg("size"), py::arg("device_type"), py::arg("device_index"),
-           py::arg("buffer_size_bytes"), py::arg("timeout_ms"), py::arg("multicast"), py::arg("bootstrap"),
-           py::arg("host_id"), py::arg("nccl_path"))
-      .def_property_readonly("buffer_size_bytes", &Workspace::buffer_bytes)
+           py::arg("buffer_size_bytes"))
+      .def_property_readonly("buffer_size_bytes", &FunctionGroup::buffer_bytes)
       .def(
           "all_reduce",
-          [](Workspace& self, const at::Tensor& input, at::Tensor output, int strategy, bool pdl) {
+          [](FunctionGroup& self, const at::Tensor& input, at::Tensor output, int strategy, bool pdl) {
             self.all_reduce(input, output, Strategy(strategy), pdl);
           },
           py::arg("input"), py::arg("output"), py::arg("strategy"), py::arg("pdl"),
           py::call_guard<py::gil_scoped_release>())
-      .def("destroy", &Workspace::destroy, py::call_guard<py::gil_scoped_release>());
+      .def("destroy", &FunctionGroup::destroy, py::call_guard<py::gil_scoped_release>());
 }
 
 // The algorithm choice, for tests: (algorithm, blocks, threads, launch_elements).
@@ -158,11 +259,13 @@ py::dict probe(const std::string& nccl_path) {
 PYBIND11_MODULE(_C, m) {
   using namespace mnnvl;
   bind_process_group(m);
-  bind_workspace(m);
+  bind_function_group(m);
   m.def("build_info", [] {
     py::dict info;
-    info["cuda"] = kernels::available();
-    info["archs"] = kernels::architectures();
+    const kernels::KernelTable* table = kernels::find();
+    info["cuda"] = table != nullptr;
+    info["archs"] = table != nullptr ? table->architectures : "";
+    info["torch"] = TORCH_VERSION;
     info["nvcc"] = MNNVL_NVCC_VERSION;
     return info;
   });

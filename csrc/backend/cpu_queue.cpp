@@ -1,82 +1,57 @@
 #include "backend/cpu_queue.h"
 
-#include <c10/util/Exception.h>
+#include <ATen/ThreadLocalState.h>
+
+#include <optional>
 
 #include "backend/errors.h"
+#include "system/float_environment.h"
 
 namespace mnnvl {
+namespace {
 
-void run_body(const Body& body, Transport& transport, void* stream) {
-  try {
-    body(transport, stream);
-  } catch (const Error& error) {
-    if (error.kind() == ErrorKind::kSystem) transport.abort();
-    throw;
-  } catch (...) {
-    transport.abort();
-    throw;
-  }
+// Of the caller, for calls that use ATen on another thread.
+std::optional<at::ThreadLocalState> thread_state_for(const Call& call) {
+  if (!call.epilogue && call.landing.empty()) return std::nullopt;
+  return at::ThreadLocalState();
 }
 
-void CpuQueue::submit(Job job, bool async) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  TORCH_CHECK_WITH(DistBackendError, !stopped_, "mnnvl: this process group has been shut down");
-  jobs_.push_back(std::move(job));
-  if (std::this_thread::get_id() == worker_id_) {
-    // A callback of a finished work calls again, and may wait for it: nobody else would run it.
-    while (!jobs_.empty()) run_next(lock);
-  } else if (!async && jobs_.size() == 1 && !busy_) {
-    run_next(lock);  // on the caller's own thread: no hand-over to pay for
-  } else if (!worker_.joinable()) {
-    worker_ = std::thread([self = shared_from_this()] { self->loop(); });
-    worker_id_ = worker_.get_id();
-  }
-  changed_.notify_all();
+void run_call(const Call& call, GroupState& state, Transport& transport, int64_t timeout_ms) {
+  // Whatever mode the calling thread is in: every rank's arithmetic is the same.
+  const FloatEnvironment ieee;
+  Run run;
+  run.timeout_ms = timeout_ms;
+  at_torch_boundary([&] { state.run_body(call, transport, run); });
+  if (call.epilogue) run_below_autograd(call.epilogue);
 }
 
-// With `lock` held, which is let go while the job and its callbacks run.
-void CpuQueue::run_next(std::unique_lock<std::mutex>& lock) {
-  Job job = std::move(jobs_.front());
-  jobs_.pop_front();
-  busy_ = true;
-  lock.unlock();
-  std::exception_ptr failure;
-  try {
-    at_torch_boundary([&] { run_body(job.body, *job.transport, /*stream=*/nullptr); });
-  } catch (...) {
-    failure = std::current_exception();
-  }
-  lock.lock();
-  busy_ = false;
-  lock.unlock();
-  changed_.notify_all();
-  job.work->complete(failure);
-  job = {};  // drops its tensors without the lock
-  lock.lock();
+}  // namespace
+
+CpuQueue::~CpuQueue() {
+  jobs_->leave();
+  callbacks_->leave();
 }
 
-void CpuQueue::loop() {
-  std::unique_lock<std::mutex> lock(mutex_);
-  for (;;) {
-    changed_.wait(lock, [this] { return !busy_ && (!jobs_.empty() || stopped_); });
-    if (jobs_.empty()) return;
-    run_next(lock);
-  }
+c10::intrusive_ptr<CpuWork> CpuQueue::submit(Call call, std::shared_ptr<Transport> transport, int64_t timeout_ms) {
+  auto work = c10::make_intrusive<CpuWork>(state_->rank(), call, callbacks_);
+  const bool async = call.async;
+  JobQueue::Job job;
+  job.run = [call = std::make_shared<Call>(std::move(call)), state = state_, transport = std::move(transport),
+             timeout_ms, thread_state = thread_state_for(call)] {
+    std::optional<at::ThreadLocalStateGuard> as_the_caller;
+    if (thread_state) as_the_caller.emplace(*thread_state);
+    run_call(*call, *state, *transport, timeout_ms);
+  };
+  job.complete = [work](std::exception_ptr failure) { work->complete(failure); };
+  TORCH_CHECK_WITH(DistBackendError, jobs_->submit(std::move(job), /*here=*/!async),
+                   "mnnvl: this process group has been shut down");
+  return work;
 }
 
-void CpuQueue::stop() {
-  std::thread worker;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stopped_ = true;
-    worker = std::move(worker_);
-  }
-  changed_.notify_all();
-  if (worker.joinable() && worker.get_id() == std::this_thread::get_id()) {
-    worker.detach();  // asked from a callback: the thread ends behind it
-  } else if (worker.joinable()) {
-    worker.join();
-  }
+void CpuQueue::stop() { jobs_->stop(); }
+
+bool CpuQueue::wait_idle(std::chrono::milliseconds timeout) {
+  return jobs_->wait_idle(timeout) && callbacks_->wait_idle(timeout);
 }
 
 }  // namespace mnnvl

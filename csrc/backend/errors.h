@@ -4,7 +4,6 @@
 #include <c10/util/Exception.h>
 
 #include "common/error.h"
-#include "protocol/failure.h"
 
 namespace mnnvl {
 
@@ -20,8 +19,5 @@ auto at_torch_boundary(F&& body) -> decltype(body()) {
     throw_as_torch(error);
   }
 }
-
-// "rank 1 waited for rank 3 in all_reduce (call 17, stage 0, expected 40, seen 39) until the deadline of 5 s".
-Error to_error(const FailureRecord& record, double timeout_seconds);
 
 }  // namespace mnnvl

@@ -3,15 +3,35 @@
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "backend/call.h"
 #include "backend/errors.h"
 #include "backend/tensors.h"
-#include "backend/work.h"
 #include "common/math.h"
 
 namespace mnnvl {
+namespace {
 
-Workspace::Workspace(Exchange& exchange, at::Device device, int64_t buffer_bytes, TransportOptions options)
-    : device_(device), buffer_bytes_(buffer_bytes), size_(exchange.size()) {
+constexpr const char* kName = "trtllm_mnnvl_allreduce";
+
+void check_arguments(const at::Tensor& input, const at::Tensor& output, at::Device device) {
+  check_dense(input, kName, "input");
+  check_dense(output, kName, "output");
+  check_same(output, input, kName, "output");
+  TORCH_CHECK_VALUE(input.device() == device, "mnnvl ", kName, ": input: expected a tensor on ", device,
+                    ", got one on ", input.device());
+  TORCH_CHECK_VALUE(input.sizes() == output.sizes() && input.strides() == output.strides(), "mnnvl ", kName,
+                    ": output: expected sizes ", input.sizes(), " and strides ", input.strides(),
+                    " like the input, got ", output.sizes(), " and ", output.strides());
+  TORCH_CHECK_VALUE(at::get_overlap_status(input, output) != at::MemOverlapStatus::Partial, "mnnvl ", kName,
+                    ": output: expected the input itself or memory apart from it, got memory that overlaps it in part");
+  TORCH_CHECK_TYPE(kernel_dtype(input), "mnnvl ", kName, ": input: expected dtype float32, float16 or bfloat16, got ",
+                   input.scalar_type());
+}
+
+}  // namespace
+
+FunctionGroup::FunctionGroup(Exchange& exchange, at::Device device, int64_t buffer_bytes, TransportOptions options)
+    : device_(device), buffer_bytes_(buffer_bytes), timeout_ms_(options.timeout_ms), size_(exchange.size()) {
   TORCH_CHECK_VALUE(buffer_bytes > 0, "mnnvl workspace: buffer_size_in_bytes: expected more than 0, got ",
                     buffer_bytes);
   TORCH_CHECK_VALUE(size_ >= 1 && size_ <= kMaxWorldSize, "mnnvl workspace: world size: expected 1 to ", kMaxWorldSize,
@@ -19,55 +39,52 @@ Workspace::Workspace(Exchange& exchange, at::Device device, int64_t buffer_bytes
   if (size_ == 1) return;
   at_torch_boundary([&] {
     if (device.is_cpu()) {
-      transport_ = make_cpu_transport(exchange, options);
+      cpu_ = make_cpu_transport(exchange, options);
     } else {
       const c10::DeviceGuard guard(device);
       options.stage_bytes = ceil_div(buffer_bytes, 2);
-      transport_ = make_cuda_transport(exchange, device.index(), options);
+      cuda_.emplace(make_cuda_transport(exchange, device.index(), options), device);
     }
   });
 }
 
-void Workspace::all_reduce(const at::Tensor& input, at::Tensor& output, Strategy strategy, bool pdl) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  TORCH_CHECK(!destroyed_, "mnnvl workspace: it has been destroyed");
-  check_dense(input, "trtllm_mnnvl_allreduce", "input");
-  check_dense(output, "trtllm_mnnvl_allreduce", "output");
-  check_same(output, input, "trtllm_mnnvl_allreduce", "output");
-  TORCH_CHECK_VALUE(input.device() == device_, "mnnvl trtllm_mnnvl_allreduce: input: expected a tensor on ", device_,
-                    ", got one on ", input.device());
-  TORCH_CHECK_VALUE(input.sizes() == output.sizes() && input.strides() == output.strides(),
-                    "mnnvl trtllm_mnnvl_allreduce: output: expected sizes ", input.sizes(), " and strides ",
-                    input.strides(), " like the input, got ", output.sizes(), " and ", output.strides());
-  at::assert_no_partial_overlap(input, output);
-  const std::optional<Dtype> dtype = kernel_dtype(input);
-  TORCH_CHECK_TYPE(dtype, "mnnvl trtllm_mnnvl_allreduce: input: expected dtype float32, float16 or bfloat16, got ",
-                   input.scalar_type());
+void FunctionGroup::all_reduce(const at::Tensor& input, at::Tensor& output, Strategy strategy, bool pdl) {
+  check_arguments(input, output, device_);
   if (input.numel() == 0) return;
   if (size_ == 1) {
-    if (!output.is_same(input)) output.copy_(input);
+    if (!output.is_same(input)) run_below_autograd([&] { output.copy_(input); });
     return;
   }
-  at_torch_boundary([&] {
-    const auto reduce = [&](void* native) {
-      transport_->all_reduce(input.data_ptr(), output.data_ptr(), input.numel(), *dtype, ReduceOp::kSum, strategy, pdl,
-                             native);
-    };
-    if (device_.is_cpu()) return reduce(nullptr);
-    const c10::DeviceGuard guard(device_);
-    const c10::Stream stream = current_stream(device_);
-    stream_order_.enter(stream);
-    reduce(stream.native_handle());
-    auto end = std::make_shared<c10::Event>(stream.device_type());
-    end->record(stream);
-    stream_order_.leave(stream, std::move(end));
-  });
+  AllReduceRequest request;
+  request.in = input.data_ptr();
+  request.out = output.data_ptr();
+  request.numel = input.numel();
+  request.dtype = *kernel_dtype(input);
+  request.strategy = strategy;
+  request.pdl = pdl;
+  at_torch_boundary([&] { run(request); });
 }
 
-void Workspace::destroy() {
+void FunctionGroup::run(const AllReduceRequest& request) {
+  Run run;
+  run.timeout_ms = timeout_ms_;
+  if (!device_.is_cpu()) {
+    const auto reduce = [&](void* stream) {
+      run.stream = stream;
+      cuda_->transport()->run(request, run);
+    };
+    return cuda_->enqueue(/*async=*/false, reduce, [](const CudaQueue::Enqueued&) {});
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  TORCH_CHECK(!destroyed_, "mnnvl workspace: it has been destroyed");
+  cpu_->run(request, run);
+}
+
+void FunctionGroup::destroy() {
+  if (cuda_) cuda_->close();
   std::lock_guard<std::mutex> lock(mutex_);
   destroyed_ = true;
-  transport_.reset();
+  cpu_.reset();
 }
 
 }  // namespace mnnvl

@@ -1,35 +1,40 @@
-// The standalone function's workspace: a transport that isn't a process group's, set up over any exchange.
+// The ranks of a standalone function: a transport that isn't a process group's, set up over any exchange.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <memory>
 #include <mutex>
+#include <optional>
 
-#include "backend/stream_order.h"
+#include "backend/cuda_queue.h"
 #include "transport/transport.h"
 
 namespace mnnvl {
 
-class Workspace {
+class FunctionGroup {
  public:
   // Collective over `exchange`. `device`: CPU, or CUDA with an index. `buffer_bytes`: one Lamport generation as
   // FlashInfer counts it (one-shot: world_size payloads; two-shot: two payloads).
-  Workspace(Exchange& exchange, at::Device device, int64_t buffer_bytes, TransportOptions options);
+  FunctionGroup(Exchange& exchange, at::Device device, int64_t buffer_bytes, TransportOptions options);
 
   int64_t buffer_bytes() const { return buffer_bytes_; }
   // Same shape, dtype and device, contiguous; the caller has checked the capacity. On the current stream.
   void all_reduce(const at::Tensor& input, at::Tensor& output, Strategy strategy, bool pdl);
-  void destroy();  // idempotent
+  // Unmaps; idempotent. Without it a workspace that was used in a capture stays mapped for the process's life.
+  void destroy();
 
  private:
-  at::Device device_;
-  int64_t buffer_bytes_;
-  int size_;
-  std::mutex mutex_;  // the calls of several threads, and destroy()
+  void run(const AllReduceRequest& request);
+
+  const at::Device device_;
+  const int64_t buffer_bytes_;
+  const int64_t timeout_ms_;
+  const int size_;
+  std::mutex mutex_;  // the calls of several threads on the CPU, and destroy()
   bool destroyed_ = false;
-  StreamOrder stream_order_;
-  std::unique_ptr<Transport> transport_;
+  std::unique_ptr<Transport> cpu_;
+  std::optional<CudaQueue> cuda_;
 };
 
 }  // namespace mnnvl

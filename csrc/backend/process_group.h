@@ -1,5 +1,6 @@
 // The c10d backend "mnnvl". One object serves CPU and CUDA tensors; the transport of a device type is made by the first
-// collective on it (collectively, over the group's store), or by eagerConnectSingleDevice().
+// collective on it (collectively, over the group's store), or by eagerConnectSingleDevice(). Each operation is one line:
+// collectives/ checks its arguments and makes the Call, run() does the rest for all of them.
 #pragma once
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
@@ -9,9 +10,10 @@
 #include <memory>
 #include <mutex>
 
+#include "backend/collectives/collectives.h"
 #include "backend/cpu_queue.h"
-#include "backend/stream_order.h"
-#include "transport/transport.h"
+#include "backend/cuda_queue.h"
+#include "backend/group_state.h"
 #include "backend/work.h"
 
 namespace mnnvl {
@@ -23,34 +25,41 @@ class ProcessGroupMNNVL final : public c10d::Backend {
     TransportOptions transport;
     bool blocking_wait = false;  // wait() of GPU works holds the host, so that failures raise where they happen
   };
+  using WorkPtr = c10::intrusive_ptr<c10d::Work>;
+  using Tensors = std::vector<at::Tensor>;
 
   ProcessGroupMNNVL(c10::intrusive_ptr<c10d::Store> store, int rank, int size, c10::intrusive_ptr<Options> options);
+  // Waits for no CPU work, whose threads are left to end by themselves, and for GPU work by its deadline. To be called
+  // without the GIL.
   ~ProcessGroupMNNVL() override;
 
   const std::string getBackendName() const override { return "mnnvl"; }
   c10::intrusive_ptr<c10d::Backend::Options> getBackendOptions() override { return options_; }
   c10::intrusive_ptr<Options> options() const { return options_; }
 
-  c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors,
-                                           const c10d::AllreduceOptions& opts = {}) override;
-  c10::intrusive_ptr<c10d::Work> allreduce_coalesced(std::vector<at::Tensor>& tensors,
-                                                     const c10d::AllreduceCoalescedOptions& opts = {}) override;
+  WorkPtr allreduce(Tensors& tensors, const c10d::AllreduceOptions& opts = {}) override { return run(collectives::all_reduce(view(), tensors, opts)); }
+  WorkPtr allreduce_coalesced(Tensors& tensors, const c10d::AllreduceCoalescedOptions& opts = {}) override { return run(collectives::all_reduce_coalesced(view(), tensors, opts)); }
   // Refused like any sparse tensor, with the same error on every device type.
-  c10::intrusive_ptr<c10d::Work> allreduce_sparse(std::vector<at::Tensor>& tensors,
-                                                  const c10d::AllreduceOptions& opts = {}) override {
-    return allreduce(tensors, opts);
-  }
-  c10::intrusive_ptr<c10d::Work> broadcast(std::vector<at::Tensor>& tensors,
-                                           const c10d::BroadcastOptions& opts = {}) override;
-  c10::intrusive_ptr<c10d::Work> allgather(std::vector<std::vector<at::Tensor>>& outputs,
-                                           std::vector<at::Tensor>& inputs,
-                                           const c10d::AllgatherOptions& opts = {}) override;
-  c10::intrusive_ptr<c10d::Work> _allgather_base(at::Tensor& output, at::Tensor& input,
-                                                 const c10d::AllgatherOptions& opts = {}) override;
-  c10::intrusive_ptr<c10d::Work> allgather_into_tensor_coalesced(std::vector<at::Tensor>& outputs,
-                                                                 std::vector<at::Tensor>& inputs,
-                                                                 const c10d::AllgatherOptions& opts = {}) override;
-  c10::intrusive_ptr<c10d::Work> barrier(const c10d::BarrierOptions& opts = {}) override;
+  WorkPtr allreduce_sparse(Tensors& tensors, const c10d::AllreduceOptions& opts = {}) override { return allreduce(tensors, opts); }
+  WorkPtr broadcast(Tensors& tensors, const c10d::BroadcastOptions& opts = {}) override { return run(collectives::broadcast(view(), tensors, opts)); }
+  WorkPtr allgather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts = {}) override { return run(collectives::all_gather(view(), outputs, inputs, opts)); }
+  WorkPtr _allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& opts = {}) override { return run(collectives::all_gather_into_tensor(view(), output, input, opts)); }
+  WorkPtr allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts = {}) override { return run(collectives::all_gather_into_tensor_coalesced(view(), outputs, inputs, opts)); }
+  WorkPtr barrier(const c10d::BarrierOptions& opts = {}) override { return run(collectives::barrier(view(), bound_device(), opts)); }
+
+  WorkPtr allgather_coalesced(std::vector<Tensors>&, Tensors&, const c10d::AllgatherOptions& = {}) override { collectives::refuse("all_gather_coalesced"); }
+  WorkPtr reduce(Tensors&, const c10d::ReduceOptions& = {}) override { collectives::refuse("reduce"); }
+  WorkPtr gather(std::vector<Tensors>&, Tensors&, const c10d::GatherOptions& = {}) override { collectives::refuse("gather"); }
+  WorkPtr scatter(Tensors&, std::vector<Tensors>&, const c10d::ScatterOptions& = {}) override { collectives::refuse("scatter"); }
+  WorkPtr reduce_scatter(Tensors&, std::vector<Tensors>&, const c10d::ReduceScatterOptions& = {}) override { collectives::refuse("reduce_scatter"); }
+  WorkPtr _reduce_scatter_base(at::Tensor&, at::Tensor&, const c10d::ReduceScatterOptions& = {}) override { collectives::refuse("reduce_scatter_tensor"); }
+  WorkPtr reduce_scatter_tensor_coalesced(Tensors&, Tensors&, const c10d::ReduceScatterOptions& = {}) override { collectives::refuse("reduce_scatter_tensor_coalesced"); }
+  WorkPtr alltoall_base(at::Tensor&, at::Tensor&, std::vector<int64_t>&, std::vector<int64_t>&, const c10d::AllToAllOptions& = {}) override { collectives::refuse("all_to_all_single"); }
+  WorkPtr alltoall(Tensors&, Tensors&, const c10d::AllToAllOptions& = {}) override { collectives::refuse("all_to_all"); }
+  WorkPtr send(Tensors&, int, int) override { collectives::refuse("send"); }
+  WorkPtr recv(Tensors&, int, int) override { collectives::refuse("recv"); }
+  WorkPtr recvAnysource(Tensors&, int) override { collectives::refuse("recv from any source"); }
+  void monitoredBarrier(const c10d::BarrierOptions&, bool = false) override { collectives::refuse("monitored_barrier"); }
 
   // Splitting makes a new group over the same store; nothing of the parent is shared.
   bool supportsSplitting() const override { return true; }
@@ -66,47 +75,37 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   void abort() override;
   // Waits for what was enqueued, then releases all. Idempotent. Later collectives raise.
   void shutdown() override;
+  // For the interpreter's end, when no thread may run Python any more: gives what is in flight `grace` to end, aborts the
+  // rest, shuts down. Throws nothing.
+  void finish(std::chrono::milliseconds grace) noexcept;
 
  private:
-  // Checks the arguments; what it returns fails only for reasons of the group, or for want of memory.
-  Body reduce_body(const at::Tensor& tensor, const c10d::ReduceOp& reduce_op);
-  c10::intrusive_ptr<c10d::Work> reduce_all(c10d::OpType op, std::vector<at::Tensor>& tensors,
-                                            const c10d::AllreduceOptions& opts);
-  c10::intrusive_ptr<c10d::Work> gather_into_tensors(c10d::OpType op, std::vector<at::Tensor>& outputs,
-                                                     std::vector<at::Tensor>& inputs,
-                                                     const c10d::AllgatherOptions& opts);
+  GroupView view() const { return {rank_, size_}; }
+  std::optional<at::Device> bound_device();
 
-  std::shared_ptr<Transport> transport_for(at::Device device);
-  // Under mutex_: the transport of a device type, null before its set-up. Throws if the group is shut down, aborted, or has
-  // failed on any device type: a group is broken as a whole.
-  std::shared_ptr<Transport> usable_transport(at::Device device);
-  c10::intrusive_ptr<c10d::Work> run(c10d::OpType op, at::Device device, bool async, std::vector<at::Tensor> inputs,
-                                     std::vector<at::Tensor> outputs, Body body);
-  c10::intrusive_ptr<c10d::Work> run_on_cpu(c10d::OpType op, bool async, std::vector<at::Tensor> inputs,
-                                            std::vector<at::Tensor> outputs, std::shared_ptr<Transport> transport,
-                                            Body body);
-  c10::intrusive_ptr<c10d::Work> run_on_cuda(c10d::OpType op, at::Device device, bool async,
-                                             std::vector<at::Tensor> inputs, std::vector<at::Tensor> outputs,
-                                             std::shared_ptr<Transport> transport, const Body& body);
-  at::Device barrier_device(const c10d::BarrierOptions& opts);
+  WorkPtr run(Call call);
+  WorkPtr run_on_cuda(const Call& call, const std::shared_ptr<CudaQueue>& queue, int64_t timeout_ms);
 
-  c10::intrusive_ptr<c10d::Store> store_;
-  c10::intrusive_ptr<Options> options_;
+  // The transport of a device type, set up if need be. Throws if the group is shut down or has failed on any device type.
+  std::shared_ptr<Transport> cpu_transport();
+  std::shared_ptr<CudaQueue> cuda_queue(at::Device device);
+  void check_usable() const;
+  void set_up(at::Device device);
+
+  const c10::intrusive_ptr<c10d::Store> store_;
+  const c10::intrusive_ptr<Options> options_;
+  std::atomic<int64_t> timeout_ms_;
   std::atomic<uint64_t> sequence_{0};
+  std::atomic<bool> cancelled_{false}, closed_{false};
+  const std::shared_ptr<GroupState> state_;
 
   // CPU, CUDA: held through a set-up, which may take until the timeout; taken before mutex_.
   std::mutex setup_mutex_[2];
   std::mutex mutex_;  // what follows; held briefly, so that abort() never waits for a set-up
-  std::atomic<bool> aborted_{false};
-  bool closed_ = false, broken_ = false;
-  std::shared_ptr<Transport> cpu_, cuda_;
-  std::optional<at::Device> cuda_device_;
+  std::shared_ptr<Transport> cpu_;
+  std::shared_ptr<CudaQueue> cuda_;
 
-  std::mutex cuda_mutex_;  // order of enqueuing
-  StreamOrder stream_order_;
-  std::optional<c10::Stream> async_stream_;  // for async_op=True
-
-  std::shared_ptr<CpuQueue> cpu_queue_ = std::make_shared<CpuQueue>();
+  CpuQueue cpu_queue_;
 };
 
 }  // namespace mnnvl

@@ -16,10 +16,13 @@ namespace mnnvl {
 // user's, who alone knows where the graph is replayed.
 class StreamOrder {
  public:
-  // Makes `stream` wait for the collectives enqueued before this one. Returns true while `stream` is capturing.
+  // Makes `stream` wait for the collectives enqueued before this one. Returns true while `stream` is capturing; throws if
+  // its capture has been invalidated.
   bool enter(c10::Stream stream);
   // `end` has been recorded on `stream` behind the collective.
   void leave(c10::Stream stream, std::shared_ptr<c10::Event> end);
+  // Whether the last collective outside captures has ended.
+  bool idle() const { return !eager_ || eager_->end->query(); }
 
  private:
   struct Last {

@@ -2,12 +2,21 @@
 
 namespace mnnvl {
 
-void check_dense(const at::Tensor& tensor, const char* op, const char* argument) {
+void check_tensor(const at::Tensor& tensor, const char* op, const char* argument) {
   TORCH_CHECK_VALUE(tensor.defined(), "mnnvl ", op, ": ", argument, ": expected a tensor, got an undefined one");
   TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, "mnnvl ", op, ": ", argument,
                     ": expected a dense tensor, got layout ", tensor.layout(), "; use .to_dense()");
   TORCH_CHECK_VALUE(tensor.is_cpu() || tensor.is_cuda(), "mnnvl ", op, ": ", argument,
                     ": expected a CPU or CUDA tensor, got device ", tensor.device());
+  // What moves is the memory, which holds the values before the view's conjugation or sign.
+  TORCH_CHECK_VALUE(!tensor.is_conj(), "mnnvl ", op, ": ", argument,
+                    ": expected a tensor with its values in memory, got a conjugate view; use .resolve_conj()");
+  TORCH_CHECK_VALUE(!tensor.is_neg(), "mnnvl ", op, ": ", argument,
+                    ": expected a tensor with its values in memory, got a negative view; use .resolve_neg()");
+}
+
+void check_dense(const at::Tensor& tensor, const char* op, const char* argument) {
+  check_tensor(tensor, op, argument);
   TORCH_CHECK_VALUE(tensor.is_non_overlapping_and_dense(), "mnnvl ", op, ": ", argument,
                     ": expected a dense, non-overlapping tensor, got sizes ", tensor.sizes(), " with strides ",
                     tensor.strides(), "; use .contiguous()");

@@ -6,56 +6,89 @@
 #include <thread>
 
 #include "backend/errors.h"
+#include "system/deadline.h"
 
 namespace mnnvl {
 namespace {
 
 constexpr int64_t kKernelGraceMs = 2000;
 
-c10::intrusive_ptr<c10::ivalue::Future> make_future(std::vector<c10::Device> devices) {
-  return c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()), std::move(devices));
+using Future = c10::ivalue::Future;
+
+c10::intrusive_ptr<Future> make_future(std::vector<c10::Device> devices) {
+  return c10::make_intrusive<Future>(c10::ListType::create(c10::TensorType::get()), std::move(devices));
+}
+
+void settle(Future& future, const std::vector<at::Tensor>& outputs, std::exception_ptr failure) {
+  if (failure) {
+    future.setError(failure);
+  } else {
+    future.markCompleted(c10::IValue(outputs));
+  }
+}
+
+[[noreturn]] void throw_late(const char* name, int rank, std::chrono::milliseconds limit) {
+  C10_THROW_ERROR(DistBackendError,
+                  str("mnnvl: ", name, " on rank ", rank, " did not end within ", limit.count(), " ms"));
 }
 
 }  // namespace
 
 c10::Stream current_stream(c10::Device device) { return c10::impl::VirtualGuardImpl(device.type()).getStream(device); }
 
-CpuWork::CpuWork(int rank, c10d::OpType op, const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs)
-    : Work(rank, op, "mnnvl", inputs), outputs_(std::move(outputs)), future_(make_future({})) {}
+CpuWork::CpuWork(int rank, const Call& call, std::shared_ptr<CallbackThreads> callbacks)
+    : Work(rank, call.type, call.title, call.inputs),
+      name_(operation_name(call)),
+      outputs_(call.outputs),
+      callbacks_(std::move(callbacks)) {}
 
 void CpuWork::complete(std::exception_ptr failure) {
-  if (failure) {
-    future_->setError(failure);
-  } else {
-    future_->markCompleted(c10::IValue(outputs_));
+  finish(failure);  // ends the profiler's record before anybody can know of the end
+  c10::intrusive_ptr<Future> future;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!future_ || std::exchange(settled_, true)) return;
+    future = future_;
   }
-  finish(failure);
+  callbacks_->post([future, outputs = outputs_, failure] { settle(*future, outputs, failure); });
+}
+
+c10::intrusive_ptr<Future> CpuWork::getFuture() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!future_) {
+    future_ = make_future({});
+    // Nobody can have hung a callback on it yet.
+    if (completed_ && !std::exchange(settled_, true)) settle(*future_, outputs_, exception_);
+  }
+  return future_;
 }
 
 bool CpuWork::wait(std::chrono::milliseconds timeout) {
   std::unique_lock<std::mutex> lock(mutex_);
+  const auto limit = std::chrono::milliseconds(clamp_timeout_ms(timeout.count()));
   if (timeout == kNoTimeout) {
     cv_.wait(lock, [this] { return completed_; });
-  } else if (!cv_.wait_for(lock, timeout, [this] { return completed_; })) {
-    C10_THROW_ERROR(DistBackendError, str("mnnvl: ", c10d::opTypeToString(opType_), " on rank ", rank_,
-                                          " did not end within ", timeout.count(), " ms"));
+  } else if (!cv_.wait_for(lock, limit, [this] { return completed_; })) {
+    throw_late(name_, rank_, timeout);
   }
   if (exception_) std::rethrow_exception(exception_);
   return true;
 }
 
-CudaWork::CudaWork(int rank, c10d::OpType op, const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs,
-                   c10::Stream stream, std::shared_ptr<c10::Event> end, std::shared_ptr<Transport> transport,
-                   bool capturing, bool blocking, int64_t timeout_ms)
-    : Work(rank, op, "mnnvl", inputs),
-      outputs_(std::move(outputs)),
-      stream_(stream),
-      end_(std::move(end)),
+CudaWork::CudaWork(const Call& call, Place place, std::shared_ptr<GroupState> state,
+                   std::shared_ptr<Transport> transport)
+    : Work(state->rank(), call.type, call.title, call.inputs),
+      name_(operation_name(call)),
+      outputs_(call.outputs),
+      place_(std::move(place)),
+      state_(std::move(state)),
       transport_(std::move(transport)),
-      capturing_(capturing),
-      blocking_(blocking),
-      timeout_ms_(timeout_ms),
-      future_(make_future({stream.device()})) {
+      future_(make_future({place_.stream.device()})) {
+  if (call.async) {
+    for (const auto* list : {&call.inputs, &call.outputs, &call.landing}) {
+      kept_.insert(kept_.end(), list->begin(), list->end());
+    }
+  }
   // The future records the end on the current stream, which the caller has made this work's.
   future_->markCompleted(c10::IValue(outputs_));
   // For the profiler the call ends here; its kernels are in the trace by themselves.
@@ -65,13 +98,32 @@ CudaWork::CudaWork(int rank, c10d::OpType op, const std::vector<at::Tensor>& inp
   }
 }
 
-bool CudaWork::isCompleted() { return !capturing_ && end_->query(); }
+// Nobody has waited: the allocator must know of the stream that the memory is used on.
+CudaWork::~CudaWork() {
+  if (kept_.empty()) return;
+  try {
+    const c10::impl::VirtualGuardImpl guard(place_.stream.device_type());
+    for (const at::Tensor& tensor : kept_) guard.recordDataPtrOnStream(tensor.storage().data_ptr(), place_.stream);
+  } catch (const std::exception& error) {
+    TORCH_WARN("mnnvl: cannot record the memory of ", name_, " on its stream: ", error.what());
+  }
+}
+
+bool CudaWork::isCompleted() { return !place_.capturing && place_.end->query(); }
 
 bool CudaWork::isSuccess() const { return exception() == nullptr; }
 
+// The group's first cause goes before what its transport says, which may be but a consequence.
+void CudaWork::check() const {
+  at_torch_boundary([this] {
+    state_->check();
+    transport_->check();
+  });
+}
+
 std::exception_ptr CudaWork::exception() const {
   try {
-    at_torch_boundary([&] { transport_->check(); });
+    check();
   } catch (...) {
     return std::current_exception();
   }
@@ -79,27 +131,30 @@ std::exception_ptr CudaWork::exception() const {
 }
 
 void CudaWork::synchronize() {
-  const c10::Stream current = current_stream(stream_.device());
-  if (current != stream_) current.wait(*end_);
+  const c10::Stream current = current_stream(place_.stream.device());
+  if (current != place_.stream) current.wait(*place_.end);
+  std::vector<at::Tensor> done;
+  std::lock_guard<std::mutex> lock(mutex_);
+  done.swap(kept_);
 }
 
 bool CudaWork::wait(std::chrono::milliseconds timeout) {
   synchronize();
-  if (capturing_) return true;
-  if (blocking_ || timeout != kNoTimeout) wait_on_host(timeout);
-  at_torch_boundary([&] { transport_->check(); });
+  if (place_.capturing) return true;
+  if (place_.blocking || timeout != kNoTimeout) wait_on_host(timeout);
+  check();
   return true;
 }
 
 void CudaWork::wait_on_host(std::chrono::milliseconds timeout) {
-  // With the group's own timeout the kernel gives up by itself, and says whom it waited for; it only started later.
-  const auto limit = timeout == kNoTimeout ? std::chrono::milliseconds(timeout_ms_ + kKernelGraceMs) : timeout;
-  const auto deadline = std::chrono::steady_clock::now() + limit;
-  for (int polls = 0; !end_->query(); ++polls) {
+  // With the call's own timeout the kernel gives up by itself, and says whom it waited for; it only started later.
+  const int64_t limit_ms =
+      clamp_timeout_ms(timeout == kNoTimeout ? clamp_timeout_ms(place_.timeout_ms) + kKernelGraceMs : timeout.count());
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(limit_ms);
+  for (int polls = 0; !place_.end->query(); ++polls) {
     if (std::chrono::steady_clock::now() > deadline) {
-      at_torch_boundary([&] { transport_->check(); });
-      C10_THROW_ERROR(DistBackendError, str("mnnvl: ", c10d::opTypeToString(opType_), " on rank ", rank_,
-                                            " did not end within ", limit.count(), " ms"));
+      check();
+      throw_late(name_, rank_, std::chrono::milliseconds(limit_ms));
     }
     if (polls > 1000) std::this_thread::sleep_for(std::chrono::microseconds(100));
   }

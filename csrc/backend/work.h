@@ -1,5 +1,5 @@
-// The Work of one collective. A Work owes its user: wait(), which orders the caller's stream (GPU) or blocks (CPU) and
-// raises the group's failure; a future, for DDP; isCompleted() that never blocks.
+// The Work of one call. A Work owes its user: wait(), which orders the caller's stream (GPU) or blocks (CPU) and raises the
+// group's failure; a future, for DDP; isCompleted() that never blocks.
 #pragma once
 
 #include <ATen/core/ivalue.h>
@@ -8,35 +8,49 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 
 #include <memory>
-#include <optional>
 #include <vector>
 
-#include "transport/transport.h"
+#include "backend/call.h"
+#include "backend/group_state.h"
+#include "system/callback_threads.h"
 
 namespace mnnvl {
 
-// A collective on CPU tensors: completed by the thread that ran it.
+// A call on CPU tensors, completed by the thread that ran it; or one with nothing to send, on any device.
 class CpuWork final : public c10d::Work {
  public:
-  CpuWork(int rank, c10d::OpType op, const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs);
-  // `failure` null: success. Once.
+  // `callbacks` runs what users hang on the future; null where the work is completed before its user has it.
+  CpuWork(int rank, const Call& call, std::shared_ptr<CallbackThreads> callbacks);
+  // `failure` null: success. Once. Runs no code of a user: waiters are woken first, then the future, if anybody has asked
+  // for it, is completed on a callback thread. Nothing touches this work once its waiters are awake but what holds it.
   void complete(std::exception_ptr failure);
-  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return future_; }
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
   std::vector<at::Tensor> result() override { return outputs_; }
   bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
 
  private:
-  std::vector<at::Tensor> outputs_;
-  c10::intrusive_ptr<c10::ivalue::Future> future_;
+  const char* const name_;
+  const std::vector<at::Tensor> outputs_;
+  const std::shared_ptr<CallbackThreads> callbacks_;
+  c10::intrusive_ptr<c10::ivalue::Future> future_;  // made when asked for; under mutex_
+  bool settled_ = false;  // somebody has undertaken to complete future_; under mutex_
 };
 
-// A collective enqueued on a GPU stream; completion is an event there.
+// A call enqueued on a GPU stream; completion is an event there.
 class CudaWork final : public c10d::Work {
  public:
-  // Made right after the launch, under a guard of `stream`, on which `end` has just been recorded. `blocking`: wait() also holds the host until the end.
-  CudaWork(int rank, c10d::OpType op, const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs,
-           c10::Stream stream, std::shared_ptr<c10::Event> end, std::shared_ptr<Transport> transport, bool capturing,
-           bool blocking, int64_t timeout_ms);
+  // Where and how the call was enqueued.
+  struct Place {
+    c10::Stream stream;
+    std::shared_ptr<c10::Event> end;  // recorded on `stream` behind the call
+    bool capturing = false;
+    bool blocking = false;  // wait() also holds the host until the end
+    int64_t timeout_ms = 0;
+  };
+
+  // Made right after the launch, under a guard of the stream.
+  CudaWork(const Call& call, Place place, std::shared_ptr<GroupState> state, std::shared_ptr<Transport> transport);
+  ~CudaWork() override;
   bool isCompleted() override;
   bool isSuccess() const override;
   std::exception_ptr exception() const override;
@@ -47,14 +61,17 @@ class CudaWork final : public c10d::Work {
   std::vector<at::Tensor> result() override { return outputs_; }
 
  private:
+  void check() const;
   void wait_on_host(std::chrono::milliseconds timeout);
 
-  std::vector<at::Tensor> outputs_;
-  c10::Stream stream_;
-  std::shared_ptr<c10::Event> end_;
-  std::shared_ptr<Transport> transport_;
-  bool capturing_, blocking_;
-  int64_t timeout_ms_;
+  const char* const name_;
+  const std::vector<at::Tensor> outputs_;
+  const Place place_;
+  const std::shared_ptr<GroupState> state_;
+  const std::shared_ptr<Transport> transport_;
+  // Of an asynchronous call: what its kernels touch, kept until somebody has waited for them. Whoever waits needs no record
+  // of the stream in the allocator, which in a capture would keep the memory from every reuse.
+  std::vector<at::Tensor> kept_;
   c10::intrusive_ptr<c10::ivalue::Future> future_;
 };
 

@@ -1,0 +1,81 @@
+// One call of c10d, checked and ready to run. A collective (backend/collectives/) builds it by free functions that look at
+// the arguments and change nothing; ProcessGroupMNNVL::run orders it, watches it, and returns its Work.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/distributed/c10d/Types.hpp>
+#include <torch/csrc/distributed/c10d/Work.hpp>
+
+#include <chrono>
+#include <exception>
+#include <functional>
+#include <vector>
+
+#include "transport/transport.h"
+
+namespace mnnvl {
+
+// The communication of a call. What it throws other than the group's failure breaks the group: a part of it may have run,
+// so this rank can't be paired with its peers again.
+using Body = std::function<void(Transport&, const Run&)>;
+
+// Thrown by a body whose communication is over: a failure of this rank's own arithmetic, this call's alone.
+struct LocalFailure {
+  std::exception_ptr cause;
+};
+
+// ATen calls of a call: at its end, on its stream, without autograd. A failure is this call's alone.
+using Local = std::function<void()>;
+
+struct Call {
+  c10d::OpType type = c10d::OpType::UNKNOWN;
+  const char* title = nullptr;  // "mnnvl:all_reduce": the profiler's name of it, and, behind the colon, that of errors
+  at::Device device = at::kCPU;
+  bool async = false;
+  std::chrono::milliseconds timeout = c10d::kUnsetTimeout;  // the call's own; unset: the group's
+  std::vector<at::Tensor> inputs;   // kept alive, and shown to the profiler
+  std::vector<at::Tensor> outputs;  // kept alive, and Work::result()
+  std::vector<at::Tensor> landing;  // kept alive
+  Body body;      // empty: nothing to send, as with one rank or no elements
+  Local epilogue;  // may be empty
+};
+
+// The group as the collectives see it.
+struct GroupView {
+  int rank;
+  int size;
+};
+
+// What every Call takes from its options, whichever operation's they are.
+template <typename Options>
+Call make_call(c10d::OpType type, const char* title, at::Device device, const Options& options) {
+  Call call;
+  call.type = type;
+  call.title = title;
+  call.device = device;
+  call.async = options.asyncOp;
+  call.timeout = options.timeout;
+  return call;
+}
+
+// Several communications as one; empty for none.
+inline Body in_turn(std::vector<Body> bodies) {
+  if (bodies.empty()) return nullptr;
+  if (bodies.size() == 1) return std::move(bodies[0]);
+  return [bodies = std::move(bodies)](Transport& transport, const Run& run) {
+    for (const Body& body : bodies) body(transport, run);
+  };
+}
+
+// The operation's public name, as in "all_reduce".
+inline const char* operation_name(const Call& call) { return call.title + sizeof("mnnvl:") - 1; }
+
+// Outputs are written below autograd, like everything that a kernel writes: no graph, no in-place checks, on leaves and
+// inference tensors too.
+inline void run_below_autograd(const Local& local) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  local();
+}
+
+}  // namespace mnnvl

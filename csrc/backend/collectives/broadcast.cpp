@@ -1,0 +1,22 @@
+#include "backend/collectives/collectives.h"
+#include "backend/tensors.h"
+
+namespace mnnvl::collectives {
+
+Call broadcast(GroupView group, Tensors& tensors, const c10d::BroadcastOptions& options) {
+  check_single(tensors, "broadcast");
+  const at::Tensor& tensor = tensors[0];
+  TORCH_CHECK_VALUE(options.rootRank >= 0 && options.rootRank < group.size, "mnnvl broadcast: root: expected 0 to ",
+                    group.size - 1, ", got ", options.rootRank);
+  Call call = make_call(c10d::OpType::BROADCAST, "mnnvl:broadcast", tensor.device(), options);
+  call.inputs = call.outputs = tensors;
+  if (group.size == 1 || tensor.numel() == 0) return call;
+  BroadcastRequest request;
+  request.data = tensor.data_ptr();
+  request.bytes = int64_t(tensor.nbytes());
+  request.root = int(options.rootRank);
+  call.body = [request](Transport& transport, const Run& run) { transport.run(request, run); };
+  return call;
+}
+
+}  // namespace mnnvl::collectives

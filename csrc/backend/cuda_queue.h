@@ -1,0 +1,56 @@
+// Collectives on CUDA tensors, in their order: one transport, one order of launches, whichever streams they come on. Used by
+// the process group and by the standalone function.
+#pragma once
+
+#include <c10/core/Event.h>
+#include <c10/core/Stream.h>
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+
+#include "backend/stream_order.h"
+#include "transport/transport.h"
+
+namespace mnnvl {
+
+// Any thread.
+class CudaQueue {
+ public:
+  CudaQueue(std::shared_ptr<Transport> transport, at::Device device);
+  // A workspace that a captured graph may read stays mapped, unless close() was called: a replay must not read unmapped
+  // memory.
+  ~CudaQueue();
+
+  at::Device device() const { return device_; }
+  const std::shared_ptr<Transport>& transport() const { return transport_; }
+
+  struct Enqueued {
+    c10::Stream stream;
+    std::shared_ptr<c10::Event> end;  // recorded on `stream` behind the work
+    bool capturing;
+  };
+  // Calls `work(stream's native handle)`, which enqueues on the caller's current stream or, if `async`, on one of the group's
+  // own that waits for it; behind what was enqueued here before. Throws if closed, or if the stream's capture is
+  // invalidated, before anything is enqueued. `then` runs under a guard of the stream, behind the work.
+  using Work = std::function<void(void* stream)>;
+  using Then = std::function<void(const Enqueued&)>;
+  void enqueue(bool async, const Work& work, const Then& then);
+
+  // True once the last work has ended; false after `timeout`.
+  bool wait_idle(std::chrono::milliseconds timeout);
+  // Waits for what was enqueued and unmaps the workspace. Later enqueue() throws. Idempotent.
+  void close();
+
+ private:
+  const at::Device device_;
+  const std::shared_ptr<Transport> transport_;
+  std::mutex mutex_;  // the order of launches; against close()
+  bool closed_ = false, captured_ = false;
+  StreamOrder order_;
+  std::optional<c10::Stream> async_stream_;
+};
+
+}  // namespace mnnvl

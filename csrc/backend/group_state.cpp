@@ -1,0 +1,47 @@
+#include "backend/group_state.h"
+
+#include "backend/errors.h"
+
+namespace mnnvl {
+
+void GroupState::fail(const Error& error) {
+  if (!failure_.remember(error)) return;
+  for (const auto& transport : transports()) transport->abort();
+}
+
+void GroupState::add(std::shared_ptr<Transport> transport) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    transports_.push_back(transport);
+  }
+  if (failure_.failed()) transport->abort();
+}
+
+std::vector<std::shared_ptr<Transport>> GroupState::transports() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return transports_;
+}
+
+std::vector<std::shared_ptr<Transport>> GroupState::take_transports() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::move(transports_);
+}
+
+void GroupState::run_body(const Call& call, Transport& transport, const Run& run) {
+  failure_.check();
+  try {
+    call.body(transport, run);
+    return;
+  } catch (const LocalFailure& failure) {
+    std::rethrow_exception(failure.cause);
+  } catch (const Error& error) {
+    if (error.kind() == ErrorKind::kInvalidArgument || error.kind() == ErrorKind::kUnsupported) throw;
+    fail(error);
+  } catch (const std::exception& error) {
+    fail(Error(ErrorKind::kSystem,
+               str("mnnvl: rank ", rank_, " failed in ", operation_name(call), ": ", error.what())));
+  }
+  failure_.check();
+}
+
+}  // namespace mnnvl

@@ -1,0 +1,42 @@
+// What the queues and works of one group share: why it is broken, and how it is told.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "backend/call.h"
+#include "common/first_failure.h"
+
+namespace mnnvl {
+
+class GroupState {
+ public:
+  explicit GroupState(int rank) : rank_(rank) {}
+
+  int rank() const { return rank_; }
+  const FirstFailure& failure() const { return failure_; }
+  void check() const { failure_.check(); }
+
+  // Remembers `error` if it is the first; then ends all waits of this rank on every transport, and tells the peers: they
+  // may wait for this rank on the other device type, where nothing has failed yet. Any thread.
+  void fail(const Error& error);
+  // A transport to be told. One that comes when the group has failed is told at once.
+  void add(std::shared_ptr<Transport> transport);
+  // At shutdown.
+  std::vector<std::shared_ptr<Transport>> take_transports();
+
+  // Runs a call's body. If that fails, the group is broken, but for a LocalFailure and for arguments that the transport
+  // refused before it sent anything; what is thrown is the first cause.
+  void run_body(const Call& call, Transport& transport, const Run& run);
+
+ private:
+  std::vector<std::shared_ptr<Transport>> transports();
+
+  const int rank_;
+  FirstFailure failure_;
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<Transport>> transports_;
+};
+
+}  // namespace mnnvl

@@ -1,0 +1,37 @@
+// The one memory of why a group is broken: the first cause, for ever.
+#pragma once
+
+#include <atomic>
+#include <mutex>
+#include <optional>
+
+#include "common/error.h"
+
+namespace mnnvl {
+
+// Any thread.
+class FirstFailure {
+ public:
+  // True if this is the first.
+  bool remember(const Error& error) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (error_) return false;
+    error_ = error;
+    failed_.store(true, std::memory_order_release);
+    return true;
+  }
+  bool failed() const { return failed_.load(std::memory_order_acquire); }
+  // Throws what was remembered. Without a failure it costs one load.
+  void check() const {
+    if (!failed()) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    throw Error(*error_);
+  }
+
+ private:
+  std::atomic<bool> failed_{false};
+  mutable std::mutex mutex_;
+  std::optional<Error> error_;
+};
+
+}  // namespace mnnvl

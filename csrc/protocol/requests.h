@@ -1,0 +1,62 @@
+// What one collective asks of a transport: raw pointers and sizes, the same structs for CPU and GPU, one struct an
+// operation. A request is a plain value: it owns nothing and is read only during the call it is handed to, except for
+// the memory that its pointers name, which must stay alive and unmoved until the collective has completed (on the CPU:
+// until the call returns; on a GPU: until the stream has passed it).
+//
+// What holds for all of them:
+// - Pointers are memory of the transport's device, contiguous, of any alignment. Null is allowed where no bytes are
+//   behind it (zero elements, zero bytes).
+// - "The same on every rank" is what makes the ranks' calls one collective. A transport that can find out a difference
+//   fails with it (FailureCause::kMismatch); it never hands out another call's data as the result.
+// - Negative sizes and roots out of range are Error(kInvalidArgument), before anything is shared with a peer.
+#pragma once
+
+#include <cstdint>
+#include <variant>
+
+#include "protocol/types.h"
+
+namespace mnnvl {
+
+// out[i] = the sum (or average) over ranks r of in_r[i], added in rank order in float32 and rounded once; the same bits on
+// every rank.
+struct AllReduceRequest {
+  const void* in = nullptr;  // [numel]
+  void* out = nullptr;       // [numel]; may equal `in`, must not overlap it otherwise
+  int64_t numel = 0;         // the same on every rank, as are the three below
+  Dtype dtype = Dtype::kFloat32;
+  ReduceOp op = ReduceOp::kSum;
+  Strategy strategy = Strategy::kAuto;  // kAuto: the transport chooses, by its tuning
+  bool pdl = false;  // GPU: launch with programmatic dependent launch; the CPU ignores it. May differ between ranks
+};
+
+// outs[r] = in of rank r.
+struct AllGatherRequest {
+  const void* in = nullptr;     // [bytes]
+  void* const* outs = nullptr;  // [world_size] pointers to [bytes] each, all of them set; no two overlap. outs[rank] may
+                                // equal `in`; no other may overlap it. The array itself is read during the call only
+  int64_t bytes = 0;            // of one contribution; the same on every rank
+};
+
+// data of every rank = data of rank `root`.
+struct BroadcastRequest {
+  void* data = nullptr;  // [bytes]; read on `root`, written elsewhere
+  int64_t bytes = 0;     // the same on every rank, as is the root
+  int root = 0;          // 0 <= root < world size
+};
+
+// No rank passes before every rank has come.
+struct BarrierRequest {};
+
+using Request = std::variant<AllReduceRequest, AllGatherRequest, BroadcastRequest, BarrierRequest>;
+
+// The operation is the request's type: there is no second place where the two could differ.
+constexpr Operation operation_of(const AllReduceRequest&) { return Operation::kAllReduce; }
+constexpr Operation operation_of(const AllGatherRequest&) { return Operation::kAllGather; }
+constexpr Operation operation_of(const BroadcastRequest&) { return Operation::kBroadcast; }
+constexpr Operation operation_of(const BarrierRequest&) { return Operation::kBarrier; }
+inline Operation operation_of(const Request& request) {
+  return std::visit([](const auto& r) { return operation_of(r); }, request);
+}
+
+}  // namespace mnnvl

@@ -1,0 +1,21 @@
+// From a request to kernels: one function an operation.
+#pragma once
+
+#include "protocol/requests.h"
+#include "protocol/workspace.h"
+#include "tuning/choose.h"
+
+namespace mnnvl {
+
+// What the launches of one transport share.
+struct LaunchContext {
+  DeviceGroup group;  // its timeout_ns is of this request
+  GroupShape shape;
+  Strategy strategy = Strategy::kAuto;  // for requests that ask for kAuto
+  void* stream = nullptr;
+};
+
+// Enqueues on the context's stream. Error(kSystem) if a launch is refused.
+void launch(const LaunchContext& context, const Request& request);
+
+}  // namespace mnnvl
