@@ -12,7 +12,7 @@
 namespace mnnvl {
 
 constexpr uint32_t kLamportSentinel = 0x80000000u;  // "nothing here yet": -0.0f, or {+0, -0} in 16-bit pairs
-constexpr int kGenerations = 3;
+constexpr int kGenerations = 3;  // two would do for launches in a row; csrc/README.md says why a third stays
 constexpr int kStageAlign = 128;
 
 constexpr int kPipeBlocks = 96;  // most blocks of an epoch kernel
@@ -25,11 +25,12 @@ struct alignas(128) DeviceControl {
   uint32_t abort;       // abort_word() of the first failure heard of; written by peers and by this rank
   uint32_t calls;       // Lamport calls so far
   uint32_t arrivals;    // blocks of the running call that have read this line; wraps to 0
-  uint64_t dirty_bytes[2];  // per stage, what the previous call left in generation - 1
   uint32_t failed;      // claimed by the first thread that gives up a wait: it alone writes the record
-  uint32_t padding[23];
+  uint32_t padding[27];
   uint32_t pipe_epoch[kPipeBlocks];  // last epoch of each block of the epoch kernels
 };
+static_assert(offsetof(DeviceControl, generation) == 0 && offsetof(DeviceControl, arrivals) == 12, "one 16-byte load");
+static_assert(offsetof(DeviceControl, pipe_epoch) == 128, "apart from the words that peers write");
 
 // Pinned host memory, one per workspace, mapped on the device.
 struct HostMailbox {

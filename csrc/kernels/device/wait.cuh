@@ -29,6 +29,7 @@ __device__ inline bool give_up(const DeviceGroup& g, FailureCause cause, int pee
   __threadfence_system();
   st_relaxed_sys_u32(&record->valid, 1u);
   // Peers hear of the rank where it began: the one that is dead or late, or, after abort(), this one.
+#pragma unroll 1  // taken once: it must not cost the kernels registers
   for (int r = 0; r < g.world_size; ++r) st_relaxed_sys_u32(&control_of(g, r)->abort, abort_word(peer));
   return false;
 }

@@ -1,6 +1,6 @@
 // All-reduce, one shot: every rank stores its packs to every rank and reduces locally.
-#include "kernels/host/launch.cuh"
 #include "kernels/device/lamport.cuh"
+#include "kernels/host/launch.cuh"
 
 namespace mnnvl::kernels {
 namespace {
@@ -23,25 +23,25 @@ __global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
         load_pack<Unit<T>>(static_cast<const std::byte*>(p.in) + i * kPackBytes, bytes - i * kPackBytes));
   };
 
-  // Phase 1: to slot [rank] of every peer; the first own value stays in registers.
+  // Phase 1, publish: to slot [rank] of every peer; the first own pack stays in registers.
   uint4 own{};
   for (int64_t i = begin; i < packs; i += step) {
     const uint4 pack = load_own(i);
     if (i == begin) own = pack;
     publish<kWorld>(g, call.stage(0) + g.rank * slot_bytes + i * kPackBytes, pack);
   }
+  call.advance();
 
-  // Phase 2: while the packs travel, clear the dirty generation and advance the state.
-  call.clear_and_advance(/*stage0_bytes=*/g.world_size * slot_bytes, /*stage1_bytes=*/0);
-
-  // Phase 3: the data is the flag. Add in rank order, round once.
+  // Phase 2, take and reduce: the data is the flag. A multicast store fills the own slot too, so there the own pack is
+  // waited for and taken like the others: nothing of this call may land in a slot that has been cleared.
+  const int kept = g.multicast == nullptr ? g.rank : kNoRank;
   const float divisor = p.op == ReduceOp::kAvg ? float(g.world_size) : 1.0f;
   for (int64_t i = begin; i < packs; i += step) {
     if (i != begin) own = load_own(i);  // in place too: nobody else writes this pack of the output
     Accumulator<T> acc;
     Wait wait(g, Operation::kAllReduce, /*stage=*/0, call.sequence());
-    const std::byte* first = g.peers[g.rank] + call.stage(0) + i * kPackBytes;
-    if (!await_and_sum<T, kWorld>(g, first, slot_bytes, own, wait, i, acc)) return;
+    std::byte* first = g.peers[g.rank] + call.stage(0) + i * kPackBytes;
+    if (!take_and_sum<T, kWorld>(g, first, slot_bytes, kept, own, wait, i, acc)) return;
     store_pack<Unit<T>>(static_cast<std::byte*>(p.out) + i * kPackBytes, bytes - i * kPackBytes, acc.finish(divisor));
   }
 }

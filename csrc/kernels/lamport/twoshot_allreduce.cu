@@ -1,7 +1,7 @@
-// All-reduce, two shots: scatter slices, each rank reduces its own and stores the result to all. Thread j serves packs j,
-// j + step, ... of every rank's slice through all phases, so nothing inside a block waits for another thread.
-#include "kernels/host/launch.cuh"
+// All-reduce, two shots: scatter slices, each rank reduces its own and stores the result to all. Thread j serves packs
+// j, j + step, ... of every rank's slice through all phases, so nothing inside a block waits for another thread.
 #include "kernels/device/lamport.cuh"
+#include "kernels/host/launch.cuh"
 
 namespace mnnvl::kernels {
 namespace {
@@ -35,34 +35,36 @@ __global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
       st_relaxed_sys_v4(g.peers[owner] + call.stage(0) + (g.rank * slice + j) * kPackBytes, load_own(at));
     }
   }
-  call.clear_and_advance(/*stage0_bytes=*/world * slice * kPackBytes, /*stage1_bytes=*/world * slice * kPackBytes);
+  call.advance();
 
-  // Phase 2, reduce and broadcast: the rounded sum can be -0 again, which finish() turns into +0 before it is published.
+  // Phase 2, reduce and broadcast: the rounded sum can be -0 again, which finish() turns into +0 before it is
+  // published.
   const float divisor = p.op == ReduceOp::kAvg ? float(world) : 1.0f;
   for (int64_t j = begin; j < slice; j += step) {
     const int64_t at = (g.rank * slice + j) * kPackBytes;
     if (at >= bytes) break;
     Accumulator<T> acc;
     Wait wait(g, Operation::kAllReduce, /*stage=*/0, call.sequence());
-    const std::byte* first = g.peers[g.rank] + call.stage(0) + j * kPackBytes;
-    if (!await_and_sum<T, kWorld>(g, first, slice * kPackBytes, load_own(at), wait, at / kPackBytes, acc)) return;
+    std::byte* first = g.peers[g.rank] + call.stage(0) + j * kPackBytes;
+    if (!take_and_sum<T, kWorld>(g, first, slice * kPackBytes, g.rank, load_own(at), wait, at / kPackBytes, acc))
+      return;
     const uint4 sum = acc.finish(divisor);
     publish<kWorld>(g, call.stage(1) + at, sum);
     store_pack<Unit<T>>(out + at, bytes - at, sum);
   }
 
-  // Phase 3: the other owners' results.
+  // Phase 3, collect: the other owners' results. A multicast store has put the own result into the own slot too: that
+  // copy is waited for and taken like the others, so that the slot is clear when this call ends.
+  const int nearest = g.multicast == nullptr ? 1 : 0;
   for (int64_t j = begin; j < slice; j += step) {
 #pragma unroll
-    for (int k = 1; k < world; ++k) {
+    for (int k = 0; k < world; ++k) {
       const int owner = owner_of(k);
       const int64_t at = (owner * slice + j) * kPackBytes;
-      if (at >= bytes) continue;
+      if (k < nearest || at >= bytes) continue;
       Wait wait(g, Operation::kAllReduce, /*stage=*/1, call.sequence());
       uint4 sum;
-      while (has_sentinel(sum = ld_relaxed_sys_v4(g.peers[g.rank] + call.stage(1) + at))) {
-        if (!wait.keep_on(owner, at / kPackBytes, kLamportSentinel)) return;
-      }
+      if (!take(g.peers[g.rank] + call.stage(1) + at, owner, wait, at / kPackBytes, sum)) return;
       store_pack<Unit<T>>(out + at, bytes - at, sum);
     }
   }
