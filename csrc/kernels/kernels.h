@@ -1,5 +1,6 @@
-// The kernels' host side: plain C++, so that backend/ needs no CUDA headers. Every launch_* enqueues on `stream` of the
-// current device, never synchronises, may be captured, and throws Error(kSystem) if the launch is refused.
+// The kernels' host side: plain C++, so that transport/ needs no CUDA headers. One table holds everything: a row a
+// kernel, and what the host needs of the CUDA runtime. A new kernel is a .cu file, a row here and a line in
+// host/table.cu.
 #pragma once
 
 #include <cstdint>
@@ -10,20 +11,17 @@
 
 namespace mnnvl::kernels {
 
-// True when the module was built with kernels; without them every function here throws Error(kUnsupported).
-bool available();
-// "sm_90 sm_100": what the kernels were compiled for.
-const char* architectures();
-
 struct Launch {
   int threads = 128;
-  bool pdl = false;  // programmatic dependent launch: the kernel waits for its predecessor before shared state
+  bool pdl = false;        // programmatic dependent launch: the kernel waits for its predecessor before shared state
   void* stream = nullptr;  // cudaStream_t
 };
 
 // Most threads a block of the all-reduce kernels: those for larger worlds need more registers each.
 MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 5 ? 512 : 256; }
 
+// numel within the layout's capacity for the algorithm. `blocks` is the same on every rank, and at most one a
+// multiprocessor, so that kernels of several groups fit together.
 struct AllReduceParams {
   DeviceGroup group;
   const void* in = nullptr;
@@ -31,42 +29,59 @@ struct AllReduceParams {
   int64_t numel = 0;
   Dtype dtype = Dtype::kFloat32;
   ReduceOp op = ReduceOp::kSum;
-  int blocks =
-      1;  // the same on every rank; at most one a multiprocessor, so that kernels of several groups fit together
+  int blocks = 1;
 };
-
-// Lamport protocols: numel within the layout's capacity for the algorithm.
-void launch_oneshot_lamport_allreduce(const AllReduceParams& params, const Launch& launch);
-void launch_twoshot_lamport_allreduce(const AllReduceParams& params, const Launch& launch);
 
 constexpr int kMaxGatherThreads = 256;
 
+// Any size in one launch; bytes == 0 is a barrier. `blocks` <= kPipeBlocks and the same on every rank.
 struct GatherParams {
   DeviceGroup group;
-  const void* in = nullptr;  // this rank's contribution; unused where `source` is another rank
+  const void* in = nullptr;        // this rank's contribution; unused where `source` is another rank
   void* outs[kMaxWorldSize] = {};  // where each rank's contribution goes here; null: not wanted
-  int64_t bytes = 0;  // per contribution
-  int source = -1;  // -1: every rank contributes (all_gather); r: rank r alone (broadcast)
+  int64_t bytes = 0;               // per contribution
+  int source = -1;                 // -1: every rank contributes (all_gather); r: rank r alone (broadcast)
   Operation operation = Operation::kAllGather;
   int blocks = 1;
 };
 
-// Epoch protocol, any size in one launch; bytes == 0 is a barrier. `blocks` <= kPipeBlocks and the same on every rank.
-void launch_epoch_gather(const GatherParams& params, const Launch& launch);
+// What the host needs of the CUDA runtime.
+struct HostFunctions {
+  // Set-up: loads every kernel onto `device`, as a lazy load while a peer spins would be a deadlock.
+  // Error(kUnsupported) if there is no machine code for it.
+  void (*load_all)(int device);
+  // Pinned, device-mapped, zeroed host memory; the address is valid on host and device.
+  HostMailbox* (*allocate_mailbox)();
+  void (*free_mailbox)(HostMailbox* mailbox) noexcept;
+  // Waits for all work of the device. False if the context is lost.
+  bool (*synchronize_device)(int device) noexcept;
+  // Id of the capture that `stream` is part of, nothing if it isn't capturing. Error(kUnsupported) if its capture has
+  // been invalidated: what is enqueued now would neither run nor be captured.
+  std::optional<uint64_t> (*capture_id)(void* stream);
+};
 
-// Set-up: loads every kernel onto `device` (a lazy load while a peer spins would be a deadlock); throws Error(kUnsupported)
-// if there is no machine code for it.
-void load_all(int device);
+struct KernelTable {
+  // `launch` enqueues on the stream of the current device, never synchronises, may be captured, and throws
+  // Error(kSystem) if the launch is refused. `load` loads the code of all instances onto the current device.
+  template <typename Params>
+  struct Row {
+    const char* name;
+    void (*launch)(const Params& params, const Launch& shape);
+    void (*load)();
+  };
 
-// Pinned, device-mapped, zeroed host memory; address valid on host and device.
-HostMailbox* allocate_mailbox();
-void free_mailbox(HostMailbox* mailbox) noexcept;
-// Waits for all work of the device. False if the context is lost.
-bool synchronize_device(int device) noexcept;
-// Id of the capture that `stream` is part of, or nothing if it isn't capturing.
-std::optional<uint64_t> capture_id(void* stream);
+  Row<AllReduceParams> oneshot_allreduce;  // Lamport: store to all, reduce locally
+  Row<AllReduceParams> twoshot_allreduce;  // Lamport: scatter, reduce, store the result to all
+  Row<GatherParams> epoch_gather;          // epoch pipe: all_gather, broadcast, barrier
 
-// The probes of the set-up, over real kernels.
-const DeviceOps& device_ops();
+  HostFunctions host;
+  DeviceOps device_ops;       // the probes of the set-up, over real kernels
+  const char* architectures;  // "90;100": what the kernels were compiled for
+};
+
+// The table; null in a build without nvcc.
+const KernelTable* find();
+// The table; Error(kUnsupported) with what to do about it in a build without nvcc.
+const KernelTable& table();
 
 }  // namespace mnnvl::kernels

@@ -1,6 +1,6 @@
 // all_gather, broadcast and barrier of bytes, through the epoch pipe.
-#include "kernels/host/launch.cuh"
 #include "kernels/device/epoch.cuh"
+#include "kernels/host/launch.cuh"
 
 namespace mnnvl::kernels {
 namespace {
@@ -50,18 +50,22 @@ __global__ void __launch_bounds__(kMaxGatherThreads, kMinBlocks) epoch_gather(co
   pipe.finish(base + uint32_t(steps) - 1);
 }
 
-}  // namespace
-
-void launch_epoch_gather(const GatherParams& params, const Launch& shape) {
+void launch_instance(const GatherParams& params, const Launch& shape) {
   uintptr_t alignment = reinterpret_cast<uintptr_t>(params.in) | static_cast<uintptr_t>(params.bytes);
   for (int r = 0; r < params.group.world_size; ++r) alignment |= reinterpret_cast<uintptr_t>(params.outs[r]);
   if (alignment % 4 == 0) return launch(epoch_gather<uint32_t>, params, params.blocks, shape);
   launch(epoch_gather<uint8_t>, params, params.blocks, shape);
 }
 
-void load_epoch_gather() {
+void load_instances() {
   load(epoch_gather<uint32_t>);
   load(epoch_gather<uint8_t>);
+}
+
+}  // namespace
+
+namespace rows {
+extern constexpr KernelTable::Row<GatherParams> epoch_gather{"epoch_gather", launch_instance, load_instances};
 }
 
 }  // namespace mnnvl::kernels

@@ -3,9 +3,15 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "common/error.h"
-#include "kernels/kernels.h"
 #include "kernels/device/pack.cuh"
+#include "kernels/kernels.h"
+
+#ifndef MNNVL_ARCHITECTURES
+#define MNNVL_ARCHITECTURES "unknown"
+#endif
 
 namespace mnnvl::kernels {
 
@@ -56,14 +62,11 @@ void load(Kernel kernel) {
   const cudaError_t result = cudaFuncGetAttributes(&attributes, kernel);
   if (result == cudaErrorNoKernelImageForDevice || result == cudaErrorInvalidDeviceFunction) {
     (void)cudaGetLastError();
-    fail(ErrorKind::kUnsupported, "mnnvl was built for ", architectures(),
+    fail(ErrorKind::kUnsupported,
+         "mnnvl was built for " MNNVL_ARCHITECTURES
          ", which this GPU can't run; rebuild with MNNVL_CUDA_ARCHS set to its compute capability");
   }
   check(result, "cannot load a kernel of mnnvl");
 }
-
-void load_oneshot_lamport();
-void load_twoshot_lamport();
-void load_epoch_gather();
 
 }  // namespace mnnvl::kernels

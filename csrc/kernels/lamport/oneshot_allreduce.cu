@@ -46,9 +46,7 @@ __global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
   }
 }
 
-}  // namespace
-
-void launch_oneshot_lamport_allreduce(const AllReduceParams& params, const Launch& shape) {
+void launch_instance(const AllReduceParams& params, const Launch& shape) {
 #define MNNVL_LAUNCH(T, world) \
   if (params.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) \
     return launch(oneshot_lamport_allreduce<T, world>, params, params.blocks, shape);
@@ -56,10 +54,17 @@ void launch_oneshot_lamport_allreduce(const AllReduceParams& params, const Launc
 #undef MNNVL_LAUNCH
 }
 
-void load_oneshot_lamport() {
+void load_instances() {
 #define MNNVL_LOAD(T, world) load(oneshot_lamport_allreduce<T, world>);
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LOAD)
 #undef MNNVL_LOAD
+}
+
+}  // namespace
+
+namespace rows {
+extern constexpr KernelTable::Row<AllReduceParams> oneshot_allreduce{"oneshot_lamport_allreduce", launch_instance,
+                                                                     load_instances};
 }
 
 }  // namespace mnnvl::kernels

@@ -70,9 +70,7 @@ __global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
   }
 }
 
-}  // namespace
-
-void launch_twoshot_lamport_allreduce(const AllReduceParams& params, const Launch& shape) {
+void launch_instance(const AllReduceParams& params, const Launch& shape) {
 #define MNNVL_LAUNCH(T, world) \
   if (params.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) \
     return launch(twoshot_lamport_allreduce<T, world>, params, params.blocks, shape);
@@ -80,10 +78,17 @@ void launch_twoshot_lamport_allreduce(const AllReduceParams& params, const Launc
 #undef MNNVL_LAUNCH
 }
 
-void load_twoshot_lamport() {
+void load_instances() {
 #define MNNVL_LOAD(T, world) load(twoshot_lamport_allreduce<T, world>);
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LOAD)
 #undef MNNVL_LOAD
+}
+
+}  // namespace
+
+namespace rows {
+extern constexpr KernelTable::Row<AllReduceParams> twoshot_allreduce{"twoshot_lamport_allreduce", launch_instance,
+                                                                     load_instances};
 }
 
 }  // namespace mnnvl::kernels
