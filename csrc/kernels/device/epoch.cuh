@@ -1,10 +1,10 @@
-// What the epoch kernels share: slots in flight between block b of one rank and block b of every other, with flags beside
-// the data. Nothing is assumed of the payload's bits.
+// What the epoch kernels share: slots in flight between block b of one rank and block b of every other, with flags
+// beside the data. Nothing is assumed of the payload's bits.
 //
-// Each block has one monotonic epoch e; a step of any collective takes one. Flag [block][source] in the reader's signal
-// area holds the last epoch that source has posted. Every rank posts in every step, data or not.
-// Safety of kPipeDepth = 4 slots (the long form: csrc/README.md): whoever posts epoch e has read its slots up to e-2; slot e
-// is written after seeing post e-2 from everyone, who have thus read slot e-4, its last content.
+// Each block has one monotonic epoch e; a step of any collective takes one. Flag [block][source] in the reader's
+// signal area holds the last epoch that source has posted. Every rank posts in every step, data or not. Safety of
+// kPipeDepth = 4 slots (the long form: csrc/README.md): whoever posts epoch e has read its slots up to e-2; slot e is
+// written after seeing post e-2 from everyone, who have thus read slot e-4, its last content.
 #pragma once
 
 #include "kernels/device/memory_order.cuh"
@@ -40,8 +40,8 @@ class EpochPipe {
            source * g_.layout.pipe_piece_bytes(g_.world_size);
   }
 
-  // Block-wide: tells every peer that this rank's stores of step `epoch` are there. The barrier orders the block's stores
-  // before the releases, one thread's for each peer.
+  // Block-wide: tells every peer that this rank's stores of step `epoch` are there. The barrier orders the block's
+  // stores before the releases, one thread's for each peer.
   __device__ __forceinline__ void post(uint32_t epoch) const {
     __syncthreads();
     const int peer = threadIdx.x;

@@ -1,4 +1,5 @@
-// Every access that another rank or another block may race with, named op_order_scope_type. Ordered and volatile ones carry a "memory" clobber.
+// Every access that another rank or another block may race with, named op_order_scope_type. Ordered and volatile ones
+// carry a "memory" clobber.
 #pragma once
 
 #include <cstdint>
@@ -61,8 +62,8 @@ __device__ __forceinline__ uint64_t globaltimer_ns() {
   return t;
 }
 
-// Programmatic dependent launch: returns once the preceding kernel has completed and its writes are visible. Without the
-// launch attribute it returns at once, the stream having ordered the kernels already.
+// Programmatic dependent launch: returns once the preceding kernel has completed and its writes are visible. Without
+// the launch attribute it returns at once, the stream having ordered the kernels already.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace mnnvl::kernels

@@ -42,9 +42,9 @@ class Wait {
   __device__ __forceinline__ Wait(const DeviceGroup& g, Operation operation, uint32_t stage, uint64_t sequence)
       : g_(g), sequence_(sequence), operation_(operation), stage_(stage) {}
 
-  // Call after each fruitless poll for `peer`, or for all ranks of `absent` (a bit per rank, up to 32) of which `peer` is the
-  // first. False: give up. All of it is inlined: a call would need a stack, and for the first kernel with a stack the
-  // driver may reserve local memory for every thread the device can hold (docs/notes.md).
+  // Call after each fruitless poll for `peer`, or for all ranks of `absent` (a bit per rank, up to 32) of which `peer`
+  // is the first. False: give up. All of it is inlined: a call would need a stack, and for the first kernel with a
+  // stack the driver may reserve local memory for every thread the device can hold (docs/notes.md).
   __device__ __forceinline__ bool keep_on(int peer, uint64_t expected, uint64_t seen, uint32_t absent = 0) {
     if (++polls_ % kCheckEvery != 0) return true;
     const uint64_t now = globaltimer_ns();
