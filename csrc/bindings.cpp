@@ -10,10 +10,13 @@
 #include <set>
 #include <string>
 
+#include "backend/errors.h"
 #include "backend/function_group.h"
 #include "backend/process_group.h"
+#include "backend/store_exchange.h"
 #include "kernels/kernels.h"
 #include "memory/probe.h"
+#include "system/deadline.h"
 #include "tuning/choose.h"
 
 #ifndef MNNVL_NVCC_VERSION
@@ -253,6 +256,51 @@ py::dict probe(const std::string& nccl_path) {
                   py::arg("multicast_forbidden") = machine.multicast_forbidden, py::arg("devices") = devices);
 }
 
+// The set-up's control plane, for flashinfer/comm.py and tests. A time-out is a TimeoutError, so that who waits in Python can
+// tell it from a peer's failure.
+void bind_store_exchange(py::module_& m) {
+  struct Bound {
+    Bound(c10::intrusive_ptr<c10d::Store> store, std::string prefix, int rank, int size, int64_t timeout_ms)
+        : exchange(std::move(store), std::move(prefix), rank, size,
+                   std::chrono::milliseconds(clamp_timeout_ms(timeout_ms)), cancelled) {}
+    std::atomic<bool> cancelled{false};
+    StoreExchange exchange;
+  };
+  // Its destructor uses the store, which another thread may hold while it wants the GIL.
+  struct WithoutGil {
+    void operator()(Bound* bound) const {
+      py::gil_scoped_release no_gil;
+      delete bound;
+    }
+  };
+  py::class_<Bound, std::unique_ptr<Bound, WithoutGil>>(m, "StoreExchange")
+      .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, std::string prefix, int rank, int size,
+                       int64_t timeout_ms) {
+             TORCH_CHECK_VALUE(rank >= 0 && rank < size, "StoreExchange: rank: expected 0 to ", size - 1, ", got ", rank);
+             return std::unique_ptr<Bound, WithoutGil>(new Bound(store, std::move(prefix), rank, size, timeout_ms));
+           }),
+           py::arg("store"), py::arg("prefix"), py::arg("rank"), py::arg("size"), py::arg("timeout_ms"))
+      .def(
+          "all_gather",
+          [](Bound& self, const std::string& data) {
+            std::vector<std::string> all;
+            try {
+              py::gil_scoped_release no_gil;
+              all = self.exchange.all_gather(data);
+            } catch (const Error& error) {
+              if (error.kind() != ErrorKind::kTimeout) throw_as_torch(error);
+              PyErr_SetString(PyExc_TimeoutError, error.what());
+              throw py::error_already_set();
+            }
+            py::list list;
+            for (const std::string& item : all) list.append(py::bytes(item));
+            return list;
+          },
+          py::arg("data"))
+      .def("give_up", [](Bound& self, const std::string& reason) { self.exchange.give_up(reason); }, py::arg("reason"),
+           py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 }  // namespace mnnvl
 
@@ -260,6 +308,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace mnnvl;
   bind_process_group(m);
   bind_function_group(m);
+  bind_store_exchange(m);
   m.def("build_info", [] {
     py::dict info;
     const kernels::KernelTable* table = kernels::find();

@@ -1,77 +1,357 @@
 #include "backend/store_exchange.h"
 
-#include <c10/util/Exception.h>
-
 #include <algorithm>
+#include <cstdio>
+#include <random>
 #include <thread>
 
-#include "common/error.h"
+#include "bootstrap/record.h"
+#include "system/deadline.h"
 
 namespace mnnvl {
 namespace {
-constexpr auto kLongPause = std::chrono::microseconds(6400);
+
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+
+std::string here(int rank) { return str("here/", rank); }
+std::string tries(int rank) { return str("tries/", rank); }
+
+uint64_t fresh_nonce() {
+  std::random_device random;
+  uint64_t nonce = 0;
+  while (nonce == 0) nonce = uint64_t{random()} << 32 | random();
+  return nonce;
 }
+
+// "rank 1", "ranks 1, 4".
+std::string list_of(const std::vector<int>& ranks) {
+  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
+  for (size_t i = 0; i < ranks.size(); ++i) text += str(i == 0 ? "" : ", ", ranks[i]);
+  return text;
+}
+
+}  // namespace
+
+std::string StoreExchange::Record::serialise() const {
+  RecordWriter writer;
+  writer.put(count).put(nonce).put(kind).put(word).put(static_cast<uint32_t>(litter.size()));
+  for (const std::string& key : litter) writer.put(key);
+  return writer.bytes();
+}
+
+StoreExchange::Record StoreExchange::Record::parse(const std::string& bytes) {
+  Record record;
+  uint32_t size = 0;
+  RecordReader reader(bytes);
+  reader.get(record.count).get(record.nonce).get(record.kind).get(record.word).get(size);
+  for (uint32_t i = 0; i < size; ++i) reader.get(record.litter.emplace_back());
+  reader.finish();
+  return record;
+}
+
+// Polls instead of Store::wait(), which nothing but its time-out can end: quickly at first, and without a look at the records,
+// since ranks mostly come within a moment of each other.
+class StoreExchange::Wait {
+ public:
+  explicit Wait(milliseconds timeout) : deadline_(timeout.count()), next_look_(Clock::now() + look_interval_) {}
+
+  bool passed() const { return deadline_.passed(); }
+  void pause() {
+    std::this_thread::sleep_for(pause_);
+    pause_ = std::min(pause_ * 2, microseconds(6400));
+  }
+  bool time_to_look() {
+    if (Clock::now() < next_look_) return false;
+    look_interval_ = std::min(look_interval_ * 2, milliseconds(100));
+    next_look_ = Clock::now() + look_interval_;
+    return true;
+  }
+
+ private:
+  using Clock = Deadline::Clock;
+  Deadline deadline_;
+  microseconds pause_{100};
+  milliseconds look_interval_{10};
+  Clock::time_point next_look_;
+};
 
 StoreExchange::StoreExchange(c10::intrusive_ptr<c10d::Store> store, std::string prefix, int rank, int size,
-                             std::chrono::milliseconds timeout, const std::atomic<bool>& cancelled)
-    : store_(std::move(store)),
-      prefix_(std::move(prefix)),
+                             milliseconds timeout, const std::atomic<bool>& cancelled, int64_t owner)
+    : store_(std::move(store), std::move(prefix), rank),
       rank_(rank),
       size_(size),
-      timeout_(timeout),
-      cancelled_(cancelled) {}
+      timeout_(clamp_timeout_ms(timeout.count())),
+      cancelled_(cancelled),
+      owner_(owner),
+      known_(size),
+      records_(size) {}
 
-std::string StoreExchange::key(uint64_t round, int rank) const { return str(prefix_, "/", round, "/", rank); }
-
-// Polls instead of Store::wait(), which nothing but its time-out can end.
-void StoreExchange::wait_for(const std::vector<std::string>& keys, uint64_t round) {
-  const std::string gave_up = prefix_ + "/gave_up";
-  const auto deadline = std::chrono::steady_clock::now() + timeout_;
-  auto pause = std::chrono::microseconds(100);
-  while (!store_->check(keys)) {
-    if (pause >= kLongPause && store_->check({gave_up})) {
-      const std::vector<uint8_t> text = store_->get(gave_up);
-      fail(ErrorKind::kPeerFailed, std::string(text.begin(), text.end()));
-    }
-    std::string reason;
-    if (cancelled_) reason = str("mnnvl: abort() was called on rank ", rank_, " during the set-up");
-    if (std::chrono::steady_clock::now() > deadline) reason = str("mnnvl set-up: ", missing(keys, round));
-    if (!reason.empty()) {
-      store_->set(gave_up, std::vector<uint8_t>(reason.begin(), reason.end()));
-      fail(cancelled_ ? ErrorKind::kAborted : ErrorKind::kTimeout, reason);
-    }
-    std::this_thread::sleep_for(pause);
-    pause = std::min(pause * 2, kLongPause);
+StoreExchange::~StoreExchange() {
+  if (!published_ || failure_) return;
+  try {
+    own().nonce = 0;
+    publish();
+  } catch (const std::exception&) {  // whoever waits for this rank has a deadline
   }
 }
 
-std::string StoreExchange::missing(const std::vector<std::string>& keys, uint64_t round) const {
-  std::string ranks;
-  int count = 0;
-  for (int r = 0; r < size_; ++r) {
-    if (!store_->check({keys[r]})) ranks += str(count++ == 0 ? "" : ", ", r);
-  }
-  return str("rank ", rank_, " waited ", timeout_.count() / 1000.0, " s for rank", count == 1 ? " " : "s ", ranks,
-             " to reach step ", round, " of ", prefix_);
+int64_t StoreExchange::new_owner(c10::intrusive_ptr<c10d::Store> store, const std::string& prefix, int rank) {
+  return SetUpStore(std::move(store), prefix, rank).add(str("owners/", rank), 1);
 }
 
 std::vector<std::string> StoreExchange::all_gather(const std::string& mine) {
-  const uint64_t round = round_++;
-  std::vector<std::string> keys, all;
-  for (int r = 0; r < size_; ++r) keys.push_back(key(round, r));
+  if (failure_) throw *failure_;
+  if (size_ == 1) return {mine};
   try {
-    store_->set(keys[rank_], std::vector<uint8_t>(mine.begin(), mine.end()));
-    wait_for(keys, round);
-    for (const std::string& k : keys) {
-      const std::vector<uint8_t> value = store_->get(k);
-      all.emplace_back(value.begin(), value.end());
+    Wait wait(timeout_);
+    if (met_.empty()) {
+      meet(wait, mine);
+    } else {
+      run_round(wait, mine);
     }
-    // Whoever posted this round has read the last one, so its keys are no longer needed.
-    if (round > 0) store_->deleteKey(key(round - 1, rank_));
-  } catch (const c10::Error& error) {
-    fail(ErrorKind::kSystem, "mnnvl set-up: rank ", rank_, " lost the c10d store: ", error.what_without_backtrace());
+    std::vector<std::string> all = store_.get(keys(round_));
+    // Whoever posted this round has read the last one, so that is no longer needed.
+    if (round_ > 0) {
+      store_.forget(key(round_ - 1, rank_));
+      own().litter = {key(round_, rank_)};
+    }
+    ++round_;
+    return all;
+  } catch (const Error& error) {
+    failure_ = error;
+    leave(error.kind(), silent_ ? "" : error.what());
+    throw;
   }
-  return all;
+}
+
+void StoreExchange::give_up(const std::string& reason) noexcept {
+  if (failure_ || size_ == 1) return;
+  failure_ = Error(ErrorKind::kSystem, str("mnnvl set-up: rank ", rank_, " gave it up: ", reason));
+  leave(ErrorKind::kPeerFailed, failure_->what());
+}
+
+// --- The own record.
+
+// In the store later: a rank that gives up before it has come was never present.
+void StoreExchange::begin() {
+  Record before;
+  in_store_ = store_.add(tries(rank_), 0) > 0;
+  if (in_store_) before = Record::parse(store_.get({here(rank_)})[0]);
+  own() = Record();
+  own().count = std::max(before.count, static_cast<uint64_t>(owner_) << 32) + 1;
+  own().nonce = fresh_nonce();
+  own().litter = std::move(before.litter);
+  known_[rank_] = begun_ = true;
+}
+
+void StoreExchange::publish() {
+  store_.set(here(rank_), own().serialise());
+  // In this order, so that who finds a try finds a record, whatever ends this process in between.
+  if (!in_store_) store_.add(tries(rank_), 1);
+  in_store_ = published_ = true;
+}
+
+void StoreExchange::leave(ErrorKind kind, const std::string& word) noexcept {
+  try {
+    if (!begun_) begin();
+    if (published_) {
+      const Record stored = Record::parse(store_.get({here(rank_)})[0]);
+      if (stored.nonce != own().nonce) return;  // another process's by now
+    }
+    if (!word.empty()) {
+      learn_who_is_here();
+      read_records();
+      own().count = std::max(own().count, highest_present());
+    }
+    own().nonce = 0;
+    own().kind = kind;
+    own().word = word;
+    publish();
+  } catch (const std::exception&) {  // as in the destructor
+  }
+}
+
+// --- Meeting.
+
+void StoreExchange::meet(Wait& wait, const std::string& first) {
+  begin();
+  publish();
+  std::vector<std::string> everybody;
+  for (int r = 0; r < size_; ++r) everybody.push_back(here(r));
+  for (;; wait.pause()) {
+    if (!all_known() && store_.have(everybody)) known_.assign(size_, true);
+    if (wait.time_to_look()) {
+      look_while_meeting();
+    } else if (all_known() && !all_present()) {
+      read_records();
+    }
+    if (all_present()) {
+      const std::string id = meeting_id();
+      if (id != id_) {
+        id_ = id;
+        post(first);
+      }
+      if (store_.have(keys(0))) break;
+    }
+    check_end(wait);
+  }
+  for (const Record& record : records_) met_.push_back(record.nonce);
+  // Everybody has left what it did before.
+  for (const std::string& old : own().litter) {
+    if (old != key(0, rank_)) store_.forget(old);
+  }
+  own().litter = {key(0, rank_)};
+  const uint64_t highest = highest_present();
+  if (highest > own().count) {
+    own().count = highest;
+    publish();
+  }
+}
+
+void StoreExchange::post(const std::string& mine) {
+  own().litter.push_back(key(round_, rank_));
+  store_.set(key(round_, rank_), mine);
+}
+
+void StoreExchange::look_while_meeting() {
+  learn_who_is_here();
+  read_records();
+  const uint64_t highest = highest_present();
+  const Record* word = nullptr;
+  for (const Record& record : records_) {
+    const bool meant = !record.word.empty() && record.count >= highest;
+    if (meant && (word == nullptr || record.count > word->count)) word = &record;
+  }
+  if (word != nullptr) hear(*word);
+  if (highest > own().count) {
+    own().count = highest;
+    publish();
+  }
+}
+
+void StoreExchange::hear(const Record& record) {
+  own().count = std::max(own().count, record.count);
+  silent_ = true;
+  fail(record.kind == ErrorKind::kTimeout ? ErrorKind::kTimeout : ErrorKind::kPeerFailed, record.word);
+}
+
+// --- Rounds.
+
+void StoreExchange::run_round(Wait& wait, const std::string& mine) {
+  post(mine);
+  for (; !store_.have(keys(round_)); wait.pause()) {
+    if (wait.time_to_look()) look_in_round();
+    check_end(wait);
+  }
+}
+
+void StoreExchange::look_in_round() {
+  read_records();
+  std::vector<int> gone;
+  for (int r = 0; r < size_; ++r) {
+    // In this order: a rank that is through with the set-up takes its nonce away after its last contribution.
+    if (records_[r].nonce != met_[r] && !store_.have({key(round_, r)})) gone.push_back(r);
+  }
+  if (gone.empty()) return;
+  // The one that it began with has left word; it need not be one that is waited for.
+  for (int r = 0; r < size_; ++r) {
+    if (records_[r].nonce != met_[r] && !records_[r].word.empty()) hear(records_[r]);
+  }
+  silent_ = true;
+  fail(ErrorKind::kPeerFailed, "mnnvl set-up: rank ", rank_, " waited for ", list_of(gone), " to reach step ", round_,
+       " of ", store_.prefix(), ", which left it before, or began anew");
+}
+
+// --- Both.
+
+void StoreExchange::check_end(const Wait& wait) {
+  if (cancelled_) fail(ErrorKind::kAborted, "mnnvl: abort() was called on rank ", rank_, " during the set-up");
+  if (!wait.passed()) return;
+  const std::vector<int> late = missing();
+  if (late.empty()) return;  // they have come at this moment
+  std::string ranks = list_of(late);
+  fail(ErrorKind::kTimeout, "mnnvl set-up: rank ", rank_, " waited ", static_cast<double>(timeout_.count()) / 1000.0,
+       " s for ", ranks, " to reach step ", round_, " of ", store_.prefix(), " (ranks [",
+       ranks.substr(ranks.find(' ') + 1), "] of ", size_, " did not come)");
+}
+
+std::vector<int> StoreExchange::missing() {
+  if (met_.empty()) {
+    learn_who_is_here();
+    read_records();
+  }
+  const bool posted = !met_.empty() || (all_present() && meeting_id() == id_);
+  std::vector<int> ranks;
+  for (int r = 0; r < size_; ++r) {
+    const bool here = r == rank_ || (posted ? store_.have({key(round_, r)}) : records_[r].nonce != 0);
+    if (!here) ranks.push_back(r);
+  }
+  return ranks;
+}
+
+void StoreExchange::learn_who_is_here() {
+  for (int r = 0; r < size_; ++r) {
+    if (known_[r]) continue;
+    known_[r] = store_.can_check() ? store_.have({here(r)}) : store_.add(tries(r), 0) > 0;
+  }
+}
+
+void StoreExchange::read_records() {
+  std::vector<int> ranks;
+  std::vector<std::string> names;
+  for (int r = 0; r < size_; ++r) {
+    if (!known_[r] || (r == rank_ && !published_)) continue;
+    ranks.push_back(r);
+    names.push_back(here(r));
+  }
+  const std::vector<std::string> values = store_.get(names);
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    Record record = Record::parse(values[i]);
+    if (ranks[i] != rank_) {
+      records_[ranks[i]] = std::move(record);
+    } else if (record.nonce != own().nonce) {
+      silent_ = true;
+      fail(ErrorKind::kSystem, "mnnvl set-up: another process, or another group over the same store, has taken the place of rank ",
+           rank_, " in ", store_.prefix());
+    }
+  }
+}
+
+uint64_t StoreExchange::highest_present() const {
+  uint64_t highest = records_[rank_].count;
+  for (const Record& record : records_) {
+    if (record.nonce != 0) highest = std::max(highest, record.count);
+  }
+  return highest;
+}
+
+bool StoreExchange::all_known() const {
+  return std::all_of(known_.begin(), known_.end(), [](bool known) { return known; });
+}
+
+bool StoreExchange::all_present() const {
+  return std::all_of(records_.begin(), records_.end(), [](const Record& record) { return record.nonce != 0; });
+}
+
+// FNV-1a over the nonces, and a mix of its bits.
+std::string StoreExchange::meeting_id() const {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (const Record& record : records_) {
+    for (int byte = 0; byte < 8; ++byte) hash = (hash ^ (record.nonce >> 8 * byte & 0xff)) * 0x100000001b3u;
+  }
+  hash ^= hash >> 32;
+  char text[20];
+  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(hash));
+  return text;
+}
+
+std::string StoreExchange::key(uint64_t round, int rank) const { return str(id_, "/", round, "/", rank); }
+
+std::vector<std::string> StoreExchange::keys(uint64_t round) const {
+  std::vector<std::string> names;
+  for (int r = 0; r < size_; ++r) names.push_back(key(round, r));
+  return names;
 }
 
 }  // namespace mnnvl

@@ -1,0 +1,102 @@
+#include "backend/set_up_store.h"
+
+#include <c10/util/Exception.h>
+
+#include "common/error.h"
+
+namespace mnnvl {
+namespace {
+
+std::string text_of(const std::exception& error) {
+  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+  return torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
+}
+
+}  // namespace
+
+SetUpStore::SetUpStore(c10::intrusive_ptr<c10d::Store> store, std::string prefix, int rank)
+    : store_(std::move(store)), prefix_(std::move(prefix)), rank_(rank) {}
+
+std::vector<std::string> SetUpStore::full(const std::vector<std::string>& keys) const {
+  std::vector<std::string> result;
+  for (const std::string& key : keys) result.push_back(prefix_ + "/" + key);
+  return result;
+}
+
+void SetUpStore::lost(const char* function, const std::string& text) const {
+  fail(ErrorKind::kSystem, "mnnvl set-up: rank ", rank_, " could not use the c10d store (", function, " of ", prefix_,
+       "): ", text);
+}
+
+// By reference: a Python store's exception may only be copied with the GIL held.
+template <typename F>
+auto SetUpStore::guarded(const char* function, const F& f) -> decltype(f()) {
+  try {
+    return f();
+  } catch (const std::exception& error) {
+    lost(function, text_of(error));
+  }
+}
+
+void SetUpStore::set(const std::string& key, const std::string& value) {
+  guarded("set", [&] { store_->set(prefix_ + "/" + key, std::vector<uint8_t>(value.begin(), value.end())); });
+}
+
+int64_t SetUpStore::add(const std::string& key, int64_t amount) {
+  return guarded("add", [&] { return store_->add(prefix_ + "/" + key, amount); });
+}
+
+std::vector<std::string> SetUpStore::get(const std::vector<std::string>& keys) {
+  const std::vector<std::string> names = full(keys);
+  std::vector<std::string> all;
+  guarded("get", [&] {
+    if (names.size() > 1 && store_->hasExtendedApi()) {
+      for (const auto& value : store_->multiGet(names)) all.emplace_back(value.begin(), value.end());
+      return;
+    }
+    for (const std::string& name : names) {
+      const std::vector<uint8_t> value = store_->get(name);
+      all.emplace_back(value.begin(), value.end());
+    }
+  });
+  MNNVL_ASSERT(all.size() == keys.size(), "the store gave ", all.size(), " values for ", keys.size(), " keys");
+  return all;
+}
+
+bool SetUpStore::have(const std::vector<std::string>& keys) {
+  const std::vector<std::string> names = full(keys);
+  if (can_check_) {
+    try {
+      const bool answer = store_->check(names);
+      has_checked_ = true;
+      return answer;
+    } catch (const c10::DistNetworkError& error) {
+      lost("check", text_of(error));
+    } catch (const std::exception& error) {
+      // A store that has never answered has no check, whatever it throws to say so.
+      if (has_checked_) lost("check", text_of(error));
+      can_check_ = false;
+    }
+  }
+  try {
+    store_->wait(names, kPatience);
+    return true;
+  } catch (const c10::DistNetworkError& error) {
+    lost("wait", text_of(error));
+  } catch (const std::exception&) {
+    // Each store has its own exception for a wait that ends without the keys. If this one meant something worse, the
+    // next get or add will say so.
+    return false;
+  }
+}
+
+void SetUpStore::forget(const std::string& key) noexcept {
+  if (!can_delete_) return;
+  try {
+    store_->deleteKey(prefix_ + "/" + key);
+  } catch (const std::exception&) {
+    can_delete_ = false;
+  }
+}
+
+}  // namespace mnnvl
