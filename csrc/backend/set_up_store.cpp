@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+
 #include "common/error.h"
 
 namespace mnnvl {
@@ -79,13 +81,15 @@ bool SetUpStore::have(const std::vector<std::string>& keys) {
     }
   }
   try {
-    store_->wait(names, kPatience);
+    store_->wait(names, patience_);
+    patience_ = kShortWait;
     return true;
   } catch (const c10::DistNetworkError& error) {
     lost("wait", text_of(error));
   } catch (const std::exception&) {
     // Each store has its own exception for a wait that ends without the keys. If this one meant something worse, the
     // next get or add will say so.
+    patience_ = std::min(patience_ * 2, std::chrono::milliseconds(kLongWait));
     return false;
   }
 }

@@ -20,7 +20,7 @@ class SetUpStore {
   int64_t add(const std::string& key, int64_t amount);
   // Of keys that are there, and that nobody deletes meanwhile: a store may wait minutes for one that isn't.
   std::vector<std::string> get(const std::vector<std::string>& keys);
-  // Whether all keys are there. A store without check is asked by a wait of at most kPatience.
+  // Whether all keys are there. A store without check is asked by waits, short ones at first: some stores log each that fails.
   bool have(const std::vector<std::string>& keys);
   // False once a check was refused; before the first have() it is not known, and true.
   bool can_check() const { return can_check_; }
@@ -30,7 +30,7 @@ class SetUpStore {
   const std::string& prefix() const { return prefix_; }
 
  private:
-  static constexpr std::chrono::milliseconds kPatience{50};
+  static constexpr std::chrono::milliseconds kShortWait{50}, kLongWait{800};
 
   std::vector<std::string> full(const std::vector<std::string>& keys) const;
   template <typename F>
@@ -41,6 +41,7 @@ class SetUpStore {
   const std::string prefix_;
   const int rank_;
   bool can_check_ = true, has_checked_ = false, can_delete_ = true;
+  std::chrono::milliseconds patience_ = kShortWait;
 };
 
 }  // namespace mnnvl

@@ -4,12 +4,14 @@ the adapter that the compiled module calls."""
 from __future__ import annotations
 
 import pickle
-import weakref
+from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+
+from mnnvl_backend.registration import load_compiled
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import ProcessGroup, Store
@@ -31,24 +33,21 @@ class CommBackend(Protocol):
 class StoreComm:
     """A CommBackend over a c10d store: no collective, no device tensor, and every wait ends at the timeout.
 
-    Collective calls: all ranks in the same order, one thread at a time.
+    Collective calls: all ranks in the same order, one thread at a time. The ranks meet anew after a failure, so the same
+    object, or a new one over the same store, serves for another attempt (csrc/backend/store_exchange.h).
     """
 
-    # Workspaces made so far over each group: every rank counts the same, since making one is collective.
-    _made: ClassVar[weakref.WeakKeyDictionary[ProcessGroup, int]] = weakref.WeakKeyDictionary()
-
-    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
-        self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
-        self._round = 0
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta, prefix: str = "mnnvl/workspace") -> None:
+        self._store, self._rank, self._size, self._timeout, self._prefix = store, rank, size, timeout, prefix
+        self._exchange: Any = None  # of the present attempt
+        self._failed = False
 
     @classmethod
     def of_group(cls, group: ProcessGroup | None, timeout: timedelta) -> StoreComm:
         """Over the store of a process group; None: the default group."""
         c10d = dist.distributed_c10d
         group = group or c10d._get_default_group()
-        number = cls._made[group] = cls._made.get(group, 0) + 1
-        store = PrefixStore(f"mnnvl_workspace/{number}", c10d._get_process_group_store(group))
-        return cls(store, group.rank(), group.size(), timeout)
+        return cls(c10d._get_process_group_store(group), group.rank(), group.size(), timeout)
 
     def Get_rank(self) -> int:
         return self._rank
@@ -61,23 +60,14 @@ class StoreComm:
 
         Raises:
             TimeoutError: naming the ranks that did not come.
+            RuntimeError: another rank gave up, with its reason, or the store failed.
         """
-        keys = [f"{self._round}/{rank}" for rank in range(self._size)]
-        self._store.set(keys[self._rank], pickle.dumps(data))  # type: ignore[arg-type]  # torch's stub forgets bytes
-        try:
-            self._store.wait(keys, self._timeout)
-        except dist.DistError as error:
-            late = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            raise TimeoutError(
-                f"workspace set-up, rank {self._rank}: ranks {late} of {self._size} did not come within {self._timeout}"
-            ) from error
-        result = [pickle.loads(self._store.get(key)) for key in keys]
-        # The last to read takes the keys away: a group made again later may find itself in the same store.
-        if self._store.add(f"{self._round}/read", 1) == self._size:
-            for key in [*keys, f"{self._round}/read"]:
-                self._store.delete_key(key)
-        self._round += 1
-        return result
+        if self._failed:
+            self._exchange, self._failed = None, False
+        self._failed = True
+        everybody = self._opened().all_gather(pickle.dumps(data))
+        self._failed = False
+        return [pickle.loads(item) for item in everybody]
 
     def bcast(self, data: Any, root: int) -> Any:
         return self.allgather(data if self._rank == root else None)[root]
@@ -88,35 +78,79 @@ class StoreComm:
     def Split(self, color: int, key: int) -> StoreComm:
         """The ranks that gave the same color, ordered by key, then rank."""
         everybody = self.allgather((color, key))
-        members = sorted((k, rank) for rank, (c, k) in enumerate(everybody) if c == color)
-        store = PrefixStore(f"{self._round}/split{color}", self._store)
-        return StoreComm(store, members.index((key, self._rank)), len(members), self._timeout)
+        members = [rank for _, rank in sorted((k, rank) for rank, (c, k) in enumerate(everybody) if c == color)]
+        # Named by its members, so that ranks never read what a part of other members left under the same color.
+        prefix = f"{self._prefix}/{'-'.join(map(str, members))}"
+        return StoreComm(self._store, members.index(self._rank), len(members), self._timeout, prefix)
+
+    def give_up(self, reason: str) -> None:
+        """Tells the ranks that wait for this one, or come later, why it takes no part. Not collective; nothing if the attempt
+        has failed already."""
+        self._opened().give_up(reason)
+        self._failed = True
+
+    def _opened(self) -> Any:
+        if self._exchange is None:
+            milliseconds = max(1, int(self._timeout.total_seconds() * 1000))
+            exchange = load_compiled().StoreExchange
+            self._exchange = exchange(self._store, self._prefix, self._rank, self._size, milliseconds)
+        return self._exchange
 
 
-def tensor_parallel_comm(comm: CommBackend | None, mapping: Mapping, timeout: timedelta) -> CommBackend:
-    """A communicator of exactly the mapping's tensor-parallel group, with rank == mapping.tp_rank. Collective.
+class telling_peers:
+    """Where a workspace is made: an error in the block is told to the group's other ranks, which would otherwise wait for
+    this one until the timeout; if they meet over a StoreComm, that is, or over the default process group.
 
-    Raises:
-        RuntimeError: no communicator given and no default process group to take one from.
-        ValueError: the communicator and the mapping disagree.
+    >>> with telling_peers(comm_backend, mapping) as peers:
+    ...     check_arguments()
+    ...     comm = peers.tensor_parallel_comm(timeout)
     """
-    if comm is None and mapping.tp_size == 1:
-        return StoreComm(dist.HashStore(), 0, 1, timeout)  # type: ignore[attr-defined]  # not in torch's stubs
-    if comm is None:
-        if not dist.is_initialized():
-            raise RuntimeError(
-                f"comm_backend: none given, and torch.distributed is not initialized; a workspace of {mapping.tp_size} "
-                "ranks needs one of them: call torch.distributed.init_process_group() first or pass comm_backend"
+
+    def __init__(self, comm: CommBackend | None, mapping: Mapping) -> None:
+        self._comm, self._mapping = comm, mapping
+
+    def __enter__(self) -> telling_peers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        with suppress(Exception):  # `error` is what matters
+            comm = self._comm
+            if comm is None and self._mapping.tp_size > 1 and dist.is_initialized():
+                comm = StoreComm.of_group(None, timedelta(seconds=1))
+            if isinstance(comm, StoreComm):
+                comm.give_up(f"{type(error).__name__}: {error}")
+
+    def tensor_parallel_comm(self, timeout: timedelta) -> CommBackend:
+        """A communicator of exactly the mapping's tensor-parallel group, with rank == mapping.tp_rank. Collective.
+
+        Raises:
+            RuntimeError: no communicator given and no default process group to take one from.
+            ValueError: the communicator and the mapping disagree.
+        """
+        mapping = self._mapping
+        if self._comm is None and mapping.tp_size == 1:
+            return StoreComm(dist.HashStore(), 0, 1, timeout)  # type: ignore[attr-defined]  # not in torch's stubs
+        if self._comm is None:
+            if not dist.is_initialized():
+                raise RuntimeError(
+                    "comm_backend: none given, and torch.distributed is not initialized; a workspace of "
+                    f"{mapping.tp_size} ranks needs one of them: call torch.distributed.init_process_group() first or "
+                    "pass comm_backend"
+                )
+            self._comm = StoreComm.of_group(None, timeout)
+        if self._comm.Get_size() != mapping.tp_size:
+            self._comm = self._comm.Split(mapping.pp_rank * mapping.cp_size + mapping.cp_rank, mapping.tp_rank)
+        place = (self._comm.Get_size(), self._comm.Get_rank())
+        if place != (mapping.tp_size, mapping.tp_rank):
+            raise ValueError(
+                f"comm_backend: its tensor-parallel part has rank {place[1]} of {place[0]}, but mapping says "
+                f"tp_rank {mapping.tp_rank} of tp_size {mapping.tp_size}"
             )
-        comm = StoreComm.of_group(None, timeout)
-    if comm.Get_size() != mapping.tp_size:
-        comm = comm.Split(mapping.pp_rank * mapping.cp_size + mapping.cp_rank, mapping.tp_rank)
-    if (comm.Get_size(), comm.Get_rank()) != (mapping.tp_size, mapping.tp_rank):
-        raise ValueError(
-            f"comm_backend: its tensor-parallel part has rank {comm.Get_rank()} of {comm.Get_size()}, but mapping says "
-            f"tp_rank {mapping.tp_rank} of tp_size {mapping.tp_size}"
-        )
-    return comm
+        return self._comm
 
 
 class BytesComm:

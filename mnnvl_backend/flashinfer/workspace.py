@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mnnvl_backend import config
-from mnnvl_backend.flashinfer.comm import BytesComm, CommBackend, tensor_parallel_comm
+from mnnvl_backend.flashinfer.comm import BytesComm, CommBackend, telling_peers
 from mnnvl_backend.options import Options
 from mnnvl_backend.registration import load_compiled, nccl_path
 from mnnvl_backend.flashinfer.strategy import ONESHOT_THRESHOLD_BYTES, MNNVLAllreduceFusionStrategy
@@ -68,36 +68,37 @@ class MNNVLAllReduceFusionWorkspace:
         options: Options | None = None,
     ) -> None:
         self._compiled: Any = None
-        if buffer_size_in_bytes is None:
-            if max_num_tokens is None or hidden_dim is None or dtype is None:
+        with telling_peers(comm_backend, mapping) as peers:
+            if buffer_size_in_bytes is None:
+                if max_num_tokens is None or hidden_dim is None or dtype is None:
+                    raise ValueError(
+                        "max_num_tokens, hidden_dim and dtype must all be given unless buffer_size_in_bytes is, got "
+                        f"{max_num_tokens}, {hidden_dim} and {dtype}"
+                    )
+                buffer_size_in_bytes = _size_for_auto(mapping.tp_size, max_num_tokens, hidden_dim, dtype)
+            if not 0 <= buffer_size_in_bytes <= MAX_BUFFER_BYTES:
                 raise ValueError(
-                    "max_num_tokens, hidden_dim and dtype must all be given unless buffer_size_in_bytes is, got "
-                    f"{max_num_tokens}, {hidden_dim} and {dtype}"
+                    f"buffer_size_in_bytes: expected 0 to {MAX_BUFFER_BYTES} bytes per buffer, got {buffer_size_in_bytes}"
                 )
-            buffer_size_in_bytes = _size_for_auto(mapping.tp_size, max_num_tokens, hidden_dim, dtype)
-        if not 0 <= buffer_size_in_bytes <= MAX_BUFFER_BYTES:
-            raise ValueError(
-                f"buffer_size_in_bytes: expected 0 to {MAX_BUFFER_BYTES} bytes per buffer, got {buffer_size_in_bytes}"
+            self.rank = mapping.tp_rank
+            self.tp_size = mapping.tp_size
+            self.device = _resolve(device)
+            settings = config.merge(options or Options(), config.read_environment())
+            compiled = load_compiled()
+            comm = peers.tensor_parallel_comm(timedelta(milliseconds=settings.timeout_ms))
+            self._compiled = compiled.Workspace(
+                BytesComm(comm),
+                self.rank,
+                self.tp_size,
+                device_type=self.device.type,
+                device_index=self.device.index or 0,
+                buffer_size_bytes=buffer_size_in_bytes,
+                timeout_ms=settings.timeout_ms,
+                multicast=settings.multicast,
+                bootstrap=settings.bootstrap_code,
+                host_id=settings.host_id,
+                nccl_path=nccl_path(),
             )
-        self.rank = mapping.tp_rank
-        self.tp_size = mapping.tp_size
-        self.device = _resolve(device)
-        settings = config.merge(options or Options(), config.read_environment())
-        compiled = load_compiled()
-        comm = tensor_parallel_comm(comm_backend, mapping, timedelta(milliseconds=settings.timeout_ms))
-        self._compiled = compiled.Workspace(
-            BytesComm(comm),
-            self.rank,
-            self.tp_size,
-            device_type=self.device.type,
-            device_index=self.device.index or 0,
-            buffer_size_bytes=buffer_size_in_bytes,
-            timeout_ms=settings.timeout_ms,
-            multicast=settings.multicast,
-            bootstrap=settings.bootstrap_code,
-            host_id=settings.host_id,
-            nccl_path=nccl_path(),
-        )
         self.buffer_size_bytes: int = self._compiled.buffer_size_bytes
         self.handle = next(_handles)
         _by_handle[self.handle] = self
