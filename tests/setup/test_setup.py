@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mnnvl_backend import _C
+from double import run_descriptor_exchange, run_fake_setup, run_host_setup
 
 SWITCHES = {"MNNVL_MULTICAST": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
 GRANULARITY, MULTICAST_GRANULARITY = 65536, 131072  # of the simulated driver
@@ -33,7 +33,7 @@ def _no_switches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(**config: Any) -> dict[str, Any]:
     """A set-up and tear-down that, whatever its outcome, leaves nothing behind and does not dawdle."""
-    result: dict[str, Any] = _C._testing.run_fake_setup(**config)
+    result: dict[str, Any] = run_fake_setup(**config)
     assert result["leaks"] == {}
     assert result["descriptors_leaked"] == 0
     assert result["mappings_leaked"] == 0
@@ -341,21 +341,21 @@ def test_a_hundred_failures_leave_nothing() -> None:
 @pytest.mark.parametrize("scenario", ["well", "none", "strangers"])
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_descriptors_arrive(world_size: int, scenario: str) -> None:
-    result = _C._testing.run_descriptor_exchange(world_size, scenario, 2000)
+    result = run_descriptor_exchange(world_size, scenario, 2000)
     assert result["errors"] == [""] * world_size
     assert all(result["verified"])
     assert result["descriptors_leaked"] == 0
 
 
 def test_descriptors_among_a_whole_rack() -> None:
-    result = _C._testing.run_descriptor_exchange(72, "well", 20000)
+    result = run_descriptor_exchange(72, "well", 20000)
     assert result["errors"] == [""] * 72
     assert all(result["verified"])
     assert result["descriptors_leaked"] == 0
 
 
 def test_a_peer_whose_socket_is_gone_is_noticed_at_once() -> None:
-    result = _C._testing.run_descriptor_exchange(4, "absent", 10000)
+    result = run_descriptor_exchange(4, "absent", 10000)
     others = [rank for rank in range(4) if rank != 1]
     assert {result["error_kinds"][rank] for rank in others} == {"peer_failed"}
     assert any("rank 1" in result["errors"][rank] for rank in others)
@@ -364,7 +364,7 @@ def test_a_peer_whose_socket_is_gone_is_noticed_at_once() -> None:
 
 
 def test_a_silent_peer_is_named_at_the_deadline() -> None:
-    result = _C._testing.run_descriptor_exchange(3, "silent", 500)
+    result = run_descriptor_exchange(3, "silent", 500)
     for rank in (0, 2):
         assert result["error_kinds"][rank] == "timeout"
         assert "rank(s) 1 within 500 ms" in result["errors"][rank]
@@ -377,7 +377,7 @@ def test_a_silent_peer_is_named_at_the_deadline() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_host_segments(world_size: int) -> None:
-    result = _C._testing.run_host_setup(world_size=world_size, bytes=123457, repeats=3)
+    result = run_host_setup(world_size=world_size, bytes=123457, repeats=3)
     assert result["errors"] == [""] * world_size
     assert all(result["verified"])
     assert result["bytes"] == [123457] * world_size
@@ -386,7 +386,7 @@ def test_host_segments(world_size: int) -> None:
 
 
 def test_host_segments_on_two_hosts() -> None:
-    result = _C._testing.run_host_setup(world_size=3, host_ids=["node-a", "node-b", "node-a"])
+    result = run_host_setup(world_size=3, host_ids=["node-a", "node-b", "node-a"])
     assert len(set(result["errors"])) == 1
     text = result["errors"][0]
     assert "CPU tensors are served within one host" in text

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from mnnvl_backend import _C
+from double import run_fake_setup, run_host_setup
 
 CLONE_NEWNET = 0x40000000
 Prepare = Callable[[int], None]  # runs in a rank's process before its set-up, given the rank
@@ -132,14 +132,14 @@ def assert_sees_peers(results: list[dict[str, Any] | None]) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_host_segments(directory: Path, world_size: int) -> None:
-    results = run_ranks(_C._testing.run_host_setup, directory, world_size, repeats=5)
+    results = run_ranks(run_host_setup, directory, world_size, repeats=5)
     assert_works(results)
     assert_sees_peers(results)
 
 
 @pytest.mark.parametrize("clusters", [[""], ["rack"]], ids=["fd", "fabric"])
 def test_device_memory(directory: Path, clusters: list[str]) -> None:
-    results = run_ranks(_C._testing.run_fake_setup, directory, 3, repeats=5, clusters=clusters, multicast_support=[0])
+    results = run_ranks(run_fake_setup, directory, 3, repeats=5, clusters=clusters, multicast_support=[0])
     assert_works(results)
     assert_sees_peers(results)
     for result in results:
@@ -188,7 +188,7 @@ def two_hosts() -> Iterator[dict[str, Any]]:
 
 
 def test_two_hosts_of_one_fabric(directory: Path, two_hosts: dict[str, Any]) -> None:
-    results = run_ranks(_C._testing.run_fake_setup, directory, 4, clusters=["rack"], multicast_support=[0], **two_hosts)
+    results = run_ranks(run_fake_setup, directory, 4, clusters=["rack"], multicast_support=[0], **two_hosts)
     assert_works(results)
     pids = [result["pid"] for result in results if result is not None]
     for rank, result in enumerate(results):
@@ -201,19 +201,19 @@ def test_two_hosts_of_one_fabric(directory: Path, two_hosts: dict[str, Any]) -> 
 
 
 def test_two_hosts_without_a_fabric(directory: Path, two_hosts: dict[str, Any]) -> None:
-    text = assert_fails_alike(run_ranks(_C._testing.run_fake_setup, directory, 4, **two_hosts))
+    text = assert_fails_alike(run_ranks(run_fake_setup, directory, 4, **two_hosts))
     assert "spans hosts without a shared NVLink fabric" in text
     assert "the ranks are on 2 hosts" in text
 
 
 def test_two_hosts_in_different_cliques(directory: Path, two_hosts: dict[str, Any]) -> None:
     config = {"clusters": ["rack"], "cliques": [1, 2, 1, 2]}
-    text = assert_fails_alike(run_ranks(_C._testing.run_fake_setup, directory, 4, **config, **two_hosts))
+    text = assert_fails_alike(run_ranks(run_fake_setup, directory, 4, **config, **two_hosts))
     assert "2 different NVLink cliques" in text
 
 
 def test_two_hosts_share_no_host_memory(directory: Path, two_hosts: dict[str, Any]) -> None:
-    text = assert_fails_alike(run_ranks(_C._testing.run_host_setup, directory, 4, **two_hosts))
+    text = assert_fails_alike(run_ranks(run_host_setup, directory, 4, **two_hosts))
     assert "CPU tensors are served within one host" in text
     assert len(text.splitlines()) == 1 + 4
 
@@ -221,7 +221,7 @@ def test_two_hosts_share_no_host_memory(directory: Path, two_hosts: dict[str, An
 def test_a_host_id_that_is_not_true(directory: Path, two_hosts: dict[str, Any]) -> None:
     if "prepare" not in two_hosts:
         pytest.skip("no network namespaces here, so every told host id is as good as true")
-    results = run_ranks(_C._testing.run_host_setup, directory, 2, **two_hosts, host_ids=["same"])
+    results = run_ranks(run_host_setup, directory, 2, **two_hosts, host_ids=["same"])
     text = assert_fails_alike(results)
     assert "another network namespace" in text
 
@@ -239,7 +239,7 @@ def test_a_process_of_another_user_gets_no_descriptor(directory: Path) -> None:
             os.setuid(65534)
 
     began = time.monotonic()
-    results = run_ranks(_C._testing.run_host_setup, directory, 3, become_nobody, timeout_ms=10000)
+    results = run_ranks(run_host_setup, directory, 3, become_nobody, timeout_ms=10000)
     text = assert_fails_alike(results)
     assert "belongs to another user" in text
     assert time.monotonic() - began < 5
@@ -254,7 +254,7 @@ def test_a_process_at_its_limit_of_files(directory: Path) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1] + 1, free[-1] + 1))
 
     began = time.monotonic()
-    results = run_ranks(_C._testing.run_host_setup, directory, 3, limit, timeout_ms=10000)
+    results = run_ranks(run_host_setup, directory, 3, limit, timeout_ms=10000)
     text = assert_fails_alike(results)
     assert "failed on rank 1 (" in text
     assert "open files" in text
@@ -266,7 +266,7 @@ def test_a_rank_that_never_comes_is_named(directory: Path) -> None:
         if rank == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    results = run_ranks(_C._testing.run_host_setup, directory, 3, die, timeout_ms=1000)
+    results = run_ranks(run_host_setup, directory, 3, die, timeout_ms=1000)
     assert results[2] is None
     assert_clean(results[:2])
     for result in results[:2]:

@@ -1,0 +1,143 @@
+"""Builds what tests need of the C++ below torch, incrementally, into build/native/:
+
+    python tests/native/build.py module                      the test double as the Python module mnnvl_native
+    python tests/native/build.py tests                       the native tests, an executable
+    python tests/native/build.py tests --sanitizer thread    the same under a sanitizer (thread, address)
+
+Prints the path of what it built. CXX names the compiler, MAX_JOBS the number of compilers at once. Needs ninja, and
+for the module the headers of Python and of pybind11, which torch brings along; nothing here includes or links torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NATIVE = ROOT / "tests" / "native"
+# The layers below torch. kernels/ has a plain C++ part that stands in where no nvcc is.
+LAYERS = ("common", "system", "protocol", "driver", "bootstrap", "memory", "cpu", "tuning")
+WARNINGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror"]
+SANITIZERS = {
+    "none": ["-O1", "-g"],
+    # TSan can't follow atomic_thread_fence; GCC says so at each one, and so it is an error.
+    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+}
+
+
+class BuildError(RuntimeError):
+    """The compiler's words."""
+
+
+def layer_sources() -> list[Path]:
+    return sorted(source for layer in LAYERS for source in (ROOT / "csrc" / layer).rglob("*.cpp"))
+
+
+def native_sources(of_tests: bool) -> list[Path]:
+    """The double, and either the tests of it or its Python face."""
+    sources = [s for s in NATIVE.glob("*.cpp") if of_tests or not s.name.startswith("test_")]
+    return sorted(s for s in sources if not of_tests or s.name != "bindings.cpp")
+
+
+def compiler() -> list[str]:
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(command[0]) is None:
+        raise BuildError(f"no C++ compiler {command[0]!r} (CXX); on Debian and Ubuntu: apt install g++")
+    return command
+
+
+def find_ninja() -> str:
+    beside = Path(sys.executable).with_name("ninja")  # of a wheel, in a virtual environment that isn't active
+    ninja = str(beside) if beside.exists() else shutil.which("ninja")
+    if ninja is None:
+        raise BuildError("ninja is needed to build tests/native: pip install ninja, or apt install ninja-build")
+    return ninja
+
+
+def escaped(text: str | Path) -> str:
+    return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def write_ninja(folder: Path, target: str, sources: Iterable[Path], compile_flags: list[str], link: list[str]) -> None:
+    cxx = shlex.join(compiler())
+    flags = shlex.join([f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", "-DMNNVL_WITH_CUDA=0", *compile_flags])
+    lines = [
+        f"rule compile\n  command = {cxx} {flags.replace('$', '$$')} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = $in",
+        f"rule link\n  command = {cxx} $in -o $out {shlex.join(link).replace('$', '$$')}\n  description = $out",
+    ]
+    objects = []
+    for source in sources:
+        relative = source.relative_to(ROOT)
+        objects.append(escaped(str(relative.with_suffix(".o")).replace("/", "_")))
+        lines.append(f"build {objects[-1]}: compile {escaped(source)}")
+    lines.append(f"build {escaped(target)}: link {' '.join(objects)}\ndefault {escaped(target)}\n")
+    text = "\n".join(lines)
+    path = folder / "build.ninja"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def build(name: str, target: str, sources: Iterable[Path], compile_flags: list[str], link: list[str]) -> Path:
+    """Brings build/native/<name>/<target> up to date. Processes that ask for the same one wait for each other."""
+    folder = ROOT / "build" / "native" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_ninja(folder, target, sources, compile_flags, link)
+        jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
+        done = subprocess.run([find_ninja(), "-C", str(folder), "-j", jobs], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BuildError(f"building {folder / target} failed:\n{done.stdout}{done.stderr}")
+    return folder / target
+
+
+def build_module() -> Path:
+    torch = importlib.util.find_spec("torch")  # found, not imported
+    folders = torch.submodule_search_locations if torch else None
+    if not folders:
+        raise BuildError("pybind11's headers are taken from torch, which this Python doesn't have")
+    includes = ["-isystem", sysconfig.get_paths()["include"], "-isystem", os.path.join(folders[0], "include")]
+    flags = [*WARNINGS, *includes, "-O1", "-g", "-fPIC", "-fvisibility=hidden"]
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    link = ["-shared", "-ldl", "-lpthread"]
+    return build(f"module{suffix.removesuffix('.so')}", f"mnnvl_native{suffix}",
+                 layer_sources() + native_sources(of_tests=False), flags, link)  # fmt: skip
+
+
+def build_tests(sanitizer: str = "none", name: str | None = None, static: bool = False) -> Path:
+    flags = [*WARNINGS, *SANITIZERS[sanitizer]]
+    link = [f for f in SANITIZERS[sanitizer] if f.startswith("-fsanitize")] + ["-ldl", "-lpthread"]
+    if static:
+        link.append("-static")
+    return build(name or f"tests-{sanitizer}", "native_tests", layer_sources() + native_sources(of_tests=True), flags,
+                 link)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Builds the test double or the native tests.")
+    parser.add_argument("what", choices=["module", "tests"])
+    parser.add_argument("--sanitizer", choices=sorted(SANITIZERS), default="none")
+    parser.add_argument("--name", help="folder below build/native/, for another compiler (tests only)")
+    parser.add_argument("--static", action="store_true", help="link statically (tests only)")
+    asked = parser.parse_args()
+    try:
+        print(build_module() if asked.what == "module" else build_tests(asked.sanitizer, asked.name, asked.static))
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
