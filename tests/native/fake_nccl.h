@@ -5,8 +5,8 @@
 #include <memory>
 #include <string>
 
-#include "native/fake_world.h"
 #include "driver/nccl.h"
+#include "native/fake_world.h"
 
 namespace mnnvl::fake {
 

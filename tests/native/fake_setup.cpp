@@ -15,12 +15,12 @@
 #include <thread>
 
 #include "bootstrap/fd_channel.h"
-#include "native/file_exchange.h"
-#include "native/thread_exchange.h"
-#include "native/fake_driver.h"
-#include "native/fake_nccl.h"
 #include "memory/host_segment.h"
 #include "memory/symmetric_buffer.h"
+#include "native/fake_driver.h"
+#include "native/fake_nccl.h"
+#include "native/file_exchange.h"
+#include "native/thread_exchange.h"
 
 namespace mnnvl {
 namespace {

@@ -7,8 +7,8 @@
 #include <iterator>
 #include <thread>
 
-#include "system/deadline.h"
 #include "common/error.h"
+#include "system/deadline.h"
 
 namespace mnnvl {
 

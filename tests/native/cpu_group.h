@@ -1,0 +1,99 @@
+// A CPU group for native tests: threads as ranks over plain memory. The one place of the native tests that knows how
+// the communicator is made and called.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "cpu/communicator.h"
+#include "cpu/layout.h"
+#include "native/harness.h"
+
+namespace mnnvl::test {
+
+constexpr int64_t kLongMs = 60000;  // a test that waits so long has failed
+
+struct FreeMemory {
+  void operator()(std::byte* memory) const { std::free(memory); }
+};
+
+// Every rank's segment, zero-filled.
+class Segments {
+ public:
+  Segments(int world_size, size_t bytes) : bytes_(bytes) {
+    for (int rank = 0; rank < world_size; ++rank) {
+      auto* memory = static_cast<std::byte*>(std::aligned_alloc(cpu::kCacheLine, (bytes + 63) / 64 * 64));
+      std::fill_n(memory, bytes, std::byte{0});
+      memory_.emplace_back(memory);
+    }
+  }
+
+  int world_size() const { return static_cast<int>(memory_.size()); }
+  size_t bytes() const { return bytes_; }
+  std::vector<std::byte*> addresses() const {
+    std::vector<std::byte*> all;
+    for (const auto& memory : memory_) all.push_back(memory.get());
+    return all;
+  }
+  cpu::Control* control(int rank) const { return cpu::control_of(memory_[static_cast<size_t>(rank)].get()); }
+
+  // As if so many steps had been taken.
+  void start_from(uint32_t epoch) {
+    for (int rank = 0; rank < world_size(); ++rank) {
+      for (cpu::Signal* signal : {&control(rank)->posted, &control(rank)->reduced, &control(rank)->done})
+        signal->epoch.store(epoch);
+    }
+  }
+
+  // Returns when somebody sleeps on what `rank` posts.
+  void await_sleeper(int rank) const {
+    while (control(rank)->posted.sleepers.load() == 0) std::this_thread::yield();
+  }
+
+ private:
+  size_t bytes_;
+  std::vector<std::unique_ptr<std::byte, FreeMemory>> memory_;
+};
+
+// One rank's communicator.
+class CpuRank {
+ public:
+  CpuRank(const Segments& segments, int rank, std::vector<int> peer_pids = {}) : rank_(rank) {
+    cpu::CommunicatorOptions options;
+    options.rank = rank;
+    options.world_size = segments.world_size();
+    options.segments = segments.addresses();
+    options.segment_bytes = segments.bytes();
+    options.peer_pids = std::move(peer_pids);
+    options.peer_pids.resize(static_cast<size_t>(segments.world_size()), -1);
+    communicator_ = cpu::Communicator::create(options);
+  }
+
+  int rank() const { return rank_; }
+  void all_reduce(const void* in, void* out, int64_t numel, Dtype dtype, ReduceOp op, Strategy strategy) {
+    communicator_->all_reduce(in, out, numel, dtype, op, strategy, kLongMs);
+  }
+  void all_gather(const void* in, void* const* outs, int64_t bytes) {
+    communicator_->all_gather(in, outs, bytes, kLongMs);
+  }
+  void broadcast(void* data, int64_t bytes, int root) { communicator_->broadcast(data, bytes, root, kLongMs); }
+  void barrier(int64_t timeout_ms = kLongMs) { communicator_->barrier(timeout_ms); }
+  void abort() { communicator_->abort(); }
+  void check() const { communicator_->check(); }
+
+ private:
+  int rank_;
+  std::unique_ptr<cpu::Communicator> communicator_;
+};
+
+// `body` on a thread for each rank, after all have made their communicator.
+inline void run_group(const Segments& segments, const std::function<void(CpuRank&)>& body) {
+  std::vector<std::unique_ptr<CpuRank>> ranks;
+  for (int rank = 0; rank < segments.world_size(); ++rank) ranks.push_back(std::make_unique<CpuRank>(segments, rank));
+  run_threads(segments.world_size(), [&](int rank) { body(*ranks[static_cast<size_t>(rank)]); });
+}
+
+}  // namespace mnnvl::test
