@@ -13,8 +13,6 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 
 def _autoload() -> None:
     """Entry point of the group "torch.backends": torch calls it at the end of every `import torch`.
@@ -43,11 +41,12 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
+    __version__: str
     from mnnvl_backend.flashinfer.allreduce import trtllm_mnnvl_allreduce
     from mnnvl_backend.flashinfer.mapping import Mapping
-    from mnnvl_backend.options import Options
     from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy
     from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace
+    from mnnvl_backend.options import Options
 
 __all__ = [
     "MNNVLAllReduceFusionWorkspace",
@@ -59,15 +58,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name == "__version__":  # looked up in files, so not at import
+        value: Any = importlib.import_module(f"{__name__}.version").version()
+    elif name in _LAZY:
+        value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, "__version__"})
 
 
 _autoload()

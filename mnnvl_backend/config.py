@@ -7,25 +7,43 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
-from mnnvl_backend.options import MIN_WORKSPACE_BYTES, Options
+from mnnvl_backend.compiled import nccl_path
 from mnnvl_backend.flashinfer.strategy import STRATEGY_NAMES, MNNVLAllreduceFusionStrategy
+from mnnvl_backend.options import MAX_WORKSPACE_BYTES, MIN_WORKSPACE_BYTES, Options
 
 BOOTSTRAP_CODES = {"nccl": 0, "store": 1, "auto": 2}  # mnnvl::Bootstrap
 DEFAULT_TIMEOUT_MS = 30 * 60 * 1000  # c10d's default, for workspaces, which have no group to take one from
+# A hundred years, for whoever means "for ever": as nanoseconds still an int64, also when added to a clock.
+MAX_TIMEOUT_MS = 100 * 365 * 24 * 60 * 60 * 1000
+
+
+def milliseconds(duration: timedelta) -> int:
+    """Whole milliseconds from 1 to MAX_TIMEOUT_MS; what lies beyond saturates."""
+    return max(1, min(duration // timedelta(milliseconds=1), MAX_TIMEOUT_MS))
+
+
+def parse_size(text: str) -> int:
+    """Bytes, with an optional suffix K, M or G (also KB, KiB).
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"([0-9]+)\s*([kmg]?)(?:i?b)?", text.strip().lower())
+    if not match:
+        raise ValueError(text)
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2]]
 
 
 def _choice(**values: Any) -> Callable[[str], Any]:
     return lambda text: values[text.lower()]
 
 
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([kmg]?)(?:i?b)?", text.strip().lower())
-    if not match:
-        raise ValueError(text)
-    size = int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2]]
-    if size < MIN_WORKSPACE_BYTES:
+def _workspace_size(text: str) -> int:
+    size = parse_size(text)
+    if not MIN_WORKSPACE_BYTES <= size <= MAX_WORKSPACE_BYTES:
         raise ValueError(text)
     return size
 
@@ -51,8 +69,8 @@ VARIABLES = [
     Variable("MNNVL_BOOTSTRAP", "nccl, store or auto", "auto",
              "how memory handles are exchanged: NCCL, or the c10d store; auto: NCCL for fabric handles",
              _choice(nccl="nccl", store="store", auto="auto")),
-    Variable("MNNVL_WORKSPACE_BYTES", "bytes, at least 1M, with an optional suffix K, M or G", "64M, CPU 1M",
-             "peer-mapped memory per rank and device type", _size),
+    Variable("MNNVL_WORKSPACE_BYTES", "bytes from 1M to 1024G, with an optional suffix K, M or G", "64M, CPU 1M",
+             "peer-mapped memory per rank and device type", _workspace_size),
     Variable("MNNVL_HOST_ID", "any text", "found out", "what this rank says its host is (for tests)", str),
     Variable("MNNVL_BLOCKING_WAIT", "0 or 1", "0",
              "1: wait() on CUDA work blocks the host until the work has ended", _choice(**{"0": False, "1": True})),
@@ -78,7 +96,7 @@ class Config:
 def multicast_switches(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Settings in force that forbid creating multicast objects, as NAME=value. Foreign variables are never an error:
     any value of torch's switch that isn't a plain no counts, since a wrong guess could take a host's GPUs out of
-    service. csrc/memory has the same rule, as a second line of defence."""
+    service. The only place that knows this rule: the compiled module is told the outcome."""
 
     def says_no(name: str, unset: bool) -> bool:
         text = environ.get(name, "").strip().lower()
@@ -124,10 +142,21 @@ class Settings:
     host_id: str  # empty: found out
     blocking_wait: bool
     timeout_ms: int
+    multicast_forbidden: str = ""  # the variables that forbid it, as "NCCL_NVLS_ENABLE=0"; empty: none does
 
-    @property
-    def bootstrap_code(self) -> int:
-        return BOOTSTRAP_CODES[self.bootstrap]
+    def fields(self) -> dict[str, Any]:
+        """The keyword arguments that every group of the compiled module takes."""
+        return {
+            "timeout_ms": self.timeout_ms,
+            "workspace_bytes": self.workspace_bytes,
+            "strategy": self.strategy.value,
+            "multicast": self.multicast,
+            "multicast_forbidden": self.multicast_forbidden,
+            "bootstrap": BOOTSTRAP_CODES[self.bootstrap],
+            "host_id": self.host_id,
+            "nccl_path": nccl_path(),
+            "blocking_wait": self.blocking_wait,
+        }
 
 
 def merge(options: Options, config: Config, timeout_ms: int = DEFAULT_TIMEOUT_MS) -> Settings:
@@ -136,8 +165,6 @@ def merge(options: Options, config: Config, timeout_ms: int = DEFAULT_TIMEOUT_MS
     strategy = options.strategy
     if not isinstance(strategy, MNNVLAllreduceFusionStrategy):
         strategy = STRATEGY_NAMES[strategy]
-    if options.timeout is not None:
-        timeout_ms = max(1, int(options.timeout.total_seconds() * 1000))
     return Settings(
         workspace_bytes=config.workspace_bytes or options.workspace_bytes or 0,
         strategy=strategy if config.strategy is None else config.strategy,
@@ -145,5 +172,6 @@ def merge(options: Options, config: Config, timeout_ms: int = DEFAULT_TIMEOUT_MS
         bootstrap=config.bootstrap or options.bootstrap,
         host_id=config.host_id or "",
         blocking_wait=bool(config.blocking_wait),
-        timeout_ms=timeout_ms,
+        timeout_ms=timeout_ms if options.timeout is None else milliseconds(options.timeout),
+        multicast_forbidden=", ".join(config.multicast_forbidden_by),
     )

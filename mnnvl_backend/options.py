@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
+from mnnvl_backend import arguments
 from mnnvl_backend.flashinfer.strategy import STRATEGY_NAMES, MNNVLAllreduceFusionStrategy
 
 # Smaller workspaces could not hold one pack per rank and stage at 72 ranks beside the signal area.
 MIN_WORKSPACE_BYTES = 1 << 20
+MAX_WORKSPACE_BYTES = 1 << 40  # more than any device has; what is computed from it stays far from overflow
+BOOTSTRAPS = ("auto", "nccl", "store")
 
 
 @dataclass
@@ -17,8 +20,9 @@ class Options:
     """Options of one process group or workspace. `MNNVL_*` variables, where set, override them.
 
     Attributes:
-        timeout: deadline of every collective and of set-up; None: the group's own timeout.
-        workspace_bytes: peer-mapped memory per rank and device type, at least 1 MiB; None: the default. Larger tensors
+        timeout: deadline of every collective and of set-up; None: the group's own timeout. However long, it is never
+            an error: beyond a hundred years it counts as a hundred.
+        workspace_bytes: peer-mapped memory per rank and device type, 1 MiB to 1 TiB; None: the default. Larger tensors
             go in chunks, so this is about speed, never about what fits.
         strategy: "auto", "oneshot", "twoshot" or an MNNVLAllreduceFusionStrategy; forces the all-reduce algorithm.
         multicast: True or "auto": multicast stores where supported and no switch forbids them; False: never.
@@ -42,24 +46,23 @@ class Options:
     def validate(self) -> None:
         """Also called when a group takes the options: attributes may have been assigned since."""
         if self.timeout is not None:
-            if not isinstance(self.timeout, timedelta):
-                raise TypeError(f"Options.timeout: expected datetime.timedelta or None, got {self.timeout!r}")
+            arguments.instance("Options.timeout", self.timeout, timedelta, "datetime.timedelta or None")
             if self.timeout <= timedelta(0):
-                raise ValueError(f"Options.timeout: expected a positive duration, got {self.timeout}")
+                raise arguments.wrong_value("Options.timeout", "a positive duration", self.timeout)
         if self.workspace_bytes is not None:
-            if not isinstance(self.workspace_bytes, int) or isinstance(self.workspace_bytes, bool):
-                raise TypeError(f"Options.workspace_bytes: expected int or None, got {self.workspace_bytes!r}")
-            if self.workspace_bytes < MIN_WORKSPACE_BYTES:
-                raise ValueError(
-                    f"Options.workspace_bytes: expected at least {MIN_WORKSPACE_BYTES} bytes, "
-                    f"got {self.workspace_bytes}"
-                )
-        if not isinstance(self.strategy, MNNVLAllreduceFusionStrategy) and self.strategy not in STRATEGY_NAMES:
-            raise ValueError(
-                f"Options.strategy: expected one of {', '.join(map(repr, STRATEGY_NAMES))} "
-                f"or an MNNVLAllreduceFusionStrategy, got {self.strategy!r}"
+            self.workspace_bytes = arguments.integer(
+                "Options.workspace_bytes", self.workspace_bytes, MIN_WORKSPACE_BYTES, MAX_WORKSPACE_BYTES, "bytes"
             )
-        if not isinstance(self.multicast, bool) and self.multicast != "auto":
-            raise ValueError(f"Options.multicast: expected True, False or 'auto', got {self.multicast!r}")
-        if self.bootstrap not in ("auto", "nccl", "store"):
-            raise ValueError(f"Options.bootstrap: expected 'auto', 'nccl' or 'store', got {self.bootstrap!r}")
+        if not isinstance(self.strategy, MNNVLAllreduceFusionStrategy):
+            names = f"one of {', '.join(map(repr, STRATEGY_NAMES))} or an MNNVLAllreduceFusionStrategy"
+            arguments.instance("Options.strategy", self.strategy, str, names)
+            if self.strategy not in STRATEGY_NAMES:
+                raise arguments.wrong_value("Options.strategy", names, self.strategy)
+        if not isinstance(self.multicast, bool):
+            arguments.instance("Options.multicast", self.multicast, str, "True, False or 'auto'")
+            if self.multicast != "auto":
+                raise arguments.wrong_value("Options.multicast", "True, False or 'auto'", self.multicast)
+        expected = "'auto', 'nccl' or 'store'"
+        arguments.instance("Options.bootstrap", self.bootstrap, str, expected)
+        if self.bootstrap not in BOOTSTRAPS:
+            raise arguments.wrong_value("Options.bootstrap", expected, self.bootstrap)

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
-import os
-import sys
-from datetime import timedelta
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -20,34 +15,6 @@ if TYPE_CHECKING:
 NAME = "mnnvl"
 
 
-def load_compiled() -> ModuleType:
-    """The compiled module. Not a plain import, so that the error says what to do.
-
-    Raises:
-        RuntimeError: it isn't built, or was built for another torch or Python.
-    """
-    try:
-        return importlib.import_module("mnnvl_backend._C")
-    except ImportError as error:
-        raise RuntimeError(
-            f"mnnvl_backend's compiled module could not be loaded: {error}. It must be built with the torch that uses "
-            f"it (this is torch {torch.__version__}, Python {sys.version.split()[0]}): run "
-            "`pip install --no-build-isolation .` in its source tree, or `python setup.py build_ext --inplace` there"
-        ) from error
-
-
-def nccl_path() -> str:
-    """libnccl.so.2 of an nvidia-nccl wheel, empty if there is none. libnccl is otherwise looked for by its soname."""
-    if not torch.backends.cuda.is_built():
-        return ""
-    spec = importlib.util.find_spec("nvidia")  # a namespace package: nothing of it is executed
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = os.path.join(folder, "nccl", "lib", "libnccl.so.2")
-        if os.path.exists(path):
-            return path
-    return ""
-
-
 def create(dist_backend_opts: Any, pg_options: Any) -> Any:
     """torch.distributed's creator ("extended API"): one backend object serves CPU and CUDA tensors.
 
@@ -56,25 +23,15 @@ def create(dist_backend_opts: Any, pg_options: Any) -> Any:
         RuntimeError: the compiled module can't be loaded.
     """
     from mnnvl_backend import config
+    from mnnvl_backend.compiled import load_compiled
     from mnnvl_backend.options import Options
 
     options = Options() if pg_options is None else pg_options
     if not isinstance(options, Options):
         raise TypeError(f"pg_options of backend 'mnnvl': expected mnnvl_backend.Options, got {type(options).__name__}")
-    timeout: timedelta = dist_backend_opts.timeout
-    settings = config.merge(options, config.read_environment(), max(1, int(timeout.total_seconds() * 1000)))
+    settings = config.merge(options, config.read_environment(), config.milliseconds(dist_backend_opts.timeout))
     return load_compiled().ProcessGroupMNNVL(
-        dist_backend_opts.store,
-        dist_backend_opts.group_rank,
-        dist_backend_opts.group_size,
-        timeout_ms=settings.timeout_ms,
-        workspace_bytes=settings.workspace_bytes,
-        strategy=settings.strategy.value,
-        multicast=settings.multicast,
-        bootstrap=settings.bootstrap_code,
-        host_id=settings.host_id,
-        blocking_wait=settings.blocking_wait,
-        nccl_path=nccl_path(),
+        dist_backend_opts.store, dist_backend_opts.group_rank, dist_backend_opts.group_size, **settings.fields()
     )
 
 

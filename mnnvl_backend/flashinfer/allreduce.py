@@ -7,9 +7,17 @@ cost more per call than a small all-reduce takes.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
-from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy
+from mnnvl_backend import arguments
+from mnnvl_backend.flashinfer.strategy import (
+    MNNVLAllreduceFusionStrategy,
+    check_strategy,
+    required_bytes,
+    strategy_for,
+)
 from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace, compiled_workspace
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,10 +64,19 @@ def trtllm_mnnvl_allreduce(
         `output`, [num_tokens, hidden_dim]: the float32 sum in rank order, rounded once to the dtype.
 
     Raises:
+        TypeError: an argument of a wrong type, by name.
         ValueError: a tensor that is not 2-D, not contiguous, of another shape, dtype or device than required; a
-            workspace too small, with both byte counts. Nothing was enqueued then.
+            workspace too small, with both byte counts. Nothing was enqueued then, nor after a TypeError.
         RuntimeError: the workspace was destroyed, or the group is broken.
     """
+    if not (
+        isinstance(input, torch.Tensor)
+        and isinstance(workspace, MNNVLAllReduceFusionWorkspace)
+        and isinstance(launch_with_pdl, bool)
+        and (output is None or isinstance(output, torch.Tensor))
+        and isinstance(strategy, MNNVLAllreduceFusionStrategy)
+    ):
+        _refuse_types(input, workspace, launch_with_pdl, output, strategy)
     if input.dim() != 2:
         raise ValueError(f"input: expected 2-D [num_tokens, hidden_dim], got {input.dim()}-D {tuple(input.shape)}")
     if output is not None and output.dim() != 2:
@@ -76,18 +93,30 @@ def trtllm_mnnvl_allreduce(
         _check_like(output, input)
 
     num_tokens, hidden_dim = input.shape
-    if strategy == MNNVLAllreduceFusionStrategy.AUTO:
-        strategy = MNNVLAllreduceFusionStrategy.select_strategy(workspace.tp_size, num_tokens, hidden_dim, input.dtype)
-    required = workspace.get_required_buffer_size_bytes(
-        workspace.tp_size, num_tokens, hidden_dim, input.dtype, strategy
-    )
+    tp_size, itemsize = workspace.tp_size, input.dtype.itemsize
+    if strategy is MNNVLAllreduceFusionStrategy.AUTO:
+        strategy = strategy_for(num_tokens * hidden_dim * tp_size * itemsize)
+    required = required_bytes(tp_size, num_tokens, hidden_dim, itemsize, strategy)
     if required > workspace.buffer_size_bytes:
         raise ValueError(
             f"workspace: its buffer of {workspace.buffer_size_bytes} bytes is too small; {strategy.name} of "
-            f"[{num_tokens}, {hidden_dim}] {input.dtype} over {workspace.tp_size} ranks requires {required} bytes"
+            f"[{num_tokens}, {hidden_dim}] {input.dtype} over {tp_size} ranks requires {required} bytes"
         )
     torch.ops.mnnvl.trtllm_allreduce(input, output, workspace.handle, strategy.value, launch_with_pdl)
     return output
+
+
+def _refuse_types(
+    input: object, workspace: object, launch_with_pdl: object, output: object, strategy: object
+) -> NoReturn:
+    """Apart from the call, so that a good call pays for the checks only."""
+    arguments.instance("input", input, torch.Tensor, "a torch.Tensor")
+    arguments.instance("workspace", workspace, MNNVLAllReduceFusionWorkspace, "an MNNVLAllReduceFusionWorkspace")
+    arguments.instance("launch_with_pdl", launch_with_pdl, bool, "a bool")
+    if output is not None:
+        arguments.instance("output", output, torch.Tensor, "a torch.Tensor or None")
+    check_strategy(strategy)
+    raise AssertionError("unreachable: one of the arguments is of a wrong type")
 
 
 def _check_like(output: torch.Tensor, input: torch.Tensor) -> None:

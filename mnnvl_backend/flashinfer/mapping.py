@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mnnvl_backend import arguments
+
 
 class Mapping:
     """The place of one rank in a world of pp_size * cp_size * tp_size ranks, tensor parallelism innermost:
@@ -24,6 +26,7 @@ class Mapping:
         enable_attention_dp: `rank` isn't checked against world_size.
 
     Raises:
+        TypeError: an argument of a wrong type, by name.
         ValueError: sizes that don't multiply up, or a rank out of range. NotImplementedError: experts with cp_size > 1.
     """
 
@@ -45,6 +48,25 @@ class Mapping:
         auto_parallel: bool = False,
         enable_attention_dp: bool = False,
     ) -> None:
+        world_size, gpus_per_node, cp_size, tp_size, pp_size = (
+            arguments.integer(name, value, 1)
+            for name, value in (
+                ("world_size", world_size), ("gpus_per_node", gpus_per_node), ("cp_size", cp_size),
+                ("tp_size", tp_size), ("pp_size", pp_size),
+            )
+        )  # fmt: skip
+        moe_cluster_size, moe_tp_size, moe_ep_size, attn_tp_size, attn_cp_size = (
+            _derivable(name, value)
+            for name, value in (
+                ("moe_cluster_size", moe_cluster_size), ("moe_tp_size", moe_tp_size), ("moe_ep_size", moe_ep_size),
+                ("attn_tp_size", attn_tp_size), ("attn_cp_size", attn_cp_size),
+            )
+        )  # fmt: skip
+        if cp_config is not None:
+            arguments.instance("cp_config", cp_config, dict, "a dict or None")
+        arguments.instance("auto_parallel", auto_parallel, bool, "a bool")
+        arguments.instance("enable_attention_dp", enable_attention_dp, bool, "a bool")
+
         clusters = 1 if moe_cluster_size == -1 else moe_cluster_size
         if moe_ep_size == -1:
             moe_ep_size = 1 if moe_tp_size == -1 else tp_size // (moe_tp_size * clusters)
@@ -113,9 +135,7 @@ class Mapping:
 
     @rank.setter
     def rank(self, rank: int) -> None:
-        if not self.enable_attention_dp and (not isinstance(rank, int) or not 0 <= rank < self.world_size):
-            raise ValueError(f"rank: expected an int from 0 to {self.world_size - 1}, got {rank!r}")
-        self._rank = rank
+        self._rank = arguments.integer("rank", rank, 0, None if self.enable_attention_dp else self.world_size - 1)
 
     # Where this rank stands.
 
@@ -225,12 +245,14 @@ class Mapping:
 
     def pp_layers(self, num_layers: int) -> list[int]:
         """This pipeline rank's layers; the first num_layers % pp_size ranks hold one more than the others."""
+        num_layers = arguments.integer("num_layers", num_layers, 0)
         least, extra = divmod(num_layers, self.pp_size)
         start = self.pp_rank * least + min(self.pp_rank, extra)
         return list(range(start, start + least + (self.pp_rank < extra)))
 
     def ep_experts(self, num_experts: int) -> list[int]:
         """This expert-parallel rank's experts: num_experts // moe_ep_size of them, in order."""
+        num_experts = arguments.integer("num_experts", num_experts, 0)
         if self.cp_size != 1:
             raise NotImplementedError(f"ep_experts with cp_size {self.cp_size} > 1")
         count = num_experts // self.moe_ep_size
@@ -257,6 +279,14 @@ _FIELDS = (
     "world_size", "rank", "gpus_per_node", "cp_size", "tp_size", "pp_size", "moe_tp_size", "moe_cluster_size",
     "moe_ep_size", "attn_tp_size", "attn_cp_size", "auto_parallel",
 )  # fmt: skip
+
+
+def _derivable(name: str, size: object) -> int:
+    """A size that may be -1: derived from the others."""
+    size = arguments.integer(name, size, -1)
+    if size == 0:
+        raise arguments.wrong_value(name, "an integer of at least 1, or -1 (derived from the others)", size)
+    return size
 
 
 def _groups(world_size: int, block: int, stride: int) -> list[list[int]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
+
+from mnnvl_backend import arguments
 
 # FlashInfer's threshold, on num_tokens * hidden_dim * tp_size * element size: callers size their buffers by it.
 ONESHOT_THRESHOLD_BYTES = 64 * 1024 * 8 * 2
@@ -27,11 +27,54 @@ class MNNVLAllreduceFusionStrategy(Enum):
     def select_strategy(
         tp_size: int, num_tokens: int, hidden_dim: int, dtype: torch.dtype
     ) -> MNNVLAllreduceFusionStrategy:
-        """The strategy that AUTO stands for: ONESHOT up to 1 MiB of num_tokens * hidden_dim * tp_size elements."""
-        oneshot_bytes = num_tokens * hidden_dim * tp_size * dtype.itemsize
-        if oneshot_bytes <= ONESHOT_THRESHOLD_BYTES:
-            return MNNVLAllreduceFusionStrategy.ONESHOT
-        return MNNVLAllreduceFusionStrategy.TWOSHOT
+        """The strategy that AUTO stands for: ONESHOT up to 1 MiB of num_tokens * hidden_dim * tp_size elements.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        tp_size, num_tokens, hidden_dim = check_problem(tp_size, num_tokens, hidden_dim, dtype)
+        return strategy_for(tp_size * num_tokens * hidden_dim * dtype.itemsize)
 
 
 STRATEGY_NAMES = {s.name.lower(): s for s in MNNVLAllreduceFusionStrategy}
+
+
+def strategy_for(oneshot_bytes: int) -> MNNVLAllreduceFusionStrategy:
+    """AUTO's choice, unchecked, for every call: by the bytes that one-shot would need."""
+    if oneshot_bytes <= ONESHOT_THRESHOLD_BYTES:
+        return MNNVLAllreduceFusionStrategy.ONESHOT
+    return MNNVLAllreduceFusionStrategy.TWOSHOT
+
+
+def required_bytes(
+    tp_size: int, num_tokens: int, hidden_dim: int, itemsize: int, strategy: MNNVLAllreduceFusionStrategy
+) -> int:
+    """Bytes of one Lamport buffer, unchecked, for every call; `strategy` isn't AUTO. ONESHOT: a slot per rank.
+    TWOSHOT: two stages, tokens rounded up to a multiple of tp_size."""
+    if strategy is MNNVLAllreduceFusionStrategy.ONESHOT:
+        return num_tokens * hidden_dim * tp_size * itemsize
+    return 2 * ((num_tokens + tp_size - 1) // tp_size) * tp_size * hidden_dim * itemsize
+
+
+def check_problem(tp_size: object, num_tokens: object, hidden_dim: object, dtype: object) -> tuple[int, int, int]:
+    """(tp_size, num_tokens, hidden_dim) as integers.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    arguments.instance("dtype", dtype, torch.dtype, "a torch.dtype")
+    return (
+        arguments.integer("tp_size", tp_size, 1),
+        arguments.integer("num_tokens", num_tokens, 0),
+        arguments.integer("hidden_dim", hidden_dim, 0),
+    )
+
+
+def check_strategy(strategy: object) -> None:
+    """
+    Raises:
+        TypeError: not a member of MNNVLAllreduceFusionStrategy.
+    """
+    arguments.instance(
+        "strategy", strategy, MNNVLAllreduceFusionStrategy, "a member of mnnvl_backend.MNNVLAllreduceFusionStrategy"
+    )

@@ -10,16 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mnnvl_backend import config
+from mnnvl_backend import arguments, config
+from mnnvl_backend.compiled import load_compiled
 from mnnvl_backend.flashinfer.comm import BytesComm, CommBackend, telling_peers
+from mnnvl_backend.flashinfer.strategy import (
+    ONESHOT_THRESHOLD_BYTES,
+    MNNVLAllreduceFusionStrategy,
+    check_problem,
+    check_strategy,
+    required_bytes,
+    strategy_for,
+)
 from mnnvl_backend.options import Options
-from mnnvl_backend.registration import load_compiled, nccl_path
-from mnnvl_backend.flashinfer.strategy import ONESHOT_THRESHOLD_BYTES, MNNVLAllreduceFusionStrategy
 
 if TYPE_CHECKING:
     from mnnvl_backend.flashinfer.mapping import Mapping
 
 MAX_BUFFER_BYTES = 2**32 - 1  # FlashInfer's limit, kept so that the same program works with both
+MAX_WORLD_SIZE = 72  # csrc/protocol/types.h
+COMM_METHODS = ("Get_rank", "Get_size", "allgather", "bcast", "barrier", "Split")
+MAPPING_SIZES = {"tp_size": 1, "cp_size": 1, "tp_rank": 0, "cp_rank": 0, "pp_rank": 0}  # and their least values
 
 # A custom op takes tensors and numbers only, so it names its workspace by number. Weak: an op never keeps one alive.
 _by_handle: weakref.WeakValueDictionary[int, MNNVLAllReduceFusionWorkspace] = weakref.WeakValueDictionary()
@@ -33,8 +43,13 @@ class MNNVLAllReduceFusionWorkspace:
     directly (`buffer_size_in_bytes`; see get_required_buffer_size_bytes). It is not bound to that problem: any call
     whose required size fits can use it.
 
+    destroy(), and leaving a `with` block, unmap its memory: do it after the last replay of every CUDA graph that holds
+    a call on it. Being garbage-collected is another thing: a workspace that was used while a graph was captured then
+    leaves its memory mapped until the process ends, since that graph may still be replayed and nobody can tell.
+
     Args:
-        mapping: the rank's place; the group is mapping.tp_group.
+        mapping: the rank's place, a Mapping or anything with its tp_size, tp_rank, cp_size, cp_rank and pp_rank; the
+            group is mapping.tp_group.
         max_num_tokens, hidden_dim, dtype: of the largest input, [max_num_tokens, hidden_dim].
         buffer_size_in_bytes: size of one of the three Lamport buffers; goes before the other three.
         comm_backend: for set-up only; of the tensor-parallel group, or of a larger one that is then split. None: the
@@ -48,7 +63,8 @@ class MNNVLAllReduceFusionWorkspace:
         workspace_size_bytes: of all three.
 
     Raises:
-        ValueError: sizes missing or out of range, mapping and comm_backend disagree, a malformed MNNVL_* variable.
+        TypeError, ValueError: an argument of a wrong type, missing or out of range, by name, before anything is set up;
+            mapping and comm_backend disagree; a malformed MNNVL_* variable.
         RuntimeError: no process group, the compiled module can't be loaded, or set-up failed on some rank (then on
             every rank, with that rank's reason).
     """
@@ -69,35 +85,22 @@ class MNNVLAllReduceFusionWorkspace:
     ) -> None:
         self._compiled: Any = None
         with telling_peers(comm_backend, mapping) as peers:
-            if buffer_size_in_bytes is None:
-                if max_num_tokens is None or hidden_dim is None or dtype is None:
-                    raise ValueError(
-                        "max_num_tokens, hidden_dim and dtype must all be given unless buffer_size_in_bytes is, got "
-                        f"{max_num_tokens}, {hidden_dim} and {dtype}"
-                    )
-                buffer_size_in_bytes = _size_for_auto(mapping.tp_size, max_num_tokens, hidden_dim, dtype)
-            if not 0 <= buffer_size_in_bytes <= MAX_BUFFER_BYTES:
-                raise ValueError(
-                    f"buffer_size_in_bytes: expected 0 to {MAX_BUFFER_BYTES} bytes per buffer, got {buffer_size_in_bytes}"
-                )
+            size_bytes, self.device = _check_arguments(
+                mapping, max_num_tokens, hidden_dim, dtype, buffer_size_in_bytes, comm_backend, device, options
+            )
             self.rank = mapping.tp_rank
             self.tp_size = mapping.tp_size
-            self.device = _resolve(device)
             settings = config.merge(options or Options(), config.read_environment())
             compiled = load_compiled()
             comm = peers.tensor_parallel_comm(timedelta(milliseconds=settings.timeout_ms))
-            self._compiled = compiled.Workspace(
+            self._compiled = compiled.FunctionGroup(
                 BytesComm(comm),
                 self.rank,
                 self.tp_size,
                 device_type=self.device.type,
                 device_index=self.device.index or 0,
-                buffer_size_bytes=buffer_size_in_bytes,
-                timeout_ms=settings.timeout_ms,
-                multicast=settings.multicast,
-                bootstrap=settings.bootstrap_code,
-                host_id=settings.host_id,
-                nccl_path=nccl_path(),
+                buffer_size_bytes=size_bytes,
+                **settings.fields(),
             )
         self.buffer_size_bytes: int = self._compiled.buffer_size_bytes
         self.handle = next(_handles)
@@ -114,12 +117,15 @@ class MNNVLAllReduceFusionWorkspace:
         """Bytes of one Lamport buffer that an all-reduce of [num_tokens, hidden_dim] needs.
 
         ONESHOT: a slot per rank. TWOSHOT: two stages, tokens rounded up to a multiple of tp_size.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
         """
-        if strategy == MNNVLAllreduceFusionStrategy.AUTO:
-            strategy = MNNVLAllreduceFusionStrategy.select_strategy(tp_size, num_tokens, hidden_dim, dtype)
-        if strategy == MNNVLAllreduceFusionStrategy.ONESHOT:
-            return num_tokens * hidden_dim * tp_size * dtype.itemsize
-        return 2 * ((num_tokens + tp_size - 1) // tp_size) * tp_size * hidden_dim * dtype.itemsize
+        tp_size, num_tokens, hidden_dim = check_problem(tp_size, num_tokens, hidden_dim, dtype)
+        check_strategy(strategy)
+        if strategy is MNNVLAllreduceFusionStrategy.AUTO:
+            strategy = strategy_for(num_tokens * hidden_dim * tp_size * dtype.itemsize)
+        return required_bytes(tp_size, num_tokens, hidden_dim, dtype.itemsize, strategy)
 
     def is_buffer_size_sufficient(
         self,
@@ -176,23 +182,96 @@ def compiled_workspace(handle: int) -> Any:
     return workspace._compiled
 
 
+def _check_arguments(
+    mapping: Any,
+    max_num_tokens: object,
+    hidden_dim: object,
+    dtype: object,
+    buffer_size_in_bytes: object,
+    comm_backend: object,
+    device: object,
+    options: object,
+) -> tuple[int, torch.device]:
+    """Of MNNVLAllReduceFusionWorkspace: the bytes of one buffer and the device. Looks, and does nothing else.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was given.
+    """
+    _check_mapping(mapping)
+    if comm_backend is not None:
+        missing = [m for m in COMM_METHODS if not callable(getattr(comm_backend, m, None))]
+        if missing or isinstance(comm_backend, type):
+            wanted = f"an object with the methods {', '.join(COMM_METHODS)}"
+            got = f"{arguments.shown(comm_backend)}, without {', '.join(missing)}" if missing else "a class"
+            raise TypeError(f"comm_backend: expected {wanted}, or None, got {got}")
+    if options is not None:
+        arguments.instance("options", options, Options, "mnnvl_backend.Options or None")
+    size = _buffer_size(mapping.tp_size, max_num_tokens, hidden_dim, dtype, buffer_size_in_bytes)
+    return size, _resolve(device)
+
+
+def _check_mapping(mapping: Any) -> None:
+    for name, least in MAPPING_SIZES.items():
+        try:
+            value = getattr(mapping, name)
+        except AttributeError:
+            wanted = f"a Mapping, or an object with its {', '.join(MAPPING_SIZES)}"
+            raise TypeError(f"mapping: expected {wanted}, got {arguments.shown(mapping)}, without {name}") from None
+        arguments.integer(f"mapping.{name}", value, least)
+    arguments.integer("mapping.tp_size", mapping.tp_size, 1, MAX_WORLD_SIZE, "ranks")
+    arguments.integer("mapping.tp_rank", mapping.tp_rank, 0, mapping.tp_size - 1)
+
+
+def _buffer_size(
+    tp_size: int, max_num_tokens: object, hidden_dim: object, dtype: object, buffer_size_in_bytes: object
+) -> int:
+    """Bytes of one Lamport buffer, as asked for or for the problem."""
+    # What is given is checked, needed or not: a wrong type is a mistake in the program either way.
+    if dtype is not None:
+        arguments.instance("dtype", dtype, torch.dtype, "a torch.dtype or None")
+    tokens, hidden = (
+        None if value is None else arguments.integer(name, value, 1)
+        for name, value in (("max_num_tokens", max_num_tokens), ("hidden_dim", hidden_dim))
+    )
+    if buffer_size_in_bytes is not None:
+        return arguments.integer("buffer_size_in_bytes", buffer_size_in_bytes, 1, MAX_BUFFER_BYTES, "bytes per buffer")
+    if tokens is None or hidden is None or not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            "max_num_tokens, hidden_dim and dtype must all be given unless buffer_size_in_bytes is, got "
+            f"{max_num_tokens}, {hidden_dim} and {dtype}"
+        )
+    size = _size_for_auto(tp_size, tokens, hidden, dtype)
+    if size > MAX_BUFFER_BYTES:
+        raise ValueError(
+            f"max_num_tokens, hidden_dim: [{tokens}, {hidden}] of {dtype} over {tp_size} ranks needs {size} bytes per "
+            f"buffer, expected at most {MAX_BUFFER_BYTES}"
+        )
+    return size
+
+
 def _size_for_auto(tp_size: int, max_num_tokens: int, hidden_dim: int, dtype: torch.dtype) -> int:
     """What AUTO needs at most up to max_num_tokens: for one-shot at its threshold, or for two-shot at the end."""
-    required = MNNVLAllReduceFusionWorkspace.get_required_buffer_size_bytes
-    per_token = max(1, tp_size * hidden_dim * dtype.itemsize)
-    oneshot_tokens = min(ONESHOT_THRESHOLD_BYTES // per_token, max_num_tokens)
+    oneshot_tokens = min(ONESHOT_THRESHOLD_BYTES // (tp_size * hidden_dim * dtype.itemsize), max_num_tokens)
     return max(
-        required(tp_size, oneshot_tokens, hidden_dim, dtype, MNNVLAllreduceFusionStrategy.ONESHOT),
-        required(tp_size, max_num_tokens, hidden_dim, dtype, MNNVLAllreduceFusionStrategy.TWOSHOT),
+        required_bytes(tp_size, oneshot_tokens, hidden_dim, dtype.itemsize, MNNVLAllreduceFusionStrategy.ONESHOT),
+        required_bytes(tp_size, max_num_tokens, hidden_dim, dtype.itemsize, MNNVLAllreduceFusionStrategy.TWOSHOT),
     )
 
 
-def _resolve(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+def _resolve(given: Any) -> torch.device:
+    expected = "'cpu' or 'cuda'"
+    if given is None:
+        given = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.instance("device", given, (str, torch.device), f"a torch.device, {expected}, or None")
+    try:
+        device = torch.device(given)
+    except RuntimeError:
+        raise arguments.wrong_value("device", expected, given) from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected 'cpu' or 'cuda', got {str(device)!r}")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+        raise arguments.wrong_value("device", expected, str(device))
+    if device.type == "cpu":
+        return torch.device("cpu")  # tensors say "cpu", never "cpu:0"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ValueError(f"device: expected one of the {count} CUDA devices that torch sees, got {str(device)!r}")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -110,7 +110,7 @@ def verify(place: Place, peer: Peer, numel: int, dtype: torch.dtype) -> None:
     """
     pattern = (torch.arange(numel, device=place.device) % 4).to(dtype)
     n = place.world_size
-    result = peer.reduce(pattern * (place.rank + 1), keep=True)
+    result = peer.reduce(pattern * (place.rank + 1))
     wrong = int((result != pattern * (n * (n + 1) // 2)).sum())
     if any(everybody(wrong)):
         raise RuntimeError(f"{peer.name}: wrong sum in {wrong} of {numel} elements on rank {place.rank}")
@@ -202,9 +202,7 @@ def run(
                 for peer in list(peers):
                     try:
                         point = measure(place, peer, size, dtype, replays)
-                    except (
-                        Exception
-                    ) as error:  # noted, and the others go on; a rank that fails alone ends in the timeout
+                    except Exception as error:  # noted, and the others go on; who fails alone ends in the timeout
                         results.notes[peer.name] = f"stopped at {_human(size)}: {error}"
                         peers.remove(peer)
                         continue

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from mnnvl_backend.options import Options
 from mnnvl_backend.tools.launch import Place
 
 Call = Callable[[], Any]
@@ -20,8 +21,8 @@ Call = Callable[[], Any]
 class Peer(Protocol):
     name: str
 
-    def reduce(self, tensor: torch.Tensor, keep: bool) -> torch.Tensor:
-        """The sum over ranks; `keep`: in memory of its own."""
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in memory that no later call touches. May overwrite `tensor`."""
 
     def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
         """A function that sums a tensor like this one, for graphs and loops, and the tensor that it reads; allocates
@@ -37,7 +38,7 @@ class Group:
         self.name = name
         self._group = dist.new_group(backend=backend, pg_options=options)
 
-    def reduce(self, tensor: torch.Tensor, keep: bool) -> torch.Tensor:
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor, group=self._group)
         return tensor
 
@@ -59,14 +60,14 @@ class Function:
         # Rows of 1 KiB; two-shot rounds their number up to a multiple of the world size.
         rows = max(1, max_bytes // 1024) + place.world_size
         self._workspace = MNNVLAllReduceFusionWorkspace(
-            mapping, rows, 512, torch.bfloat16, device=place.device, options=place.options()
+            mapping, rows, 512, torch.bfloat16, device=place.device, options=Options()
         )
 
     def _shape(self, tensor: torch.Tensor) -> torch.Tensor:
         hidden = 1024 // tensor.dtype.itemsize
         return tensor.view(-1, hidden) if tensor.numel() % hidden == 0 else tensor.view(1, -1)
 
-    def reduce(self, tensor: torch.Tensor, keep: bool) -> torch.Tensor:
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         from mnnvl_backend import trtllm_mnnvl_allreduce
 
         return trtllm_mnnvl_allreduce(self._shape(tensor), self._workspace, self._pdl).view_as(tensor)
@@ -104,11 +105,11 @@ class NcclWindow:
             self._backend.register_mem_pool(self._pool, symm=True)
         return self._tensors[key]
 
-    def reduce(self, tensor: torch.Tensor, keep: bool) -> torch.Tensor:
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         own = self._like(tensor)
         own.copy_(tensor)
         dist.all_reduce(own, group=self._group)
-        return own.clone() if keep else own
+        return own.clone()
 
     def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
         own = self._like(tensor)
@@ -138,7 +139,7 @@ class SymmetricMemory:
             symmetric.rendezvous(self._buffers[key], self._group.group_name)
         return self._buffers[key]
 
-    def reduce(self, tensor: torch.Tensor, keep: bool) -> torch.Tensor:
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         self.prepare(tensor)[0]()
         return tensor
 
@@ -172,7 +173,7 @@ class Mpi:
         if MPI.COMM_WORLD.Get_size() != dist.get_world_size():
             raise RuntimeError(f"MPI's world has {MPI.COMM_WORLD.Get_size()} ranks; start with mpirun")
 
-    def reduce(self, tensor: torch.Tensor, keep: bool) -> torch.Tensor:
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         self.prepare(tensor)[0]()
         return tensor
 
@@ -189,7 +190,7 @@ def peers_of(
 ) -> list[Peer]:
     """The peers that can be made here; collective. Why one can't goes to `notes`."""
     makers: dict[str, Callable[[], Peer]] = {
-        "mnnvl": lambda: Group("mnnvl", "mnnvl", place.options()),
+        "mnnvl": lambda: Group("mnnvl", "mnnvl", Options()),
         "mnnvl function": lambda: Function("mnnvl function", place, max_bytes, pdl=False),
     }
     if place.device.type == "cuda":

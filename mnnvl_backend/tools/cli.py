@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 
 def _size(text: str) -> int:
-    """Bytes, with an optional suffix K, M or G."""
-    units = {"k": 10, "m": 20, "g": 30}
-    number, shift = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 0)
+    from mnnvl_backend.config import parse_size
+
     try:
-        return int(number) << shift
+        return parse_size(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected bytes such as 4096, 64K or 1G, got {text!r}") from None
 
@@ -21,7 +20,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
 
     doctor = commands.add_parser("doctor", help="what is built, what this machine allows, and why not more")
-    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument("--json", action="store_true", help="for programs: everything that was found out")
+    doctor.add_argument("--verbose", action="store_true", help="everything that was found out, after the report")
 
     demo = commands.add_parser("demo", help="all-reduces checked and timed, then DDP training; run under torchrun")
     demo.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "doctor":
         from mnnvl_backend.tools import doctor
 
-        return doctor.run(as_json=arguments.json)
+        return doctor.run(as_json=arguments.json, verbose=arguments.verbose)
     if arguments.command == "demo":
         from mnnvl_backend.tools import demo
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mnnvl_backend.options import Options
 from mnnvl_backend.tools.launch import Place, start
 
 SIZES = (1 << 10, 16 << 10, 256 << 10, 4 << 20)  # bytes
@@ -115,7 +116,7 @@ def time_us(place: Place, call: Callable[[], Any], rounds: int = 20) -> float:
 
 
 def all_reduces(place: Place, report: Report) -> None:
-    groups = {s: dist.new_group(backend="mnnvl", pg_options=place.options(strategy=s)) for s in STRATEGIES}
+    groups = {s: dist.new_group(backend="mnnvl", pg_options=Options(strategy=s)) for s in STRATEGIES}
     peer_name = "nccl" if place.device.type == "cuda" else "gloo"
     peer = dist.new_group(backend=peer_name) if place.peer_possible else None
     rows = []
@@ -196,7 +197,7 @@ def run(device: str, epochs: int) -> int:
     with start(device) as place:
         report = Report(place.rank)
         report.say(f"mnnvl demo: {place.world_size} ranks, {place.description}, torch {torch.__version__}")
-        dist.init_process_group("mnnvl", pg_options=place.options())
+        dist.init_process_group("mnnvl", pg_options=Options())
         all_reduces(place, report)
         train(place, report, epochs)
         report.say("demo: all checks passed")

@@ -1,190 +1,231 @@
-"""`mnnvl doctor`: what is built, what this machine allows, which plan a group would take here and why not a better one.
-
-Never fails: every probe is guarded, and what went wrong stands where its value would. Without side effects: attributes
-are read, nothing is allocated, no multicast object is made.
-"""
+"""`mnnvl doctor`: what tools/examine.py found, for people, as a text that can be pasted into an issue: what to do
+first, then a few lines a section. With colours where rich is and the terminal wants them; the words are the same."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-IMEX_CHANNELS = "/dev/nvidia-caps-imex-channels"
+from mnnvl_backend.tools.examine import examine, guarded, problem_of
 
-
-def _guarded(probe: Callable[[], Any]) -> Any:
-    try:
-        return probe()
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return {"problem": f"{type(error).__name__}: {error}"}
+GOOD, BAD, WARN, NOTE = "good", "bad", "warn", "note"
+MARKS = {GOOD: "✓", BAD: "✗", WARN: "!", NOTE: "-"}
+ASCII_MARKS = {GOOD: "ok", BAD: "NO", WARN: "! ", NOTE: "- "}
+STYLES = {GOOD: "green", BAD: "bold red", WARN: "yellow", NOTE: "dim"}
 
 
-def _problem(value: Any) -> str:
-    return str(value.get("problem") or "") if isinstance(value, dict) else ""
+class Line(NamedTuple):
+    mark: str  # GOOD, BAD, WARN or NOTE; empty: a heading
+    text: str
 
 
-def _versions() -> dict[str, Any]:
-    import torch
-
-    import mnnvl_backend
-
-    return {
-        "mnnvl_backend": mnnvl_backend.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch's CUDA": torch.version.cuda or "none (CPU build)",
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)),
-    }
-
-
-def _registered() -> dict[str, Any]:
-    import torch.distributed as dist
-
-    if not dist.is_available():
-        return {"problem": "this torch has no torch.distributed"}
-    autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
-    from importlib.metadata import entry_points
-
-    installed = any(e.name == "mnnvl" for e in entry_points(group="torch.backends"))
-    return {
-        "backend": "mnnvl" if hasattr(dist.Backend, "MNNVL") else "not registered",
-        "after a plain `import torch`": "yes" if installed and autoload else
-        "no: TORCH_DEVICE_BACKEND_AUTOLOAD is off" if installed else "no: not installed; import mnnvl_backend",
-    }  # fmt: skip
-
-
-def _build() -> dict[str, Any]:
-    from mnnvl_backend.registration import load_compiled
-
-    info = dict(load_compiled().build_info())
-    if info.get("cuda"):
-        return {"compiled module": "loads", "kernels": f"sm_{', sm_'.join(str(info.get('archs')).split(';'))} + PTX",
-                "nvcc": info.get("nvcc")}  # fmt: skip
-    return {"compiled module": "loads", "kernels": "none: built without nvcc, CPU tensors only"}
-
-
-def _probe() -> dict[str, Any]:
-    """Fields as in csrc/memory/probe.h."""
-    from mnnvl_backend.registration import load_compiled, nccl_path
-
-    return dict(load_compiled().probe(nccl_path()))
-
-
-def _nccl() -> str:
-    from mnnvl_backend.registration import nccl_path
-
-    return nccl_path() or "no nvidia-nccl wheel; libnccl.so.2 is looked for by name"
-
-
-def _switches() -> dict[str, Any]:
-    from mnnvl_backend import config
-
-    values: dict[str, Any] = {v.name: os.environ[v.name] for v in config.VARIABLES if os.environ.get(v.name)}
-    values["multicast"] = (
-        f"forbidden by {', '.join(forbidding)}" if (forbidding := config.multicast_switches(os.environ)) else "allowed"
-    )
-    values["malformed"] = _problem(_guarded(config.read_environment)) or "none"
-    return values
-
-
-def _cpu_plan(build: Any) -> dict[str, str]:
-    if problem := _problem(build):
-        return {"plan": "none", "why": problem}
-    return {"plan": "shared memory (memfd), one host"}
-
-
-def _obstacle(devices: list[dict[str, Any]], why: Callable[[dict[str, Any]], str]) -> str:
-    """The first device's reason, empty if no device has one."""
-    return next((f"device {d.get('ordinal')}: {reason}" for d in devices if (reason := why(d))), "")
-
-
-def _why_not_fabric(device: dict[str, Any]) -> str:
-    if not device.get("fabric_handles"):
-        return "the driver says that it exports no fabric handles"
-    if not device.get("cluster_uuid"):
-        return str(device.get("fabric_problem") or "in no NVLink fabric cluster")
-    return ""
-
-
-def _cuda_plan(build: Any, probe: Any, switches: Any) -> dict[str, str]:
-    """Of a group over all GPUs of this machine, as far as attributes tell."""
-    for part in (build, probe):
-        if problem := _problem(part):
-            return {"plan": "none", "why": problem}
-    if str(build["kernels"]).startswith("none"):
-        return {"plan": "none", "why": "built without kernels: install nvcc and build again"}
-    devices = probe.get("devices") or []
-    if not devices:
-        return {"plan": "none", "why": probe.get("driver_problem") or "no CUDA device"}
-    if broken := _obstacle(devices, lambda d: str(d.get("problem") or "")):
-        return {"plan": "none", "why": broken}
-
-    fabric = "" if probe.get("imex_channels") else f"no IMEX channel in {IMEX_CHANNELS}"
-    fabric = _obstacle(devices, _why_not_fabric) or fabric
-    fd = _obstacle(devices, lambda d: "" if d.get("fd_handles") else "the driver says that it exports no descriptors")
-    if not fabric:
-        plan = {"plan": "fabric handles (also over several hosts of one NVLink clique)"}
-    elif not fd:
-        plan = {"plan": "POSIX file descriptors (this host only)", "why not fabric handles": fabric}
+def _package(report: dict[str, Any]) -> Iterator[Line]:
+    build, registration = report["build"], report["registration"]
+    if problem := problem_of(build):
+        yield Line(BAD, problem)
     else:
-        return {"plan": "none", "why": f"fabric handles: {fabric}; file descriptors: {fd}"}
-    multicast = "" if switches.get("multicast") == "allowed" else str(switches.get("multicast"))
-    multicast = multicast or _obstacle(devices, lambda d: "" if d.get("multicast") else "no multicast support")
-    plan["stores"] = "unicast" if multicast else "multicast"
-    if multicast:
-        plan["why not multicast"] = multicast
-    if probe.get("nccl_problem"):
-        plan["bootstrap"] = f"through the c10d store, NCCL can't be loaded: {probe['nccl_problem']}"
-    return plan
+        yield Line(GOOD, f"the compiled module loads, built with torch {build.get('torch') or '(unknown)'}")
+        if build.get("kernels"):
+            archs = ", ".join(f"sm_{a}" for a in build["archs"])
+            yield Line(GOOD, f"kernels for {archs} and newer, by nvcc {build.get('nvcc')}")
+        else:
+            yield Line(NOTE, "no kernels: built without nvcc, for CPU tensors only")
+    if problem := problem_of(registration):
+        yield Line(BAD, problem)
+    elif registration["registered"] and registration["installed"] and registration["autoload"]:
+        yield Line(GOOD, '"mnnvl" is registered by a plain `import torch`')
+    elif registration["registered"]:
+        why = "TORCH_DEVICE_BACKEND_AUTOLOAD is off" if registration["installed"] else "not installed"
+        yield Line(WARN, f'"mnnvl" is registered only after `import mnnvl_backend` ({why})')
+    else:
+        yield Line(BAD, '"mnnvl" is not registered')
 
 
-def examine() -> dict[str, Any]:
-    """The whole report, as JSON's types."""
-    build, switches = _guarded(_build), _guarded(_switches)
-    probe = {"problem": "not looked at without the compiled module"} if _problem(build) else _guarded(_probe)
-    return {
-        "versions": _guarded(_versions),
-        "registration": _guarded(_registered),
-        "build": build,
-        "machine": probe,
-        "NCCL wheel": _guarded(_nccl),
-        "switches": switches,
-        "CPU tensors": _guarded(lambda: _cpu_plan(build)),
-        "CUDA tensors": _guarded(lambda: _cuda_plan(build, probe, switches)),
-    }
+def _torch(report: dict[str, Any]) -> Iterator[Line]:
+    versions = report["versions"]
+    if problem := problem_of(versions):
+        yield Line(BAD, problem)
+        return
+    cuda = versions["torch's CUDA"]
+    yield Line(GOOD, f"torch {versions['torch']}, {f'CUDA {cuda}' if cuda else 'a CPU build'}")
+    yield Line(GOOD, f"Python {versions['python']}, {versions['system']}")
 
 
-def _lines(value: Any, indent: int = 2) -> list[str]:
+def _gpus(report: dict[str, Any]) -> Iterator[Line]:
+    machine, plan = report["machine"], report["CUDA tensors"]
+    if problem := problem_of(machine):
+        yield Line(BAD, problem)
+        return
+    driver = machine.get("driver_version") or 0
+    if machine.get("driver_loaded"):
+        yield Line(GOOD, f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}")
+    devices = machine.get("devices") or []
+    if not devices:
+        yield Line(NOTE, f"none: {machine.get('driver_problem') or 'no CUDA device'}")
+        return
+    alike: dict[str, list[str]] = {}
+    for d in devices:
+        capability = d.get("compute_capability")
+        kind = d.get("problem") or f"{d.get('name')}, sm_{capability}, {d.get('multiprocessors')} multiprocessors"
+        alike.setdefault(kind, []).append(str(d.get("ordinal")))
+    for kind, ordinals in alike.items():
+        yield Line(GOOD, f"{len(ordinals)} x {kind} (device {', '.join(ordinals)})")
+    if plan.get("plan") == "none":
+        yield Line(BAD, f"CUDA tensors can't be served: {plan.get('why')}")
+    else:
+        yield Line(GOOD, f"a group would take {plan.get('plan')}")
+
+
+def _fabric(report: dict[str, Any]) -> Iterator[Line]:
+    machine, plan = report["machine"], report["CUDA tensors"]
+    devices = machine.get("devices") or []
+    cliques = sorted({f"{d['cluster_uuid']}, clique {d.get('clique')}" for d in devices if d.get("cluster_uuid")})
+    for clique in cliques:
+        yield Line(GOOD if len(cliques) == 1 else WARN, f"cluster {clique}")
+    if channels := machine.get("imex_channels"):
+        yield Line(GOOD, f"IMEX channels: {', '.join(channels)}")
+    if why := plan.get("why not fabric handles"):
+        yield Line(WARN if cliques else NOTE, f"groups stay on this host: {why}")
+    elif not devices:
+        yield Line(NOTE, "none: no GPU")
+    if machine.get("nvml_problem") and devices:
+        yield Line(WARN, f"NVML can't be asked: {machine['nvml_problem']}")
+
+
+def _multicast(report: dict[str, Any]) -> Iterator[Line]:
+    forbidden = report["variables"].get("multicast forbidden")
+    plan = report["CUDA tensors"]
+    if forbidden:
+        yield Line(NOTE, f"forbidden by {forbidden}: plain stores to each peer")
+    elif why := plan.get("why not multicast"):
+        yield Line(NOTE, f"plain stores to each peer: {why}")
+    elif plan.get("stores") == "multicast":
+        yield Line(GOOD, "supported by every GPU and allowed; tried when a group is set up")
+    else:
+        yield Line(NOTE, "not used")
+
+
+def _nccl(report: dict[str, Any]) -> Iterator[Line]:
+    machine = report["machine"]
+    wheel = report["NCCL wheel"]
+    where = f" ({wheel})" if isinstance(wheel, str) and wheel else ""
+    if version := machine.get("nccl_version"):
+        yield Line(GOOD, f"{version // 10000}.{version // 100 % 100}.{version % 100}{where}")
+    else:
+        yield Line(NOTE, str(machine.get("nccl_problem") or problem_of(machine)))
+        yield Line(NOTE, "only fabric handles and bootstrap='nccl' need it")
+
+
+def _cpu(report: dict[str, Any]) -> Iterator[Line]:
+    plan = report["CPU tensors"]
+    if plan.get("plan") == "none" or problem_of(plan):
+        yield Line(BAD, f"can't be served: {plan.get('why') or problem_of(plan)}")
+    else:
+        yield Line(GOOD, f"{plan['plan']}; {report['versions'].get('cores', '?')} cores for this process")
+
+
+def _variables(report: dict[str, Any]) -> Iterator[Line]:
+    variables = report["variables"]
+    if problem := problem_of(variables):
+        yield Line(BAD, problem)
+        return
+    for name, value in variables["set"].items():
+        bad = name in variables["malformed"] or any(text.startswith(f"{name} ") for text in variables["unknown"])
+        yield Line(BAD if bad else NOTE, f"{name}={value}")
+    if not variables["set"]:
+        yield Line(NOTE, "no MNNVL_* variable is set")
+
+
+SECTIONS = {
+    "This package": _package,
+    "torch": _torch,
+    "GPUs": _gpus,
+    "NVLink fabric": _fabric,
+    "Multicast": _multicast,
+    "NCCL": _nccl,
+    "CPU tensors": _cpu,
+    "Variables": _variables,
+}
+
+
+def _raw(value: dict[str, Any], indent: int = 2) -> list[str]:
+    """Every key as it is, for --verbose."""
     pad = " " * indent
     lines = []
     for key, item in value.items():
         if isinstance(item, dict):
-            lines += [f"{pad}{key}", *_lines(item, indent + 2)]
-        elif isinstance(item, list) and all(isinstance(i, dict) for i in item):
+            lines += [f"{pad}{key}", *_raw(item, indent + 2)]
+        elif isinstance(item, list) and item and all(isinstance(i, dict) for i in item):
             for index, entry in enumerate(item):
-                lines += [f"{pad}{key}[{index}]", *_lines(entry, indent + 2)]
-            if not item:
-                lines.append(f"{pad}{key}: none")
+                lines += [f"{pad}{key}[{index}]", *_raw(entry, indent + 2)]
         else:
-            lines.append(f"{pad}{key}: {item if item not in ('', None) else '-'}")
+            lines.append(f"{pad}{key}: {item if item not in ('', None, [], {}) else '-'}")
     return lines
 
 
-def render(report: dict[str, Any]) -> str:
-    """The report for people."""
-    lines = []
-    for section, value in report.items():
-        lines += [section, *_lines(value)] if isinstance(value, dict) else [f"{section}: {value}"]
-    return "\n".join(lines)
+def _served(report: dict[str, Any]) -> str:
+    kinds = [name.split()[0] for name in ("CPU tensors", "CUDA tensors") if report[name].get("plan", "none") != "none"]
+    return f"{' and '.join(kinds) or 'no'} tensors can be served here"
 
 
-def run(as_json: bool) -> int:
+def describe(report: dict[str, Any], verbose: bool = False) -> list[Line]:
+    """The report for people; a section that can't be told says so in its place."""
+    versions = report["versions"]
+    lines = [Line("", f"mnnvl doctor: mnnvl_backend {versions.get('mnnvl_backend', '(unknown version)')}")]
+    lines += [Line("", ""), Line("", "What to do")]
+    lines += [Line(WARN, text) for text in report["advice"]] or [Line(GOOD, f"nothing: {_served(report)}")]
+    for title, section in SECTIONS.items():
+        found = guarded(lambda section=section: list(section(report)))  # type: ignore[misc]
+        lines += [Line("", ""), Line("", title)]
+        lines += [Line(BAD, f"can't be told: {found['problem']}")] if isinstance(found, dict) else found
+    if verbose:
+        lines += [Line("", ""), Line("", "Everything, as --json has it")]
+        lines += [Line("", text) for text in _raw({k: v for k, v in report.items() if k != "advice"})]
+    return lines
+
+
+def _can_show(text: str) -> bool:
+    """Can standard output take these characters? In the C locale it can't."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _rich_console() -> Any:
+    """None where rich is missing or broken. It leaves colours out itself for NO_COLOR and where no terminal listens."""
+    try:
+        from rich.console import Console
+
+        return Console(highlight=False, soft_wrap=True)  # long lines stay whole, for whoever copies them
+    except Exception:
+        return None
+
+
+def show(lines: list[Line]) -> None:
+    marks = MARKS if _can_show("".join(MARKS.values())) else ASCII_MARKS
+    texts = [f"  {marks[line.mark]} {line.text}" if line.mark else line.text for line in lines]
+    console = _rich_console()
+    if console is None or not _can_show("".join(texts)):
+        encoding = sys.stdout.encoding or "ascii"
+        print("\n".join(texts).encode(encoding, "backslashreplace").decode(encoding))
+        return
+    from rich.text import Text
+
+    for line, plain in zip(lines, texts, strict=True):
+        text = Text(plain, style="" if line.mark or plain.startswith(" ") else "bold")
+        if line.mark:
+            text.stylize(STYLES[line.mark], 2, 2 + len(marks[line.mark]))
+        console.print(text)
+
+
+def run(as_json: bool, verbose: bool = False) -> int:
     report = examine()
-    print(json.dumps(report, indent=2, default=str) if as_json else render(report))
+    if as_json:
+        print(json.dumps(report, indent=2, default=str))
+    else:
+        show(describe(report, verbose))
     return 0

@@ -6,12 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from mnnvl_backend.options import Options
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,6 @@ class Place:
     def peer_possible(self) -> bool:
         """gloo always; NCCL refuses several ranks on one GPU."""
         return not self.shared
-
-    def options(self, **options: Any) -> Options:
-        return Options(**options)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
