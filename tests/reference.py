@@ -1,8 +1,11 @@
-"""What every transport must give, bit for bit: the sequential float32 sum in rank order, rounded once."""
+"""What every transport must give, bit for bit: the sequential float32 sum in rank order, rounded once; and the bodies
+of tests that more than one file runs."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +13,10 @@ from launcher import Rank
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGER_OF = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+EVERY_DTYPE = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
+               torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32,
+               torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz,
+               torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2]  # fmt: skip
 CANONICAL_NAN = {torch.float32: 0x7FFFFFFF, torch.float16: 0x7FFF, torch.bfloat16: 0x7FFF}
 
 
@@ -112,3 +119,44 @@ def all_reduce_works(rank: Rank, group: dist.ProcessGroup | None = None) -> None
     x = inputs[dist.get_rank(group)].clone().to(rank.device)
     dist.all_reduce(x, group=group)
     assert_bits(x, rank_order_sum(inputs))
+
+
+def broadcast_body(rank: Rank, dtypes: list[torch.dtype], sizes: list[int]) -> None:
+    for seed, (dtype, numel) in enumerate(itertools.product(dtypes, sizes)):
+        for root in range(rank.world_size):
+            offset = (seed + root) % 4
+            x, check = in_the_middle(values(rank.rank, numel, dtype, seed), offset, rank.device)
+            dist.broadcast(x, root)
+            expected = values(root, numel, dtype, seed)
+            assert torch.equal(raw_bytes(x), raw_bytes(expected)), f"{numel} x {dtype} at {offset} from {root}"
+            check()
+
+
+def gather_body(rank: Rank, dtypes: list[torch.dtype], sizes: list[int]) -> None:
+    n = rank.world_size
+    for seed, (dtype, numel) in enumerate(itertools.product(dtypes, sizes)):
+        what = f"{numel} x {dtype}"
+        expected = [raw_bytes(values(r, numel, dtype, seed)) for r in range(n)]
+        offset = seed % 4
+        x, check_input = in_the_middle(values(rank.rank, numel, dtype, seed), offset, rank.device)
+        zero = values(0, n * numel, dtype, seed + 1)
+        out, check_output = in_the_middle(zero, (offset + 1) % 4, rank.device)
+        dist.all_gather_into_tensor(out, x)
+        assert torch.equal(raw_bytes(out), torch.cat(expected)), f"into_tensor of {what}"
+        outs, checks = zip(*[in_the_middle(zero[:numel], (offset + r) % 4, rank.device) for r in range(n)], strict=True)
+        dist.all_gather(list(outs), x)
+        for r in range(n):
+            assert torch.equal(raw_bytes(outs[r]), expected[r]), f"all_gather of {what}, rank {r}'s"
+        for check in (check_input, check_output, *checks):
+            check()
+
+
+def uneven_objects_body(rank: Rank) -> None:
+    mine = {"tensor": torch.arange(rank.rank * 1000), "nested": [rank.rank] * rank.rank}
+    gathered: list[Any] = [None] * rank.world_size
+    dist.all_gather_object(gathered, mine)
+    assert [len(g["tensor"]) for g in gathered] == [1000 * r for r in range(rank.world_size)]
+    objects: list[Any] = [mine, rank.rank]
+    dist.broadcast_object_list(objects, src=2, device=rank.device)
+    assert objects[1] == 2
+    assert objects[0]["nested"] == [2, 2]

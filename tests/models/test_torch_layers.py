@@ -9,10 +9,12 @@ from launcher import Rank
 from reference import (
     all_reduce_works,
     assert_bits,
+    broadcast_body,
+    gather_body,
     random_input,
     rank_order_sum,
+    uneven_objects_body,
 )
-from test_collectives import broadcast_body, gather_body, uneven_objects_body
 
 
 def functional_body(rank: Rank) -> None:
