@@ -8,28 +8,20 @@ from torch._C._distributed_c10d import Backend, Store
 class _Comm(Protocol):
     def all_gather(self, data: bytes) -> list[bytes]: ...
 
+# The fields of groups, all of them keyword arguments: timeout_ms, workspace_bytes, strategy, multicast,
+# multicast_forbidden, bootstrap, host_id, nccl_path, blocking_wait (config.Settings.fields()).
+
 class ProcessGroupOptions(Backend.Options):
+    def __init__(self, **fields: Any) -> None: ...
     def __copy__(self) -> ProcessGroupOptions: ...
     def __deepcopy__(self, memo: dict[int, Any], /) -> ProcessGroupOptions: ...
 
 class ProcessGroupMNNVL(Backend):
-    def __init__(
-        self,
-        store: Store,
-        rank: int,
-        size: int,
-        timeout_ms: int,
-        workspace_bytes: int,
-        strategy: int,
-        multicast: bool,
-        bootstrap: int,
-        host_id: str,
-        blocking_wait: bool,
-        nccl_path: str,
-    ) -> None: ...
+    def __init__(self, store: Store, rank: int, size: int, **fields: Any) -> None: ...
+    def _get_sequence_number_for_group(self) -> int: ...
     def perform_nocolor_split(self, device: object, /) -> None: ...
 
-class Workspace:
+class FunctionGroup:
     def __init__(
         self,
         comm: _Comm,
@@ -38,11 +30,7 @@ class Workspace:
         device_type: str,
         device_index: int,
         buffer_size_bytes: int,
-        timeout_ms: int,
-        multicast: bool,
-        bootstrap: int,
-        host_id: str,
-        nccl_path: str,
+        **fields: Any,
     ) -> None: ...
     @property
     def buffer_size_bytes(self) -> int: ...
@@ -56,6 +44,7 @@ class StoreExchange:
     def all_gather(self, data: bytes) -> list[bytes]: ...
     def give_up(self, reason: str) -> None: ...
 
+def finish_groups(grace_ms: int) -> None: ...
 def build_info() -> dict[str, Any]: ...
 def probe(nccl_path: str) -> dict[str, Any]: ...
 def choose_all_reduce(

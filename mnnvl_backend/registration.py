@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import inspect
 from types import ModuleType
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 NAME = "mnnvl"
+EXIT_GRACE_MS = 2000
 
 
 def create(dist_backend_opts: Any, pg_options: Any) -> Any:
@@ -30,9 +32,18 @@ def create(dist_backend_opts: Any, pg_options: Any) -> Any:
     if not isinstance(options, Options):
         raise TypeError(f"pg_options of backend 'mnnvl': expected mnnvl_backend.Options, got {type(options).__name__}")
     settings = config.merge(options, config.read_environment(), config.milliseconds(dist_backend_opts.timeout))
-    return load_compiled().ProcessGroupMNNVL(
+    compiled = load_compiled()
+    _finish_at_exit(compiled)
+    return compiled.ProcessGroupMNNVL(
         dist_backend_opts.store, dist_backend_opts.group_rank, dist_backend_opts.group_size, **settings.fields()
     )
+
+
+@functools.cache
+def _finish_at_exit(compiled: ModuleType) -> None:
+    """Before the interpreter goes: a thread that completes a future then would want a GIL that is no more, and abort the
+    process. What is in flight gets a moment to end, the rest is aborted."""
+    atexit.register(compiled.finish_groups, EXIT_GRACE_MS)
 
 
 def register() -> None:
