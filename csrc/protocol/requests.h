@@ -18,8 +18,8 @@
 
 namespace mnnvl {
 
-// out[i] = the sum (or average) over ranks r of in_r[i], added in rank order in float32 and rounded once; the same bits on
-// every rank.
+// out[i] = the sum (or average) over ranks r of in_r[i], added in rank order in float32 and rounded once: the same bits
+// on every rank.
 struct AllReduceRequest {
   const void* in = nullptr;  // [numel]
   void* out = nullptr;       // [numel]; may equal `in`, must not overlap it otherwise
@@ -32,17 +32,18 @@ struct AllReduceRequest {
 
 // outs[r] = in of rank r.
 struct AllGatherRequest {
-  const void* in = nullptr;     // [bytes]
-  void* const* outs = nullptr;  // [world_size] pointers to [bytes] each, all of them set; no two overlap. outs[rank] may
-                                // equal `in`; no other may overlap it. The array itself is read during the call only
-  int64_t bytes = 0;            // of one contribution; the same on every rank
+  const void* in = nullptr;  // [bytes]
+  // [world_size] pointers to [bytes] each; no two overlap. outs[rank] may equal `in`; no other may overlap it. The array
+  // itself is read during the call only.
+  void* const* outs = nullptr;
+  int64_t bytes = 0;  // of one contribution; the same on every rank
 };
 
 // data of every rank = data of rank `root`.
 struct BroadcastRequest {
   void* data = nullptr;  // [bytes]; read on `root`, written elsewhere
-  int64_t bytes = 0;     // the same on every rank, as is the root
-  int root = 0;          // 0 <= root < world size
+  int64_t bytes = 0;  // the same on every rank, as is the root
+  int root = 0;  // 0 <= root < world size
 };
 
 // No rank passes before every rank has come.
