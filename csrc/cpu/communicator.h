@@ -1,48 +1,36 @@
 // The collectives over host memory: the CPU transport, and the bit-for-bit reference of the kernels.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <optional>
-#include <vector>
 
-#include "protocol/failure.h"
-#include "protocol/types.h"
+#include "cpu/steps.h"
+#include "protocol/requests.h"
 
 namespace mnnvl::cpu {
 
-struct CommunicatorOptions {
-  int rank = 0;
-  int world_size = 1;
-  // [world_size], each `segment_bytes` long, zero-filled before first use on any rank, aligned to 64 bytes.
-  std::vector<std::byte*> segments;
-  size_t segment_bytes = 0;    // the same on all ranks
-  std::vector<int> peer_pids;  // [world_size]; -1: not watched (own process, or not visible)
-};
-
-// Collective calls: all ranks, same order, one thread at a time per communicator. Every call ends within `timeout_ms`.
-// On failure it throws Error (kTimeout, kPeerFailed or kAborted) with a full text, tells peers through their abort
-// words, and every later call throws the same error at once. abort() may be called from any thread at any time.
+// One rank's part in a group. run() is collective: all ranks, same calls, same order, one thread at a time. abort() and
+// check() from any thread at any time.
 class Communicator {
  public:
-  static std::unique_ptr<Communicator> create(const CommunicatorOptions& options);
-  virtual ~Communicator() = default;
+  // Error(kInvalidArgument) for options that can't be. Not collective; every rank's segment must be there.
+  explicit Communicator(const CommunicatorOptions& options);
 
-  // out may equal in; otherwise they must not overlap. Any alignment, any numel >= 0.
-  virtual void all_reduce(const void* in, void* out, int64_t numel, Dtype dtype, ReduceOp op, Strategy strategy,
-                          int64_t timeout_ms) = 0;
-  // Each rank contributes `bytes` at `in`; rank r's land at outs[r] on every rank. outs[rank] may equal in.
-  virtual void all_gather(const void* in, void* const* outs, int64_t bytes, int64_t timeout_ms) = 0;
-  virtual void broadcast(void* data, int64_t bytes, int root, int64_t timeout_ms) = 0;
-  virtual void barrier(int64_t timeout_ms) = 0;
-  virtual void abort() = 0;
-  // Throws the failure of this group, if it has one by now. Any thread.
-  virtual void check() const = 0;
+  // Returns when the result is in place, or throws within `timeout_ms` (which must be positive; a very long one
+  // saturates). Bad arguments, an all_reduce's kAuto among them, are Error(kInvalidArgument) before anything is shared.
+  // Other failures (kTimeout, kPeerFailed, kAborted) break the group: peers are told through their abort words, and
+  // every later call throws the same error at once. Ranks whose calls differ are such a failure (kPeerFailed), whose
+  // text names both calls: layout.h, "Calls".
+  void run(const Request& request, int64_t timeout_ms);
+
+  void abort() { steps_.waiter().abort(); }
+  // Throws the failure of this group, if it has one by now.
+  void check() const { steps_.waiter().check(); }
+
+ private:
+  Steps steps_;
 };
 
-// Smallest and default segment sizes for a world size.
 size_t default_segment_bytes(int world_size);
 
 }  // namespace mnnvl::cpu

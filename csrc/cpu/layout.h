@@ -1,17 +1,19 @@
 // The layout of one rank's shared segment, and why the CPU protocol is safe.
 //
-//   [control area: kControlBytes][slot of generation 0][slot 1] ... [slot kGenerations - 1]
+//   [control area: kControlBytes][slot 0][slot 1] ... [slot kSlots - 1]           S = kSlots
 //
 // Shared words. All lie in the segment of the rank that the table calls r; each has a cache line of its own, and no
 // line has two writing ranks except the counters and the abort word, which nobody touches in a normal fast step.
 //
 //   word              writer            reader  protocol                                                   at rest
-//   posted.epoch      r                 peers   e: slot e % G holds r's contribution to step e             last step
-//   reduced.epoch     r                 peers   e: r's slice of slot e % G holds the reduced values        last step
+//   posted.epoch      r                 peers   e: slot e % S holds r's contribution to step e             last step
+//   reduced.epoch     r                 peers   e: r's slice of slot e % S holds the reduced values        last step
 //   done.epoch        r                 peers   e: r has read what it reads of any slot in steps <= e      last step
 //   *.sleepers        peers, fetch_add  r       how many ranks are in, or about to enter, futex_wait on    0
 //                                               the epoch beside it; r makes the wake call only if > 0
-//   abort             anyone, CAS       r       0, or protocol/failure.h's abort_word(root); never reset   0
+//   posted.calls[i]   r                 peers   what r's call of its last posting step e with e % S = i    0
+//   posted.tags[i]                              was, and that step; stored before posted = e, see Calls    0
+//   abort             anyone, CAS       r       0, or protocol/failure.h's abort_word(...); never reset    0
 //
 // "Last step" means r's last step that had something to say with this word, or later.
 //
@@ -22,13 +24,31 @@
 // value includes all earlier, and every 2^20 steps at the latest they are brought up to date, since a word 2^31 steps
 // behind would compare as ahead.
 //
-// Slots: why a peer never reads bytes that are being overwritten. r writes into slot e % G in step e only (its
-// contribution; in two-shot then its reduced slice), and before the first such write has seen done >= e - G in every
+// Slots: why a peer never reads bytes that are being overwritten. r writes into slot e % S in step e only (its
+// contribution; in two-shot then its reduced slice), and before the first such write has seen done >= e - S in every
 // peer's segment. A peer reads r's slot in step e only between having seen posted (or reduced) of r >= e and storing
-// its own done >= e. The slot's previous user was step e - G: all its readers have released it. All stores are seq_cst,
+// its own done >= e. The slot's previous user was step e - S: all its readers have released it. All stores are seq_cst,
 // loads acquire, so the slot's bytes are ordered by the words. This argument needs nothing about which operation a step
-// belongs to: all_reduce, all_gather, broadcast and barrier interleave freely, and a broadcast's root may run up to G
+// belongs to: all_reduce, all_gather, broadcast and barrier interleave freely, and a broadcast's root may run up to S
 // steps ahead of its readers.
+//
+// Calls: why ranks whose calls differ are found out before one uses the other's data. Beside `posted`, in its cache
+// line, stand for each slot the descriptor of the call that filled it (CallDescriptor, packed) and a tag: the low 16
+// bits of the step, and 16 bits of a digest of all calls that r made before this one, those without steps included. r
+// stores both, relaxed, before posted = e (release), in every step that it posts; a barrier too waits for its slot
+// first, though it writes none. A reader that has seen posted >= e compares both with its own call, before it touches
+// the slot and before it stores done >= e. That read is safe by the argument of Slots, whatever r's call is and however
+// many steps it takes: r overwrites them in step e + S, after done >= e from everybody. So:
+// - If r posted e, the reader sees the call that r was in at e. Calls of different step counts part the ranks' steps,
+//   and then the descriptors of the same step differ, at the latest where one rank has begun its next call.
+// - If r did not post e (it was in a broadcast from another rank, or posted was brought up to date), the tag is of
+//   another step, and the stale slot isn't used. r's last post, posted itself, is then a step in e + 1 .. e + S - 1,
+//   not yet overwritten, and says which call r is in by now.
+// - Two ranks that both think to be the root of a broadcast post to each other and read nothing. The digests differ
+//   from there on: the first later step in which one of them reads the other finds it. Digests are compared in 16 bits
+//   a step, so each step misses it with a chance of 2^-16, and the next is another chance. What can't be found: calls
+//   that differ where nobody reads from anybody until the end of the program.
+// - A rank that waits for a post which never comes is told by a rank that found the difference, or times out.
 //
 // The slice's second use. In a two-shot step r's own slice of its own slot is a hole: r doesn't publish to itself. r
 // puts the reduced slice there, then stores reduced = e. Peers read the hole only after reduced >= e, and the rest of
@@ -37,7 +57,7 @@
 // Progress: why no cycle of waits can form. All ranks run the same program of posts, reductions and copies: per call,
 // for i = 0, 1, ...: post(i + kPostAhead), reduce(i), copy(i - kCopyBehind). Each wait is for something a peer
 // publishes at a strictly earlier place of that program: reduce(i) needs post(i); copy(i) needs reduce(i); post(i)
-// needs done(i - G), stored after copy(i - G), which comes earlier because G > kPostAhead + kCopyBehind. So the rank
+// needs done(i - S), stored after copy(i - S), which comes earlier because S > kPostAhead + kCopyBehind. So the rank
 // that is furthest behind can always go on.
 //
 // Sleeping: why no wake-up is lost. The sleeper does sleepers.fetch_add(1), then futex_wait(epoch, value seen before);
@@ -52,19 +72,23 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "protocol/requests.h"
+
 namespace mnnvl::cpu {
 
-constexpr int kGenerations = 4;
+constexpr int kSlots = 4;
 constexpr int kPostAhead = 1;
 constexpr int kCopyBehind = 1;
-static_assert(kGenerations > kPostAhead + kCopyBehind, "see Progress above");
-static_assert((kGenerations & (kGenerations - 1)) == 0, "e % G must not jump where the epoch wraps");
+static_assert(kSlots > kPostAhead + kCopyBehind, "see Progress above");
+static_assert((kSlots & (kSlots - 1)) == 0, "e % S must not jump where the epoch wraps");
 
 constexpr size_t kControlBytes = 4096;
 constexpr size_t kCacheLine = 64;
 
 struct Signal {
   alignas(kCacheLine) std::atomic<uint32_t> epoch;
+  std::atomic<uint32_t> tags[kSlots];  // these two of `posted` alone
+  std::atomic<uint64_t> calls[kSlots];
   alignas(kCacheLine) std::atomic<uint32_t> sleepers;
 };
 
@@ -76,8 +100,41 @@ struct Control {
 };
 
 static_assert(sizeof(Control) <= kControlBytes);
+static_assert(sizeof(Signal) == 2 * kCacheLine, "epoch, tags and calls share a line: reading them costs one transfer");
 static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(std::atomic<uint32_t>) == 4,
               "the words are futexes shared between processes");
+static_assert(std::atomic<uint64_t>::is_always_lock_free, "shared between processes");
+
+// A call in one word: bytes 0-39 (larger ones lose their high bits; they differ in the digest all the same), root
+// 40-47, strategy 48-49, reduction 50-53, dtype 54-58, operation 59-63.
+constexpr uint64_t pack(const CallDescriptor& call) {
+  const auto field = [](auto value, int shift, int bits) {
+    return (static_cast<uint64_t>(value) & ((uint64_t{1} << bits) - 1)) << shift;
+  };
+  return field(call.bytes, 0, 40) | field(call.root, 40, 8) | field(call.strategy, 48, 2) | field(call.op, 50, 4) |
+         field(call.dtype, 54, 5) | field(call.operation, 59, 5);
+}
+
+constexpr CallDescriptor unpack(uint64_t word) {
+  const auto field = [word](int shift, int bits) { return word >> shift & ((uint64_t{1} << bits) - 1); };
+  return {static_cast<Operation>(field(59, 5)), static_cast<int64_t>(field(0, 40)),
+          static_cast<int>(field(40, 8)),       static_cast<Dtype>(field(54, 5)),
+          static_cast<ReduceOp>(field(50, 4)),  static_cast<Strategy>(field(48, 2))};
+}
+static_assert(unpack(pack({Operation::kBroadcast, 123456789012, 71})).bytes == 123456789012 &&
+              unpack(pack({Operation::kBroadcast, 123456789012, 71})).root == 71 &&
+              unpack(pack({Operation::kBarrier})).operation == Operation::kBarrier);
+
+// A digest of a sequence of calls. Each step is a bijection of `digest`, so sequences that differ once differ for ever.
+constexpr uint64_t extend_digest(uint64_t digest, const CallDescriptor& call) {
+  digest ^= pack(call) ^ static_cast<uint64_t>(call.bytes) >> 40;
+  digest *= 0x9e3779b97f4a7c15u;  // odd, so invertible; mixes upwards
+  return digest ^ digest >> 32;  // and downwards
+}
+
+constexpr uint32_t tag_of(uint64_t digest, uint32_t epoch) {
+  return static_cast<uint32_t>(digest >> 48) << 16 | (epoch & 0xffffu);
+}
 
 inline Control* control_of(std::byte* segment) { return reinterpret_cast<Control*>(segment); }
 
@@ -85,11 +142,11 @@ inline Control* control_of(std::byte* segment) { return reinterpret_cast<Control
 constexpr int64_t slot_bytes(size_t segment_bytes) {
   return segment_bytes <= kControlBytes
              ? 0
-             : static_cast<int64_t>((segment_bytes - kControlBytes) / kGenerations / kCacheLine * kCacheLine);
+             : static_cast<int64_t>((segment_bytes - kControlBytes) / kSlots / kCacheLine * kCacheLine);
 }
 
 inline std::byte* slot_of(std::byte* segment, int64_t slot_size, uint32_t epoch) {
-  return segment + kControlBytes + static_cast<int64_t>(epoch % kGenerations) * slot_size;
+  return segment + kControlBytes + static_cast<int64_t>(epoch % kSlots) * slot_size;
 }
 
 }  // namespace mnnvl::cpu

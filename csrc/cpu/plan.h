@@ -5,20 +5,12 @@
 #include <cstdint>
 
 #include "common/math.h"
-#include "protocol/types.h"
 
 namespace mnnvl::cpu {
 
-// Up to these sizes the second wait of two-shot costs more than the reads it saves. Measured with 2 to 8 ranks on 2
-// cores of an AMD EPYC 9004.
-constexpr int64_t kOneShotMaxBytes2 = 128 << 10;  // world size 2, where one-shot reads no more from peers than two-shot
-constexpr int64_t kOneShotMaxBytes = 8 << 10;  // beyond
-constexpr int64_t kMaxChunkBytes = 256 << 10;  // a rank's input, output and slot of one step stay in its L2
-
-inline Strategy select_strategy(Strategy asked, int64_t bytes, int world_size) {
-  if (asked != Strategy::kAuto) return asked;
-  return bytes <= (world_size == 2 ? kOneShotMaxBytes2 : kOneShotMaxBytes) ? Strategy::kOneShot : Strategy::kTwoShot;
-}
+// A rank's input, output and slot of one step stay in its L2. Measured on an AMD EPYC 9004; a constant of the protocol
+// and no choice of tuning/, since ranks that cut otherwise count other steps.
+constexpr int64_t kMaxChunkBytes = 256 << 10;
 
 // Equal chunks of whole 64-byte lines, the last one shorter.
 struct Chunks {

@@ -9,7 +9,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
 
 namespace mnnvl::cpu {
 namespace {
@@ -135,79 +134,89 @@ uint32_t Waiter::sleep(const Target& target) {
     if (reached(seen, target.expected)) return seen;
     throw_if_told(&target);
     const Clock::time_point now = Clock::now();
-    if (now >= deadline_) fail_wait(FailureCause::kDeadline, rank_, target.peer, &target);
+    if (now >= deadline_) fail_wait(FailureCause::kDeadline, target);
     if (peers_[target.peer].ended()) {
       // What it published before its end counts.
       const uint32_t last = target.seen();
       if (reached(last, target.expected)) return last;
-      fail_wait(FailureCause::kPeerDied, target.peer, target.peer, &target);
+      fail_wait(FailureCause::kPeerDied, target);
     }
     const std::chrono::nanoseconds bound = std::chrono::milliseconds(kMaxSleepMs);
     futex_wait(target.signal.epoch, seen, std::min<std::chrono::nanoseconds>(bound, deadline_ - now));
   }
 }
 
-void Waiter::throw_if_told(const Target* target) {
-  if (aborted_.load(std::memory_order_relaxed)) fail_wait(FailureCause::kLocalAbort, rank_, rank_, target);
-  const uint32_t word = controls_[rank_]->abort.load(std::memory_order_acquire);
-  if (word != 0) fail_wait(FailureCause::kPeerFailed, abort_rank(word), abort_rank(word), target);
-}
-
-// " in all_reduce (collective 17, posted epoch expected 40, seen 39)"
-std::string Waiter::describe(const Target* target) const {
-  std::string text = str(" in ", mnnvl::name(operation_), " (collective ", sequence_);
+FailureRecord Waiter::record_of(FailureCause cause, int peer, const Target* target) const {
+  FailureRecord record{};
+  record.valid = 1;
+  record.cause = cause;
+  record.rank = rank_;
+  record.peer = peer;
+  record.operation = operation_;
+  record.sequence = sequence_;
   if (target != nullptr) {
-    text += str(", ", name(target->word), " epoch of rank ", target->peer, " expected ", target->expected, ", seen ",
-                target->seen());
+    record.expected = target->expected;
+    record.seen = target->seen();
   }
-  return text + ")";
+  return record;
 }
 
-void Waiter::fail_wait(FailureCause cause, int root, int culprit, const Target* target) {
-  char waited[32];
-  std::snprintf(waited, sizeof waited, "%.1f s", std::chrono::duration<double>(Clock::now() - started_).count());
-  std::string text = str("mnnvl: rank ", rank_);
-  ErrorKind kind = ErrorKind::kPeerFailed;
-  switch (cause) {
-    case FailureCause::kDeadline:
-      kind = ErrorKind::kTimeout;
-      text += str(" waited ", waited, " for rank ", culprit, describe(target), ": deadline passed");
-      break;
-    case FailureCause::kPeerDied:
-      text += str(" waited ", waited, " for rank ", culprit, describe(target), ": rank ", culprit, "'s process (pid ",
-                  peers_[culprit].pid(), ") has ended");
-      break;
-    case FailureCause::kLocalAbort:
-      kind = ErrorKind::kAborted;
-      text += str(" stopped", describe(target), ": abort() was called");
-      break;
-    default: text += str(" stopped", describe(target), ": rank ", culprit, " failed first"); break;
-  }
-  const Error error(kind, std::move(text));
+void Waiter::throw_if_told(const Target* target) {
+  FailureDetails details;
+  details.waiting = target != nullptr;
+  if (target != nullptr) details.word = name(target->word);
+  if (aborted_.load(std::memory_order_relaxed)) give_up(record_of(FailureCause::kLocalAbort, rank_, target), details);
+  const uint32_t word = controls_[rank_]->abort.load(std::memory_order_acquire);
+  if (word == 0) return;
+  FailureRecord record = record_of(FailureCause::kPeerFailed, abort_rank(word), target);
+  record.told = word;
+  give_up(record, details);
+}
+
+void Waiter::fail_wait(FailureCause cause, const Target& target) {
+  FailureDetails details;
+  details.word = name(target.word);
+  if (cause == FailureCause::kPeerDied) details.peer_pid = peers_[target.peer].pid();
+  give_up(record_of(cause, target.peer, &target), details);
+}
+
+void Waiter::fail_mismatch(int peer, uint32_t expected, uint32_t seen, const Mismatch& mismatch) {
+  FailureRecord record = record_of(FailureCause::kMismatch, peer, nullptr);
+  record.expected = expected;
+  record.seen = seen;
+  FailureDetails details;
+  details.word = name(Word::kPosted);
+  details.mismatch = &mismatch;
+  give_up(record, details);
+}
+
+// The end of every failure: remembered, told to the peers, thrown.
+void Waiter::give_up(const FailureRecord& record, const FailureDetails& details) {
+  const Error error = to_error(record, std::chrono::duration<double>(Clock::now() - started_).count(), details);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     error_ = error;
   }
   broken_.store(true, std::memory_order_release);
-  tell_peers(root);
+  tell_peers(record.told != 0 ? record.told : abort_word(record.peer, record.cause, rank_));
   throw error;
 }
 
-// The first author stays: whoever is told passes on the root it was told, in case the root died while telling.
-void Waiter::tell_peers(int root) {
+// The first word stays: whoever is told passes on what it was told, in case its author died while telling.
+void Waiter::tell_peers(uint32_t word) {
   for (Control* control : controls_) {
     uint32_t at_rest = 0;
-    control->abort.compare_exchange_strong(at_rest, abort_word(root), std::memory_order_seq_cst);
+    control->abort.compare_exchange_strong(at_rest, word, std::memory_order_seq_cst);
   }
   // Whatever a rank sleeps on: a rank that is about to sleep is not woken, and finds the word within kMaxSleepMs.
   for (Control* control : controls_) {
-    for (Word word : {Word::kPosted, Word::kReduced, Word::kDone}) futex_wake_all(signal_of(control, word).epoch);
+    for (Word w : {Word::kPosted, Word::kReduced, Word::kDone}) futex_wake_all(signal_of(control, w).epoch);
   }
 }
 
 void Waiter::abort() {
   aborted_.store(true, std::memory_order_seq_cst);
-  tell_peers(rank_);
+  tell_peers(abort_word(rank_, FailureCause::kLocalAbort, rank_));
 }
 
 void Waiter::check() const {

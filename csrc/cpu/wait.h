@@ -8,14 +8,13 @@
 #include <cstdint>
 #include <mutex>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "common/error.h"
 #include "common/math.h"
-#include "system/peer_watch.h"
 #include "cpu/layout.h"
-#include "protocol/failure.h"
+#include "protocol/failure_text.h"
+#include "system/peer_watch.h"
 
 namespace mnnvl::cpu {
 
@@ -56,19 +55,23 @@ class Waiter {
     return reached(seen, target) ? seen : wait_slowly(peer, word, target);
   }
 
+  // Breaks the group: `peer`'s post of step `expected` belongs to another call. `seen`: its posted epoch.
+  [[noreturn]] void fail_mismatch(int peer, uint32_t expected, uint32_t seen, const Mismatch& mismatch);
+
   void abort();
   // Throws what made the group broken, if it is.
   void check() const;
 
  private:
-  struct Target;  // one wait, for messages
+  struct Target;  // one wait
   uint32_t wait_slowly(int peer, Word word, uint32_t target);
   bool spin(const Target& target, uint32_t* seen);
   uint32_t sleep(const Target& target);
   void throw_if_told(const Target* target);
-  [[noreturn]] void fail_wait(FailureCause cause, int root, int culprit, const Target* target);
-  void tell_peers(int root);
-  std::string describe(const Target* target) const;
+  FailureRecord record_of(FailureCause cause, int peer, const Target* target) const;
+  [[noreturn]] void fail_wait(FailureCause cause, const Target& target);
+  [[noreturn]] void give_up(const FailureRecord& record, const FailureDetails& details);
+  void tell_peers(uint32_t word);
 
   using Clock = std::chrono::steady_clock;
 

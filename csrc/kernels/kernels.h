@@ -17,9 +17,6 @@ struct Launch {
   void* stream = nullptr;  // cudaStream_t
 };
 
-// Most threads a block of the all-reduce kernels: those for larger worlds need more registers each.
-MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 5 ? 512 : 256; }
-
 // numel within the layout's capacity for the algorithm. `blocks` is the same on every rank, and at most one a
 // multiprocessor, so that kernels of several groups fit together.
 struct AllReduceParams {
@@ -31,8 +28,6 @@ struct AllReduceParams {
   ReduceOp op = ReduceOp::kSum;
   int blocks = 1;
 };
-
-constexpr int kMaxGatherThreads = 256;
 
 // Any size in one launch; bytes == 0 is a barrier. `blocks` <= kPipeBlocks and the same on every rank.
 struct GatherParams {

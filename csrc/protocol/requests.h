@@ -60,4 +60,21 @@ inline Operation operation_of(const Request& request) {
   return std::visit([](const auto& r) { return operation_of(r); }, request);
 }
 
+// What all ranks' calls must have in common, in a form that they can show each other and that errors can name.
+struct CallDescriptor {
+  Operation operation = Operation::kBarrier;
+  int64_t bytes = 0;  // of the tensor; all_gather: of one contribution; barrier: 0
+  int root = 0;  // broadcast
+  Dtype dtype = Dtype::kFloat32;  // all_reduce, as are the two below
+  ReduceOp op = ReduceOp::kSum;
+  Strategy strategy = Strategy::kOneShot;
+};
+
+constexpr CallDescriptor descriptor_of(const AllReduceRequest& r) {
+  return {operation_of(r), r.numel * element_size(r.dtype), 0, r.dtype, r.op, r.strategy};
+}
+constexpr CallDescriptor descriptor_of(const AllGatherRequest& r) { return {operation_of(r), r.bytes}; }
+constexpr CallDescriptor descriptor_of(const BroadcastRequest& r) { return {operation_of(r), r.bytes, r.root}; }
+constexpr CallDescriptor descriptor_of(const BarrierRequest& r) { return {operation_of(r)}; }
+
 }  // namespace mnnvl

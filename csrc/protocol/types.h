@@ -3,11 +3,18 @@
 
 #include <cstdint>
 
+#include "common/math.h"
+
 namespace mnnvl {
 
 constexpr int kMaxWorldSize = 72;     // one NVL72 rack
 constexpr int kMaxFastWorldSize = 8;  // world sizes with a specialised kernel; larger ones take the loop
 constexpr int kPackBytes = 16;        // one vector access; the unit of every Lamport protocol
+
+// Most threads a block of the kernels: what tuning/ may ask for, and what kernels/ compiles for (launch bounds). The
+// all-reduces of larger worlds need more registers a thread.
+MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 5 ? 512 : 256; }
+constexpr int kMaxGatherThreads = 256;
 
 enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class ReduceOp : int { kSum = 0, kAvg = 1 };

@@ -2,34 +2,21 @@
 
 #include <algorithm>
 
-#include "common/error.h"
-#include "kernels/kernels.h"
+#include "common/math.h"
+#include "tuning/crossover.h"
 
 namespace mnnvl {
 namespace {
 
-// Up to these sizes of the tensor one shot is faster than two. One shot sends world_size - 1 copies at once, two shots
-// about two in a row: measured for 2 ranks (docs/results), for more ranks where the extra copies cost the 1 us that the
-// second hop cost there, at 320 GB/s.
-struct Crossover {
-  int world_size;  // applies up to this world size
-  int64_t oneshot_bytes;
-};
 constexpr Crossover kCrossovers[] = {
-    {2, 2 << 20}, {3, 512 << 10}, {4, 256 << 10}, {8, 64 << 10}, {kMaxWorldSize, 32 << 10},
+#include "tuning/tables/gpu_crossovers.inc"
 };
+static_assert(complete(kCrossovers));
 
-int64_t oneshot_limit(int world_size) {
-  for (const Crossover& c : kCrossovers) {
-    if (world_size <= c.world_size) return c.oneshot_bytes;
-  }
-  fail(ErrorKind::kInvalidArgument, "world size ", world_size, " is over ", kMaxWorldSize);
-}
-
-// One thread a pack, in as few threads a block as still give every multiprocessor work (the more blocks, the sooner the first
-// packs leave); from one full block a multiprocessor on, threads take several packs.
+// One thread a pack, in as few threads a block as still give every multiprocessor work (the more blocks, the sooner the
+// first packs leave); from one full block a multiprocessor on, threads take several packs.
 void shape_lamport(AllReduceChoice& choice, int64_t packs, const GroupShape& group) {
-  choice.threads = kernels::max_all_reduce_threads(group.world_size);
+  choice.threads = max_all_reduce_threads(group.world_size);
   for (int threads : {256, 128}) {
     if (packs <= int64_t{threads} * group.multiprocessors) choice.threads = threads;
   }
@@ -46,8 +33,9 @@ AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype 
   const int world = group.world_size, element = element_size(dtype);
   const int64_t bytes = numel * element, packs = ceil_div(bytes, kPackBytes);
   const int64_t oneshot_elements = group.layout.oneshot_capacity(world, element);
-  const bool oneshot = strategy == Strategy::kOneShot ||
-                       (strategy == Strategy::kAuto && bytes <= oneshot_limit(world) && numel <= oneshot_elements);
+  const bool oneshot =
+      strategy == Strategy::kOneShot ||
+      (strategy == Strategy::kAuto && bytes <= oneshot_limit(kCrossovers, world) && numel <= oneshot_elements);
   AllReduceChoice choice;
   if (oneshot) {
     choice.algorithm = Algorithm::kOneShotLamport;
@@ -66,7 +54,7 @@ GatherChoice choose_gather(const GroupShape& group, int64_t bytes) {
   const int64_t pieces = ceil_div(bytes, group.layout.pipe_piece_bytes(group.world_size));
   GatherChoice choice;
   choice.blocks = int(std::clamp<int64_t>(pieces, 1, std::min(kPipeBlocks, group.multiprocessors)));
-  choice.threads = bytes <= 4096 ? 128 : kernels::kMaxGatherThreads;
+  choice.threads = bytes <= 4096 ? 128 : kMaxGatherThreads;
   return choice;
 }
 

@@ -8,7 +8,7 @@
 #include <xmmintrin.h>
 #endif
 
-namespace mnnvl::cpu {
+namespace mnnvl {
 
 class FloatEnvironment {
  public:
@@ -43,4 +43,4 @@ class FloatEnvironment {
   uint64_t saved_;
 };
 
-}  // namespace mnnvl::cpu
+}  // namespace mnnvl

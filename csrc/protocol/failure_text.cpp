@@ -1,0 +1,132 @@
+#include "protocol/failure_text.h"
+
+#include <cstdio>
+
+namespace mnnvl {
+namespace {
+
+const char* name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32: return "float32";
+    case Dtype::kFloat16: return "float16";
+    case Dtype::kBFloat16: return "bfloat16";
+  }
+  return "unknown dtype";
+}
+
+const char* name(ReduceOp op) {
+  switch (op) {
+    case ReduceOp::kSum: return "sum";
+    case ReduceOp::kAvg: return "avg";
+  }
+  return "unknown reduction";
+}
+
+// "2 s", "2.3 s", "0.05 s": what a person wants to know of a wait.
+std::string seconds(double s) {
+  char text[32];
+  std::snprintf(text, sizeof text, s < 1 ? "%.2f" : "%.1f", s);
+  std::string trimmed(text);
+  trimmed.erase(trimmed.find_last_not_of('0') + 1);
+  if (trimmed.back() == '.') trimmed.pop_back();
+  return trimmed + " s";
+}
+
+// " in all_reduce (call 17, stage 0: expected 40, seen 39)"
+std::string where(const FailureRecord& record, const FailureDetails& details) {
+  std::string text = str(" in ", name(record.operation), " (call ", record.sequence);
+  if (details.waiting) {
+    text += details.word != nullptr ? str(", ", details.word) : str(", stage ", record.stage);
+    text += str(": expected ", record.expected, ", seen ", record.seen);
+  }
+  return text + ")";
+}
+
+// What another rank found, as told by the abort word; empty if the word doesn't say.
+std::string found(const FailureRecord& record) {
+  const int finder = abort_finder(record.told);
+  switch (abort_cause(record.told)) {
+    case FailureCause::kDeadline: return str(": rank ", finder, " waited for it until the timeout passed");
+    case FailureCause::kPeerDied: return str(": rank ", finder, " found that its process has ended");
+    case FailureCause::kLocalAbort: return str(": abort() was called there");
+    case FailureCause::kMismatch:
+      return str(": its call differs from that of rank ", finder, ", whose error names both");
+    case FailureCause::kNone:
+    case FailureCause::kPeerFailed: break;
+  }
+  return "";
+}
+
+std::string mismatch_text(const FailureRecord& record, const FailureDetails& details) {
+  const int me = record.rank;
+  const int peer = record.peer;
+  std::string text = str("mnnvl: rank ", peer, " came with another call than rank ", me, where(record, details), ": ");
+  if (details.mismatch == nullptr) return text + "the ranks' calls differ";
+  const std::string mine = describe(details.mismatch->mine);
+  const std::string theirs = describe(details.mismatch->theirs);
+  switch (details.mismatch->kind) {
+    case Mismatch::Kind::kCalls: text += str("rank ", me, " is in ", mine, ", rank ", peer, " in ", theirs); break;
+    case Mismatch::Kind::kWentOn:
+      text += str("rank ", me, " is in ", mine, ", which rank ", peer, " has passed in some other call; rank ", peer,
+                  " is now in ", theirs);
+      break;
+    case Mismatch::Kind::kPassed:
+      text += str("rank ", me, " is in ", mine, ", which rank ", peer, " has passed in some other call");
+      break;
+    case Mismatch::Kind::kEarlier:
+      text += str("both are in ", mine, ", but their calls before it differed, where neither read from the other");
+      break;
+  }
+  return text + ". Every rank must make the same calls in the same order, with the same sizes and types";
+}
+
+Error aborted(const FailureRecord& record, const std::string& place) {
+  return Error(ErrorKind::kAborted, str("mnnvl: rank ", record.rank, " stopped", place, ": abort() was called"));
+}
+
+}  // namespace
+
+std::string describe(const CallDescriptor& call) {
+  const char* operation = name(call.operation);
+  switch (call.operation) {
+    case Operation::kAllReduce:
+      return str(operation, " of ", call.bytes, " bytes ", name(call.dtype), " ", name(call.op),
+                 call.strategy == Strategy::kOneShot ? " (one-shot)" : " (two-shot)");
+    case Operation::kAllGather: return str(operation, " of ", call.bytes, " bytes a rank");
+    case Operation::kBroadcast: return str(operation, " of ", call.bytes, " bytes from root ", call.root);
+    case Operation::kBarrier: break;
+  }
+  return operation;
+}
+
+Error to_error(const FailureRecord& record, double waited_seconds, const FailureDetails& details) {
+  const std::string place = where(record, details);
+  // Whoever hears of a failure tells everybody where it began, so a rank may hear of its own abort(), or that it was
+  // waited for in vain.
+  if (record.cause == FailureCause::kPeerFailed && record.peer == record.rank) {
+    const FailureCause told = abort_cause(record.told);
+    if (told == FailureCause::kLocalAbort) return aborted(record, place);
+    if (told == FailureCause::kNone) {
+      return Error(ErrorKind::kAborted, str("mnnvl: rank ", record.rank, " stopped", place,
+                                            ": abort() was called here, or another rank waited for this one in vain"));
+    }
+  }
+  switch (record.cause) {
+    case FailureCause::kPeerDied:
+      return Error(ErrorKind::kPeerFailed,
+                   str("mnnvl: rank ", record.rank, " waited ", seconds(waited_seconds), " for rank ", record.peer,
+                       place, ": the process of rank ", record.peer,
+                       details.peer_pid > 0 ? str(" (pid ", details.peer_pid, ")") : "", " has ended"));
+    case FailureCause::kPeerFailed:
+      return Error(ErrorKind::kPeerFailed, str("mnnvl: rank ", record.rank, " stopped", place,
+                                               " because the failure began at rank ", record.peer, found(record)));
+    case FailureCause::kLocalAbort: return aborted(record, place);
+    case FailureCause::kMismatch: return Error(ErrorKind::kPeerFailed, mismatch_text(record, details));
+    case FailureCause::kDeadline:
+    case FailureCause::kNone: break;
+  }
+  return Error(ErrorKind::kTimeout, str("mnnvl: rank ", record.rank, " waited ", seconds(waited_seconds), " for rank ",
+                                        record.peer, place, ": the timeout passed"));
+}
+
+}  // namespace mnnvl

@@ -1,0 +1,20 @@
+#include "tuning/choose_cpu.h"
+
+#include "tuning/crossover.h"
+
+namespace mnnvl {
+namespace {
+
+constexpr Crossover kCrossovers[] = {
+#include "tuning/tables/cpu_crossovers.inc"
+};
+static_assert(complete(kCrossovers));
+
+}  // namespace
+
+Strategy choose_cpu_strategy(Strategy asked, int64_t bytes, int world_size) {
+  if (asked != Strategy::kAuto) return asked;
+  return bytes <= oneshot_limit(kCrossovers, world_size) ? Strategy::kOneShot : Strategy::kTwoShot;
+}
+
+}  // namespace mnnvl
