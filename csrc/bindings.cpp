@@ -253,7 +253,7 @@ py::dict probe(const std::string& nccl_path) {
                   py::arg("nvml_problem") = machine.nvml_problem, py::arg("nccl_loaded") = machine.nccl_loaded,
                   py::arg("nccl_problem") = machine.nccl_problem, py::arg("nccl_version") = machine.nccl_version,
                   py::arg("imex_channels") = machine.imex_channels, py::arg("host_id") = machine.host_id,
-                  py::arg("multicast_forbidden") = machine.multicast_forbidden, py::arg("devices") = devices);
+                  py::arg("devices") = devices);
 }
 
 // The set-up's control plane, for flashinfer/comm.py and tests. A time-out is a TimeoutError, so that who waits in Python can

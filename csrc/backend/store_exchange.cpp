@@ -88,12 +88,7 @@ StoreExchange::StoreExchange(c10::intrusive_ptr<c10d::Store> store, std::string 
       records_(size) {}
 
 StoreExchange::~StoreExchange() {
-  if (!published_ || failure_) return;
-  try {
-    own().nonce = 0;
-    publish();
-  } catch (const std::exception&) {  // whoever waits for this rank has a deadline
-  }
+  if (published_ && !failure_) leave(ErrorKind::kPeerFailed, /*word=*/"");
 }
 
 int64_t StoreExchange::new_owner(c10::intrusive_ptr<c10d::Store> store, const std::string& prefix, int rank) {
@@ -168,7 +163,7 @@ void StoreExchange::leave(ErrorKind kind, const std::string& word) noexcept {
     own().kind = kind;
     own().word = word;
     publish();
-  } catch (const std::exception&) {  // as in the destructor
+  } catch (const std::exception&) {  // whoever waits for this rank has a deadline
   }
 }
 
@@ -312,8 +307,9 @@ void StoreExchange::read_records() {
       records_[ranks[i]] = std::move(record);
     } else if (record.nonce != own().nonce) {
       silent_ = true;
-      fail(ErrorKind::kSystem, "mnnvl set-up: another process, or another group over the same store, has taken the place of rank ",
-           rank_, " in ", store_.prefix());
+      fail(ErrorKind::kSystem,
+           "mnnvl set-up: another process, or another group over the same store, has taken the place of rank ", rank_,
+           " in ", store_.prefix());
     }
   }
 }

@@ -74,7 +74,7 @@ class StoreExchange final : public Exchange {
     uint64_t count = 0;
     uint64_t nonce = 0;  // 0: not present
     ErrorKind kind = ErrorKind::kPeerFailed;
-    std::string word;                 // why this rank gave up, else empty
+    std::string word;  // why this rank gave up, else empty
     std::vector<std::string> litter;  // what this rank may delete once everybody has met again
 
     std::string serialise() const;
@@ -111,11 +111,11 @@ class StoreExchange final : public Exchange {
   const int64_t owner_;
 
   bool begun_ = false, published_ = false, in_store_ = false;
-  bool silent_ = false;          // the failure was a peer's, or another process took this rank's place
-  std::vector<bool> known_;      // by rank: it has a record
+  bool silent_ = false;  // the failure was a peer's, or another process took this rank's place
+  std::vector<bool> known_;  // by rank: it has a record
   std::vector<Record> records_;  // by rank, as read last; the own one as written last
-  std::string id_;               // of the meeting, or of the one that is tried
-  std::vector<uint64_t> met_;    // nonces of the meeting, by rank; empty before it
+  std::string id_;  // of the meeting, or of the one that is tried
+  std::vector<uint64_t> met_;  // nonces of the meeting, by rank; empty before it
   uint64_t round_ = 0;
   std::optional<Error> failure_;
 };

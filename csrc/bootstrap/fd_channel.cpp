@@ -6,27 +6,19 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 
-#include "system/deadline.h"
+#include "bootstrap/fd_message.h"
 #include "common/error.h"
+#include "system/deadline.h"
 
 namespace mnnvl {
 namespace {
 
-constexpr char kMagic[8] = {'m', 'n', 'n', 'v', 'l', 'f', 'd', '1'};
-constexpr size_t kNameBytes = 32;  // hexadecimal digits of 128 bits
-
-struct Message {
-  char magic[8];
-  int32_t rank;
-  int32_t has_fd;
-  char sender[kNameBytes];  // the sender's own address, which only the group knows together with its rank
-};
-
 std::string random_name() {
-  unsigned char bits[kNameBytes / 2];
+  unsigned char bits[kSocketNameBytes / 2];
   if (getrandom(bits, sizeof(bits), 0) != static_cast<ssize_t>(sizeof(bits))) fail_errno(errno, "getrandom");
   std::string name;
   for (unsigned char b : bits) {
@@ -59,8 +51,9 @@ bool same_user(int fd) {
   return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &credentials, &length) == 0 && credentials.uid == geteuid();
 }
 
-// One rank's side of the exchange. Every send precedes every receive, on connections that the peers' backlogs
-// complete, so no order of ranks can deadlock; what remains is to wait for the peers' messages.
+// One rank's side of the exchange: one loop that accepts, reads, sends what can be sent, and waits. A rank never stops
+// accepting while it waits to send: strangers may fill its queue of connections (abstract names can be read in /proc), and peers that
+// wait for room in each other's queues would wait for ever. A turn's work is bounded.
 class Session {
  public:
   Session(int rank, const std::vector<std::string>& addresses, int listener, const Deadline& deadline)
@@ -69,131 +62,104 @@ class Session {
         addresses_(addresses),
         listener_(listener),
         deadline_(deadline),
-        outgoing_(size_),
-        received_(size_),
-        done_(size_, false) {
-    done_[rank] = true;
+        peers_(size_) {
+    peers_[rank].sent = peers_[rank].done = true;
   }
 
-  void send_to_all(int fd) {
-    for (int peer = 0; peer < size_; ++peer) {
-      if (peer != rank_) send_to(peer, fd);
-    }
-  }
-
-  std::vector<UniqueFd> receive_from_all() {
-    while (missing() >= 0) {
-      wait();
-      // A peer closes its end only after it has sent to all, or after it failed. So whoever hung up is looked at
-      // after everything that had arrived by then was read.
-      std::vector<int> closed = hung_up();
-      accept_all();
+  std::vector<UniqueFd> run(int fd) {
+    while (!complete()) {
+      note_hang_ups();
+      accept_some();
       read_all();
-      for (int peer : closed) {
-        if (!done_[peer])
-          fail(ErrorKind::kPeerFailed, "rank ", peer, " closed its socket before it had sent its descriptor");
-      }
-      if (missing() >= 0 && deadline_.passed()) time_out("descriptors");
+      look_at_hang_ups();
+      const bool waits_for_room = !send_to_all(fd);
+      if (complete()) break;
+      if (deadline_.passed()) time_out();
+      wait(waits_for_room);
     }
-    return std::move(received_);
+    std::vector<UniqueFd> fds;
+    for (Peer& peer : peers_) fds.push_back(std::move(peer.received));
+    return fds;
   }
 
  private:
-  int missing() const {
-    for (int peer = 0; peer < size_; ++peer) {
-      if (!done_[peer]) return peer;
-    }
-    return -1;
+  struct Peer {
+    bool sent = false, done = false;  // what this rank sends it; what it sends this rank
+    // Kept open until this rank ends, which is what the peer then sees of it; and the other way round.
+    UniqueFd incoming, outgoing;
+    UniqueFd received;
+    int64_t hung_up_at = -1;          // accepted_ when its end was seen
+  };
+
+  bool complete() const {
+    return std::all_of(peers_.begin(), peers_.end(), [](const Peer& peer) { return peer.sent && peer.done; });
   }
 
-  [[noreturn]] void time_out(const char* what) const {
+  std::string ranks_with(bool (*test)(const Peer&)) const {
     std::string ranks;
     for (int peer = 0; peer < size_; ++peer) {
-      if (!done_[peer]) ranks += str(ranks.empty() ? "" : ", ", peer);
+      if (test(peers_[peer])) ranks += str(ranks.empty() ? "" : ", ", peer);
     }
-    fail(ErrorKind::kTimeout, "no ", what, " from rank(s) ", ranks, " within ", deadline_.timeout_ms(), " ms");
+    return ranks;
   }
 
-  void send_to(int peer, int fd) {
-    UniqueFd connection = connect_to(peer);
+  [[noreturn]] void time_out() const {
+    const std::string silent = ranks_with([](const Peer& peer) { return !peer.done; });
+    const std::string full = ranks_with([](const Peer& peer) { return !peer.sent; });
+    std::string text;
+    if (!silent.empty()) text += str("no descriptors from rank(s) ", silent);
+    if (!full.empty()) text += str(text.empty() ? "" : ", and ", "no room in the queue of rank(s) ", full);
+    fail(ErrorKind::kTimeout, text, " within ", deadline_.timeout_ms(), " ms");
+  }
+
+  // --- Sending.
+
+  // False while the queue of some peer has no room.
+  bool send_to_all(int fd) {
+    bool all = true;
+    for (int peer = 0; peer < size_; ++peer) {
+      if (!peers_[peer].sent) all = send_to(peer, fd) && all;
+    }
+    return all;
+  }
+
+  bool send_to(int peer, int fd) {
+    sockaddr_un address;
+    const socklen_t length = make_address(addresses_[peer], &address);
+    UniqueFd connection = open_socket();
+    int outcome;
+    do {
+      outcome = connect(connection.get(), reinterpret_cast<sockaddr*>(&address), length);
+    } while (outcome != 0 && errno == EINTR);
+    if (outcome != 0 && errno == EAGAIN) return false;
+    if (outcome != 0 && errno == ECONNREFUSED) {
+      fail(ErrorKind::kPeerFailed, "rank ", peer,
+           "'s socket is gone: it failed first, or runs in another network namespace");
+    }
+    if (outcome != 0) fail_errno(errno, "connect to rank ", peer);
     if (!same_user(connection.get())) {
       fail(ErrorKind::kSystem, "rank ", peer, "'s socket belongs to another user (this rank's uid is ", geteuid(),
            "); descriptors are passed only between processes of one user");
     }
-    Message message{};
-    std::memcpy(message.magic, kMagic, sizeof(kMagic));
-    message.rank = rank_;
-    message.has_fd = fd >= 0;
-    std::memcpy(message.sender, addresses_[rank_].data(), kNameBytes);
-    iovec data{&message, sizeof(message)};
-    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-    msghdr header{};
-    header.msg_iov = &data;
-    header.msg_iovlen = 1;
-    if (fd >= 0) {
-      header.msg_control = control;
-      header.msg_controllen = sizeof(control);
-      cmsghdr* rights = CMSG_FIRSTHDR(&header);
-      rights->cmsg_level = SOL_SOCKET;
-      rights->cmsg_type = SCM_RIGHTS;
-      rights->cmsg_len = CMSG_LEN(sizeof(int));
-      std::memcpy(CMSG_DATA(rights), &fd, sizeof(int));
-    }
-    ssize_t sent;
-    do {
-      sent = sendmsg(connection.get(), &header, MSG_NOSIGNAL);
-    } while (sent < 0 && errno == EINTR);
-    if (sent < 0 && (errno == EPIPE || errno == ECONNRESET)) {
-      fail(ErrorKind::kPeerFailed, "rank ", peer, " closed its socket early");
-    }
-    if (sent < 0) fail_errno(errno, "sendmsg of a descriptor to rank ", peer);
-    outgoing_[peer] = std::move(connection);
+    send_fd_message(connection.get(), peer, rank_, addresses_[rank_], fd);
+    peers_[peer].outgoing = std::move(connection);
+    peers_[peer].sent = true;
+    return true;
   }
 
-  UniqueFd connect_to(int peer) {
-    sockaddr_un address;
-    socklen_t length = make_address(addresses_[peer], &address);
-    for (;;) {
-      UniqueFd connection = open_socket();
-      if (connect(connection.get(), reinterpret_cast<sockaddr*>(&address), length) == 0) return connection;
-      if (errno == ECONNREFUSED) {
-        fail(ErrorKind::kPeerFailed, "rank ", peer,
-             "'s socket is gone: it failed first, or runs in another network namespace");
-      }
-      // EAGAIN: the peer's backlog is full for the moment.
-      if (errno != EAGAIN && errno != EINTR) fail_errno(errno, "connect to rank ", peer);
-      if (deadline_.passed()) time_out("room in the backlog, and no descriptors,");
-      poll(nullptr, 0, deadline_.left_ms(2));
-    }
-  }
+  // --- Receiving.
 
-  void wait() {
-    std::vector<pollfd> fds{{listener_, POLLIN, 0}};
-    for (const UniqueFd& fd : incoming_) fds.push_back({fd.get(), POLLIN, 0});
-    for (int peer = 0; peer < size_; ++peer) {
-      if (outgoing_[peer] && !done_[peer]) fds.push_back({outgoing_[peer].get(), 0, 0});  // hang-ups only
-    }
-    if (poll(fds.data(), fds.size(), deadline_.left_ms(1000)) < 0 && errno != EINTR) fail_errno(errno, "poll");
-  }
-
-  std::vector<int> hung_up() const {
-    std::vector<int> peers;
-    for (int peer = 0; peer < size_; ++peer) {
-      if (!outgoing_[peer] || done_[peer]) continue;
-      pollfd fd{outgoing_[peer].get(), 0, 0};
-      if (poll(&fd, 1, 0) > 0 && (fd.revents & (POLLHUP | POLLERR)) != 0) peers.push_back(peer);
-    }
-    return peers;
-  }
-
-  void accept_all() {
-    for (;;) {
+  void accept_some() {
+    drained_ = false;
+    for (int turn = 0; turn < kAcceptsPerTurn; ++turn) {
       UniqueFd connection(accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
       if (connection) {
+        ++accepted_;
         if (same_user(connection.get())) incoming_.push_back(std::move(connection));
         continue;
       }
-      if (errno == EAGAIN) return;
+      drained_ = errno == EAGAIN;
+      if (drained_) return;
       if (errno != EINTR && errno != ECONNABORTED) fail_errno(errno, "accept of a peer's descriptor");
     }
   }
@@ -201,86 +167,97 @@ class Session {
   void read_all() {
     std::vector<UniqueFd> unread;
     for (UniqueFd& connection : incoming_) {
-      if (!read_one(connection.get())) unread.push_back(std::move(connection));
+      FdMessage message;
+      const Received received = receive_fd_message(connection.get(), &message);
+      if (received == Received::kNothingYet) unread.push_back(std::move(connection));
+      if (received == Received::kMessage) take(std::move(message), std::move(connection));
     }
     incoming_ = std::move(unread);
   }
 
-  // True when the connection has nothing more to say: its message was taken, or it was not one of ours.
-  bool read_one(int connection) {
-    Message message{};
-    iovec data{&message, sizeof(message)};
-    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-    msghdr header{};
-    header.msg_iov = &data;
-    header.msg_iovlen = 1;
-    header.msg_control = control;
-    header.msg_controllen = sizeof(control);
-    ssize_t got = recvmsg(connection, &header, MSG_CMSG_CLOEXEC);
-    if (got < 0 && (errno == EAGAIN || errno == EINTR)) return false;
-    std::vector<UniqueFd> fds = take_descriptors(&header);
-    int peer = message.rank;
-    bool ours = got == static_cast<ssize_t>(sizeof(message)) &&
-                std::memcmp(message.magic, kMagic, sizeof(kMagic)) == 0 && peer >= 0 && peer < size_ && !done_[peer] &&
-                addresses_[peer].compare(0, kNameBytes, message.sender, kNameBytes) == 0;
-    if (!ours) return true;
-    if (message.has_fd != 0 && (fds.size() != 1 || (header.msg_flags & MSG_CTRUNC) != 0)) {
-      fail(ErrorKind::kSystem, "rank ", peer,
+  void take(FdMessage message, UniqueFd connection) {
+    const int rank = message.rank;
+    if (rank < 0 || rank >= size_ || peers_[rank].done || message.sender != addresses_[rank]) return;
+    if (message.has_fd && (message.fds.size() != 1 || message.truncated)) {
+      fail(ErrorKind::kSystem, "rank ", rank,
            "'s descriptor was lost on the way: is this process at its limit of open files (ulimit -n)?");
     }
-    if (message.has_fd != 0) received_[peer] = std::move(fds[0]);
-    done_[peer] = true;
-    return true;
+    if (message.has_fd) peers_[rank].received = std::move(message.fds[0]);
+    peers_[rank].incoming = std::move(connection);
+    peers_[rank].done = true;
   }
 
-  // Everything that came is owned at once, also what is then found to be unwanted.
-  static std::vector<UniqueFd> take_descriptors(msghdr* header) {
-    std::vector<UniqueFd> fds;
-    for (cmsghdr* c = CMSG_FIRSTHDR(header); c != nullptr; c = CMSG_NXTHDR(header, c)) {
-      if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
-      for (size_t at = 0; at + sizeof(int) <= c->cmsg_len - CMSG_LEN(0); at += sizeof(int)) {
-        int fd;
-        std::memcpy(&fd, CMSG_DATA(c) + at, sizeof(int));
-        fds.emplace_back(fd);
+  // --- Peers that end.
+
+  void note_hang_ups() {
+    for (Peer& peer : peers_) {
+      if (!peer.outgoing || peer.done || peer.hung_up_at >= 0) continue;
+      pollfd fd{peer.outgoing.get(), 0, 0};
+      if (poll(&fd, 1, 0) > 0 && (fd.revents & (POLLHUP | POLLERR)) != 0) peer.hung_up_at = accepted_;
+    }
+  }
+
+  // A peer closes its end only after it has sent to all, or after it failed. So whoever hung up is judged when everything was read
+  // that stood in the queue by then.
+  void look_at_hang_ups() const {
+    for (int rank = 0; rank < size_; ++rank) {
+      const Peer& peer = peers_[rank];
+      if (peer.done || peer.hung_up_at < 0) continue;
+      if (drained_ || accepted_ - peer.hung_up_at > SOMAXCONN + 1) {
+        fail(ErrorKind::kPeerFailed, "rank ", rank, " closed its socket before it had sent its descriptor");
       }
     }
-    return fds;
   }
+
+  // --- Waiting.
+
+  // Nothing tells when a full queue has room again.
+  void wait(bool waits_for_room) {
+    std::vector<pollfd> fds{{listener_, POLLIN, 0}};
+    for (const UniqueFd& fd : incoming_) fds.push_back({fd.get(), POLLIN, 0});
+    for (const Peer& peer : peers_) {
+      if (peer.outgoing && !peer.done) fds.push_back({peer.outgoing.get(), 0, 0});  // hang-ups only
+    }
+    if (poll(fds.data(), fds.size(), deadline_.left_ms(waits_for_room ? 1 : 1000)) < 0 && errno != EINTR)
+      fail_errno(errno, "poll");
+  }
+
+  static constexpr int kAcceptsPerTurn = 1024;
 
   const int rank_;
   const int size_;
   const std::vector<std::string>& addresses_;
   const int listener_;
   const Deadline& deadline_;
-  std::vector<UniqueFd> outgoing_;  // by rank; kept open so that a peer's end is seen
+  std::vector<Peer> peers_;         // by rank
   std::vector<UniqueFd> incoming_;  // accepted, not yet read
-  std::vector<UniqueFd> received_;  // by rank
-  std::vector<bool> done_;          // by rank
+  int64_t accepted_ = 0;
+  bool drained_ = false;            // the last turn's accepts left nothing in the queue
 };
 
 }  // namespace
 
-FdChannel::FdChannel(int world_size) : listener_(open_socket()), address_(random_name()) {
+FdChannel::FdChannel() : listener_(open_socket()), address_(random_name()) {
   sockaddr_un address;
   socklen_t length = make_address(address_, &address);
   if (bind(listener_.get(), reinterpret_cast<sockaddr*>(&address), length) != 0) {
     fail_errno(errno, "bind of the socket for passing descriptors");
   }
-  if (listen(listener_.get(), world_size + 8) != 0) fail_errno(errno, "listen on the socket for passing descriptors");
+  // As many as the kernel allows: strangers may come before this rank begins to accept.
+  if (listen(listener_.get(), SOMAXCONN) != 0) fail_errno(errno, "listen on the socket for passing descriptors");
 }
 
-std::vector<UniqueFd> FdChannel::exchange(int rank, const std::vector<std::string>& addresses, int fd, int timeout_ms) {
+std::vector<UniqueFd> FdChannel::exchange(int rank, const std::vector<std::string>& addresses, int fd,
+                                          int64_t timeout_ms) {
   UniqueFd listener = std::move(listener_);
   MNNVL_ASSERT(listener && rank >= 0 && rank < static_cast<int>(addresses.size()),
                "FdChannel::exchange is called once, by a rank");
   for (const std::string& address : addresses) {
-    if (address.size() != kNameBytes)
-      fail(ErrorKind::kSystem, "a peer's socket name has ", address.size(), " bytes, not ", kNameBytes);
+    if (address.size() != kSocketNameBytes)
+      fail(ErrorKind::kSystem, "a peer's socket name has ", address.size(), " bytes, not ", kSocketNameBytes);
   }
   Deadline deadline(timeout_ms);
-  Session session(rank, addresses, listener.get(), deadline);
-  session.send_to_all(fd);
-  return session.receive_from_all();
+  return Session(rank, addresses, listener.get(), deadline).run(fd);
 }
 
 }  // namespace mnnvl

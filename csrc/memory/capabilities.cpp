@@ -3,11 +3,10 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "driver/nvml.h"
-#include "system/unique_fd.h"
 #include "memory/allocation.h"
+#include "system/unique_fd.h"
 
 namespace mnnvl {
 namespace {
@@ -97,8 +96,8 @@ Capabilities find_capabilities(const CudaDriver& driver, const SymmetricBufferOp
   if (found.fabric_problem.empty())
     found.fabric_problem = try_handle_type(driver, found.device, HandleType::kFabric, found.granularity);
 
-  std::string forbidden = multicast_forbidden();
-  found.multicast_forbidden = !forbidden.empty();
+  const std::string& forbidden = options.multicast_forbidden;
+  found.multicast_forbidden = forbidden;
   if (options.multicast == MulticastMode::kOff) {
     found.multicast_problem = "switched off" + (forbidden.empty() ? "" : " by " + forbidden);
   } else if (!forbidden.empty()) {
@@ -142,25 +141,6 @@ Capabilities Capabilities::parse(const std::string& record) {
 
 std::string Capabilities::where() const {
   return str("host ", host.hostname, ", device ", device, " ", device_name, " ", device_uuid);
-}
-
-std::string multicast_forbidden() {
-  struct Switch {
-    const char* name;
-    bool forbids_when_set;  // to a true value; else forbids when set to a false one
-  };
-  static const Switch switches[] = {
-      {"MNNVL_MULTICAST", false}, {"TORCH_SYMM_MEM_DISABLE_MULTICAST", true}, {"NCCL_NVLS_ENABLE", false}};
-  for (const Switch& s : switches) {
-    const char* text = std::getenv(s.name);
-    if (text == nullptr || *text == '\0') continue;
-    std::string value(text);
-    std::transform(value.begin(), value.end(), value.begin(), [](unsigned char c) { return std::tolower(c); });
-    bool off = value == "0" || value == "off" || value == "false" || value == "no" || value == "n";
-    if (off != s.forbids_when_set) return str(s.name, "=", text);
-    // What is neither a plain yes nor a plain no forbids nothing here; the Python side reports it as malformed.
-  }
-  return "";
 }
 
 }  // namespace mnnvl

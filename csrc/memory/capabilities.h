@@ -7,7 +7,7 @@
 
 #include "driver/cuda_driver.h"
 #include "memory/host_identity.h"
-#include "memory/symmetric_buffer.h"
+#include "memory/options.h"
 
 namespace mnnvl {
 
@@ -26,7 +26,7 @@ struct Capabilities {
   uint32_t clique = 0;
   std::string cluster_problem;    // why in none
   std::string multicast_problem;  // why this rank can't or may not use multicast, empty when it can
-  bool multicast_forbidden = false;  // by a variable of the environment: binding for NCCL too
+  std::string multicast_forbidden;  // as in the options
   Bootstrap bootstrap = Bootstrap::kAuto;
   bool has_nccl = false;
   uint64_t bytes = 0;  // what the options ask for; the same everywhere, or it is an error
@@ -41,7 +41,7 @@ struct Plan {
   HandleType handle = HandleType::kPosixFd;
   bool multicast = false;           // to be tried
   std::string multicast_problem;    // why not, naming the rank
-  bool multicast_forbidden = false; // on some rank, by a variable of the environment
+  std::string multicast_forbidden;  // on some rank, as "rank 1: NAME=value"; empty: nowhere
   Bootstrap bootstrap = Bootstrap::kStore;  // never kAuto
   uint64_t granularity = 0;  // the largest of all ranks
   int min_compute_capability = 0;
@@ -56,8 +56,5 @@ Capabilities find_capabilities(const CudaDriver& driver, const SymmetricBufferOp
 // Pure: the same plan, or the same Error, on every rank. kUnsupported with a table of all ranks when no handle type
 // serves them all; kInvalidArgument when ranks ask for different buffers.
 Plan choose_plan(const std::vector<Capabilities>& ranks);
-
-// The name and value of the first environment variable set that forbids multicast, else empty.
-std::string multicast_forbidden();
 
 }  // namespace mnnvl

@@ -11,14 +11,13 @@ namespace mnnvl {
 namespace {
 
 // The communicator lives for this one all-gather.
-std::vector<std::string> gather_over_nccl(const SetupContext& context, const RecordRoute& route,
+std::vector<std::string> gather_over_nccl(const SetupContext& context, const NcclLibrary& nccl,
                                           const std::string& mine) {
   NcclExchangeOptions options;
   options.where = context.where;
   options.record_bytes = sizeof(CUmemFabricHandle);
   options.timeout_ms = context.timeout_ms;
-  options.allow_multicast = route.allow_multicast;
-  return NcclExchange::create(context.driver, *route.nccl, context.exchange, options)->all_gather(mine);
+  return NcclExchange::create(context.driver, nccl, context.exchange, options)->all_gather(mine);
 }
 
 SharedHandle fabric_handle(const std::string& record, int peer) {
@@ -37,7 +36,7 @@ Allocation SharedHandle::import(const CudaDriver& driver) const {
   return is_fabric_ ? Allocation::import_fabric(driver, fabric_) : Allocation::import_fd(driver, fd_.get());
 }
 
-std::vector<SharedHandle> exchange_handles(const SetupContext& context, const RecordRoute& route,
+std::vector<SharedHandle> exchange_handles(const SetupContext& context, const NcclLibrary* nccl,
                                            const std::string& what, const std::function<const Allocation*()>& make) {
   const bool fabric = context.handle == HandleType::kFabric;
   const bool alone = context.size() == 1;
@@ -54,16 +53,16 @@ std::vector<SharedHandle> exchange_handles(const SetupContext& context, const Re
     }
     if (mine != nullptr) fd = mine->export_fd();
     if (alone) return "";
-    channel = std::make_unique<FdChannel>(context.size());
+    channel = std::make_unique<FdChannel>();
     return channel->address();
   };
 
   const std::string stage = "allocating and exporting " + what;
   std::vector<std::string> records;
-  if (route.nccl != nullptr && !alone) {
+  if (nccl != nullptr && !alone) {
     std::string mine;
     agree(context.exchange, stage, context.where, [&] { mine = prepare(); });
-    records = gather_over_nccl(context, route, mine);
+    records = gather_over_nccl(context, *nccl, mine);
   } else {
     records = agree_gather(context.exchange, stage, context.where, prepare);
   }

@@ -8,8 +8,9 @@
 #include "bootstrap/exchange.h"
 #include "driver/cuda_driver.h"
 #include "driver/nccl.h"
-#include "system/unique_fd.h"
 #include "memory/allocation.h"
+#include "memory/options.h"
+#include "system/unique_fd.h"
 
 namespace mnnvl {
 
@@ -20,7 +21,8 @@ struct SetupContext {
   std::string where;  // this rank's host and device
   int device = 0;
   HandleType handle = HandleType::kPosixFd;
-  int timeout_ms = 0;  // of waits inside a stage; shorter than the exchange's own, so that agreements outlast them
+  int64_t timeout_ms = 0;  // of waits inside a stage; shorter than the exchange's own, so that agreements outlast them
+  std::string multicast_forbidden;  // as in Plan; empty: multicast objects may be created
 
   int rank() const { return exchange.rank(); }
   int size() const { return exchange.size(); }
@@ -40,16 +42,11 @@ class SharedHandle {
   UniqueFd fd_;
 };
 
-// How the records of an exchange travel: over the context's Exchange, or over NCCL.
-struct RecordRoute {
-  const NcclLibrary* nccl = nullptr;  // null: the Exchange
-  bool allow_multicast = false;       // for NCCL's own use
-};
-
 // Collective. `make` gives the allocation that this rank shares, which must live until the peers have imported it, or
-// null for none; it runs inside the first agreement. Returns the peers' handles by rank, valid where one was shared,
+// null for none; it runs inside the first agreement. Records travel over `nccl`, or, where it is null, over the context's
+// Exchange. Returns the peers' handles by rank, valid where one was shared,
 // empty for this rank. Throws the same AgreedError on every rank; `what` names the allocation in it.
-std::vector<SharedHandle> exchange_handles(const SetupContext& context, const RecordRoute& route,
+std::vector<SharedHandle> exchange_handles(const SetupContext& context, const NcclLibrary* nccl,
                                            const std::string& what, const std::function<const Allocation*()>& make);
 
 }  // namespace mnnvl

@@ -15,7 +15,6 @@
 namespace mnnvl {
 namespace {
 
-constexpr int kDefaultTimeoutMs = 300000;
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 
 UniqueFd create_segment(size_t bytes) {
@@ -98,7 +97,8 @@ class HostSegmentsImpl final : public HostSegments {
   const std::vector<int>& peer_pids() const override { return peer_pids_; }
 
   void set_up(Exchange& exchange, const HostSegmentsOptions& options) {
-    const int timeout_ms = std::max(1, (options.timeout_ms > 0 ? options.timeout_ms : kDefaultTimeoutMs) / 2);
+    const int64_t timeout_ms =
+        std::max<int64_t>(1, (options.timeout_ms > 0 ? options.timeout_ms : kDefaultSetUpTimeoutMs) / 2);
     const int rank = exchange.rank(), size = exchange.size();
     bytes_ = options.bytes;
     const HostIdentity self = host_identity(options.host_id);
@@ -124,7 +124,7 @@ class HostSegmentsImpl final : public HostSegments {
     std::vector<std::string> addresses = agree_gather(exchange, "creating shared host memory", where, [&] {
       own = create_segment(bytes_);
       if (size == 1) return std::string();
-      channel = std::make_unique<FdChannel>(size);
+      channel = std::make_unique<FdChannel>();
       return channel->address();
     });
 

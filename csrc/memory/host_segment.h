@@ -3,18 +3,12 @@
 
 #include <cstddef>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "bootstrap/exchange.h"
+#include "memory/options.h"
 
 namespace mnnvl {
-
-struct HostSegmentsOptions {
-  size_t bytes = 0;      // per rank, zero-filled at start
-  std::string host_id;   // empty: found out; MNNVL_HOST_ID overrides
-  int timeout_ms = 0;
-};
 
 class HostSegments {
  public:

@@ -9,9 +9,10 @@
 namespace mnnvl {
 namespace {
 
-void check_allowed() {
-  std::string forbidden = multicast_forbidden();
-  if (!forbidden.empty()) fail(ErrorKind::kUnsupported, "multicast is switched off by ", forbidden);
+// The plan has looked already; this stands before each way to the driver.
+void check_allowed(const SetupContext& context) {
+  if (!context.multicast_forbidden.empty())
+    fail(ErrorKind::kUnsupported, "multicast is switched off by ", context.multicast_forbidden);
 }
 
 }  // namespace
@@ -19,7 +20,7 @@ void check_allowed() {
 size_t multicast_granularity(const SetupContext& context, size_t size) {
   std::vector<std::string> answers =
       agree_gather(context.exchange, "asking for the multicast granularity", context.where, [&] {
-        check_allowed();
+        check_allowed(context);
         CUmulticastObjectProp prop{};
         prop.numDevices = static_cast<unsigned int>(context.size());
         prop.size = size;
@@ -44,11 +45,12 @@ std::unique_ptr<Multicast> Multicast::create(const SetupContext& context, const 
   auto self = std::make_unique<Multicast>();
 
   // Nobody creates before everybody has looked at the switches once more.
-  agree(context.exchange, "checking the multicast switches", context.where, check_allowed);
+  agree(context.exchange, "checking the multicast switches", context.where, [&] { check_allowed(context); });
 
   std::vector<SharedHandle> handles =
-      exchange_handles(context, RecordRoute(), "the multicast object", [&]() -> const Allocation* {
+      exchange_handles(context, /*nccl=*/nullptr, "the multicast object", [&]() -> const Allocation* {
         if (context.rank() != 0) return nullptr;
+        check_allowed(context);
         self->object_ = Allocation::create_multicast(driver, context.handle, size, context.size());
         return &self->object_;
       });

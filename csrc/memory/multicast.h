@@ -11,8 +11,8 @@ class Multicast {
  public:
   // Collective: rank 0 creates and exports, all import, then all add their device, then all bind, then all map, with
   // an agreement between each two, since the driver blocks in a bind until every device was added. Throws the same
-  // AgreedError on every rank; the caller then goes on without multicast. Creates nothing where a variable of the
-  // environment forbids it.
+  // AgreedError on every rank; the caller then goes on without multicast. Creates nothing where
+  // context.multicast_forbidden says so.
   static std::unique_ptr<Multicast> create(const SetupContext& context, const Allocation& memory, size_t size,
                                            size_t alignment);
 

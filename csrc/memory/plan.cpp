@@ -94,15 +94,34 @@ void check_same_request(const Ranks& ranks) {
   }
 }
 
+// "rank 1: NAME=value" of the first rank that forbids multicast objects, empty if none does.
+std::string forbidden_by(const Ranks& ranks) {
+  int rank = first_rank(ranks, [](const Capabilities& c) { return !c.multicast_forbidden.empty(); });
+  return rank >= 0 ? str("rank ", rank, ": ", ranks[rank].multicast_forbidden) : "";
+}
+
+// NCCL makes multicast objects of its own unless this variable says no. It is the user's to set: NCCL may have read it
+// before, and other groups of the process obey it too.
+std::string nccl_obstacle(const Ranks& ranks) {
+  const std::string forbidden = forbidden_by(ranks);
+  if (forbidden.empty()) return "";
+  int rank = first_rank(ranks, [](const Capabilities& c) {
+    return c.multicast_forbidden.find("NCCL_NVLS_ENABLE=") == std::string::npos;
+  });
+  if (rank < 0) return "";
+  return str("multicast objects are forbidden (", forbidden,
+             "), and NCCL makes its own unless NCCL_NVLS_ENABLE=0, which rank ", rank, " has not set");
+}
+
 // The given exchange works everywhere: one rank that asks for it has it for all.
-Bootstrap choose_bootstrap(const Ranks& ranks, HandleType handle, bool device_shared) {
+Bootstrap choose_bootstrap(const Ranks& ranks, HandleType handle, bool nccl_possible) {
   const auto any = [&](Bootstrap asked) {
     return std::any_of(ranks.begin(), ranks.end(), [&](const Capabilities& c) { return c.bootstrap == asked; });
   };
   if (any(Bootstrap::kStore)) return Bootstrap::kStore;
   if (any(Bootstrap::kNccl)) return Bootstrap::kNccl;
   const bool possible =
-      !device_shared && std::all_of(ranks.begin(), ranks.end(), [](const Capabilities& c) { return c.has_nccl; });
+      nccl_possible && std::all_of(ranks.begin(), ranks.end(), [](const Capabilities& c) { return c.has_nccl; });
   return handle == HandleType::kFabric && possible ? Bootstrap::kNccl : Bootstrap::kStore;
 }
 
@@ -124,20 +143,24 @@ Plan choose_plan(const std::vector<Capabilities>& ranks) {
          ".\n  Fabric handles: ", no_fabric, ".\n  File descriptors: ", no_fd, ".", table(ranks));
   }
 
-  std::string shared = shared_device(ranks);
-  plan.bootstrap = choose_bootstrap(ranks, plan.handle, !shared.empty());
+  const std::string shared = shared_device(ranks), no_nccl = nccl_obstacle(ranks);
+  plan.bootstrap = choose_bootstrap(ranks, plan.handle, shared.empty() && no_nccl.empty());
   if (plan.bootstrap == Bootstrap::kNccl && !shared.empty()) {
     fail(ErrorKind::kUnsupported, shared,
          ", which NCCL refuses; give each rank its own device, or set bootstrap=\"store\"");
   }
+  if (plan.bootstrap == Bootstrap::kNccl && !no_nccl.empty()) {
+    fail(ErrorKind::kUnsupported, "bootstrap=\"nccl\" can't be used: ", no_nccl,
+         "; set it on every rank before the program starts, or set bootstrap=\"store\"");
+  }
 
   plan.multicast_problem = multicast_obstacle(ranks);
   plan.multicast = plan.multicast_problem.empty();
+  plan.multicast_forbidden = forbidden_by(ranks);
   plan.granularity = ranks[0].granularity;
   plan.min_compute_capability = ranks[0].compute_capability;
   plan.min_multiprocessors = ranks[0].multiprocessors;
   for (const Capabilities& c : ranks) {
-    plan.multicast_forbidden = plan.multicast_forbidden || c.multicast_forbidden;
     plan.granularity = std::max(plan.granularity, c.granularity);
     plan.min_compute_capability = std::min(plan.min_compute_capability, c.compute_capability);
     plan.min_multiprocessors = std::min(plan.min_multiprocessors, c.multiprocessors);

@@ -7,7 +7,6 @@
 #include "driver/cuda_driver.h"
 #include "driver/nccl.h"
 #include "driver/nvml.h"
-#include "memory/capabilities.h"
 #include "memory/host_identity.h"
 
 namespace mnnvl {
@@ -95,7 +94,6 @@ MachineProbe probe_machine(const std::string& nccl_path) noexcept {
   guarded(&ignored, [&] {
     machine.imex_channels = imex_channels();
     machine.host_id = host_identity("").host_id;
-    machine.multicast_forbidden = multicast_forbidden();
   });
   return machine;
 }

@@ -35,7 +35,6 @@ struct MachineProbe {
   int nccl_version = 0;  // 22809 for 2.28.9
   std::vector<std::string> imex_channels;  // device files that this process sees
   std::string host_id;  // as ranks compare it
-  std::string multicast_forbidden;  // "NCCL_NVLS_ENABLE=0", or empty
   std::vector<DeviceProbe> devices;
 };
 

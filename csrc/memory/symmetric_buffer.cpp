@@ -12,8 +12,6 @@
 namespace mnnvl {
 namespace {
 
-constexpr int kDefaultTimeoutMs = 300000;
-
 class SymmetricBufferImpl final : public SymmetricBuffer {
  public:
   size_t bytes() const override { return size_; }
@@ -27,8 +25,9 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
 
   void set_up(const CudaDriver& driver, const NcclLibrary* nccl, const DeviceOps& ops, Exchange& exchange,
               const SymmetricBufferOptions& options) {
-    const int timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : kDefaultTimeoutMs;
-    SetupContext context{driver, exchange, "", options.device, HandleType::kPosixFd, std::max(1, timeout_ms / 2)};
+    const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : kDefaultSetUpTimeoutMs;
+    SetupContext context{driver, exchange, /*where=*/"", options.device};
+    context.timeout_ms = std::max<int64_t>(1, timeout_ms / 2);
     std::vector<Capabilities> ranks = compare(context, nccl != nullptr, options);
     std::vector<SharedHandle> handles = allocate(context, nccl, options);
     map(context, ranks, handles);
@@ -55,6 +54,7 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
     peer_pids_ = visible_pids(hosts, context.rank());
     context.where = ranks[context.rank()].where();
     context.handle = plan_.handle;
+    context.multicast_forbidden = plan_.multicast_forbidden;
     return ranks;
   }
 
@@ -69,7 +69,7 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
         size_ = align_up(options.bytes, alignment_);
       });
     }
-    RecordRoute route;
+    const NcclLibrary* route = nullptr;
     if (plan_.bootstrap == Bootstrap::kNccl && context.size() > 1) {
       agree(context.exchange, "finding NCCL", context.where, [&] {
         if (nccl == nullptr) {
@@ -77,8 +77,7 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
                "bootstrap=\"nccl\" needs a NCCL library, and none is loaded; set bootstrap=\"store\"");
         }
       });
-      route.nccl = nccl;
-      route.allow_multicast = !plan_.multicast_forbidden;
+      route = nccl;
     }
     return exchange_handles(context, route, "the buffer", [&] {
       memory_ = Allocation::create(context.driver, context.device, plan_.handle, size_);

@@ -10,25 +10,10 @@
 #include "bootstrap/exchange.h"
 #include "driver/cuda_driver.h"
 #include "driver/nccl.h"
+#include "memory/options.h"
 #include "protocol/device_ops.h"
 
 namespace mnnvl {
-
-enum class HandleType : int { kPosixFd = 0, kFabric = 1 };
-enum class MulticastMode : int { kOff = 0, kAuto = 1 };
-// How handles are exchanged. kAuto: over NCCL where they are fabric handles and every rank has NCCL and a device of its own,
-// else over the given exchange: descriptors need only an address, and a first exchange over NCCL leaves some 280 MiB in the context.
-enum class Bootstrap : int { kNccl = 0, kStore = 1, kAuto = 2 };
-
-struct SymmetricBufferOptions {
-  int device = 0;                // CUDA ordinal; the caller has made its primary context current
-  size_t bytes = 0;              // rounded up to the granularity that the plan needs
-  uint32_t fill = 0x80000000u;   // value of every 32-bit word at rest
-  MulticastMode multicast = MulticastMode::kAuto;  // kAuto still obeys the environment's switches
-  Bootstrap bootstrap = Bootstrap::kAuto;
-  std::string host_id;           // empty: found out; tests and MNNVL_HOST_ID override it
-  int timeout_ms = 0;            // deadline of each wait inside the set-up
-};
 
 class SymmetricBuffer {
  public:

@@ -1,0 +1,387 @@
+"""How ranks meet over a c10d store: whatever each of them has tried before, and whatever the store can do. Ranks are threads;
+where it says processes, they are processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from mnnvl_backend import _C
+
+PREFIX = "mnnvl/test"
+SIZES = [2, 3, 5]
+AT_ONCE = 1.0  # seconds; time-outs that would end a wait otherwise are longer
+
+
+class Minimal(dist.Store):
+    """Somebody's own store, with what torch's groups need and no more."""
+
+    def __init__(self, inner: dist.Store) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def set(self, key: str, value: bytes) -> None:
+        self.inner.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        return self.inner.get(key)
+
+    def add(self, key: str, value: int) -> int:
+        return self.inner.add(key, value)
+
+    def wait(self, keys: list[str], timeout: timedelta = timedelta(seconds=30)) -> None:
+        self.inner.wait(keys, timeout)
+
+
+class WithCheck(Minimal):
+    def check(self, keys: list[str]) -> bool:
+        return self.inner.check(keys)
+
+
+class Failing(WithCheck):
+    """Loses its server after some calls of get()."""
+
+    def __init__(self, inner: dist.Store, gets: int) -> None:
+        super().__init__(inner)
+        self.gets = gets
+
+    def get(self, key: str) -> bytes:
+        self.gets -= 1
+        if self.gets < 0:
+            raise ConnectionError("the server is gone")
+        return self.inner.get(key)
+
+
+def make_stores(kind: str, size: int, folder: Path) -> list[dist.Store]:
+    """A store for each rank, all over the same content."""
+    if kind == "file":
+        return [dist.FileStore(str(folder / "store"), size) for _ in range(size)]
+    if kind == "tcp":
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        clients = [dist.TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(size - 1)]
+        return [server, *clients]
+    shared = dist.HashStore()
+    wrap: dict[str, Callable[[dist.Store], dist.Store]] = {
+        "hash": lambda store: store,
+        "minimal": Minimal,
+        "with check": WithCheck,
+    }
+    return [wrap[kind](shared) for _ in range(size)]
+
+
+class Threads:
+    """Bodies that run beside each other; their results, or what they raised."""
+
+    def __init__(self) -> None:
+        self.results: dict[Any, Any] = {}
+        self.threads: list[threading.Thread] = []
+
+    def start(self, name: Any, body: Callable[[], Any]) -> None:
+        def run() -> None:
+            start = time.monotonic()
+            try:
+                result = body()
+            except Exception as error:
+                result = error
+            self.results[name] = result, time.monotonic() - start
+
+        thread = threading.Thread(target=run, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def join(self) -> dict[Any, Any]:
+        for thread in self.threads:
+            thread.join(30)
+            assert not thread.is_alive(), "a wait without an end"
+        return self.results
+
+
+def exchange(store: dist.Store, rank: int, size: int, seconds: float = 10) -> Any:
+    return _C.StoreExchange(store, PREFIX, rank, size, int(seconds * 1000))
+
+
+def set_up(store: dist.Store, rank: int, size: int, seconds: float = 10, rounds: int = 3) -> bool:
+    """A set-up of some rounds; every rank's bytes must come, in order."""
+    ranks = exchange(store, rank, size, seconds)
+    for turn in range(rounds):
+        expected = [b"%d of %d\0" % (r, turn) * r for r in range(size)]
+        assert ranks.all_gather(expected[rank]) == expected
+    return True
+
+
+def all_set_up(stores: list[dist.Store], ranks: list[int] | None = None) -> dict[Any, Any]:
+    threads = Threads()
+    for rank in range(len(stores)) if ranks is None else ranks:
+        threads.start(rank, lambda rank=rank: set_up(stores[rank], rank, len(stores)))
+    return threads.join()
+
+
+def assert_all_work(results: dict[Any, Any]) -> None:
+    assert [value for value, _ in results.values()] == [True] * len(results), results
+
+
+def wait_until_present(store: dist.Store, rank: int, before: bytes = b"") -> bytes:
+    """Until the rank has written a record other than `before`."""
+    key = f"{PREFIX}/here/{rank}"
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        if store.check([key]) and store.get(key) != before:
+            return bytes(store.get(key))
+        time.sleep(0.002)
+    raise AssertionError(f"rank {rank} did not come")
+
+
+@pytest.mark.parametrize("kind", ["hash", "tcp", "file", "minimal", "with check"])
+@pytest.mark.parametrize("size", [1, *SIZES])
+def test_meets_again_and_again(kind: str, size: int, tmp_path: Path) -> None:
+    stores = make_stores(kind, size, tmp_path)
+    for _ in range(4):
+        assert_all_work(all_set_up(stores))
+
+
+@pytest.mark.parametrize("kind", ["hash", "tcp", "minimal"])
+@pytest.mark.parametrize("alone", [1, 4])
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_that_tried_differently_often_meet(kind: str, alone: int, size: int, tmp_path: Path) -> None:
+    stores = make_stores(kind, size, tmp_path)
+    for _ in range(alone):
+        with pytest.raises(TimeoutError, match=r"rank 0 waited 0.1 s for ranks? 1"):
+            set_up(stores[0], 0, size, seconds=0.1)
+    # Those who come late hear it at once.
+    for rank, (error, seconds) in all_set_up(stores, list(range(1, size))).items():
+        assert isinstance(error, TimeoutError), (rank, error)
+        assert "rank 0 waited 0.1 s for rank" in str(error)
+        assert seconds < AT_ONCE + (kind == "minimal")  # which is asked by waits
+    # And the next attempt works, whoever is first.
+    assert_all_work(all_set_up(stores))
+    assert_all_work(all_set_up(stores))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_time_out_is_heard_by_all_and_names_who_is_missing(size: int, tmp_path: Path) -> None:
+    stores = make_stores("hash", size, tmp_path)
+    threads = Threads()
+    for rank in range(size - 1):
+        threads.start(rank, lambda rank=rank: set_up(stores[rank], rank, size, seconds=0.5 if rank == 0 else 20))
+    for error, seconds in threads.join().values():
+        assert isinstance(error, TimeoutError)
+        assert f"rank 0 waited 0.5 s for rank {size - 1} to reach step 0 of {PREFIX}" in str(error)
+        assert seconds < 0.5 + AT_ONCE
+    with pytest.raises(TimeoutError, match="rank 0 waited 0.5 s"):
+        set_up(stores[size - 1], size - 1, size)
+    assert_all_work(all_set_up(stores))
+
+
+@pytest.mark.parametrize("when", ["before", "waited for", "late"])
+@pytest.mark.parametrize("size", SIZES)
+def test_giving_up_is_heard_at_once(when: str, size: int, tmp_path: Path) -> None:
+    stores = make_stores("tcp", size, tmp_path)
+    last = size - 1
+    threads = Threads()
+
+    def others() -> None:
+        for rank in range(last):
+            threads.start(rank, lambda rank=rank: set_up(stores[rank], rank, size))
+
+    giving = exchange(stores[last], last, size)
+    if when == "before":
+        giving.give_up("a bad argument")
+        others()
+    elif when == "waited for":
+        others()
+        for rank in range(last):
+            wait_until_present(stores[last], rank)
+        giving.give_up("a bad argument")
+    else:  # after meeting
+        met = threading.Barrier(size)
+
+        def meet_then(rank: int) -> None:
+            ranks = exchange(stores[rank], rank, size)
+            ranks.all_gather(b"")
+            met.wait()
+            ranks.all_gather(b"")
+
+        for rank in range(last):
+            threads.start(rank, lambda rank=rank: meet_then(rank))
+        giving.all_gather(b"")
+        met.wait()
+        giving.give_up("a bad argument")
+    for error, seconds in threads.join().values():
+        assert isinstance(error, dist.DistBackendError), error
+        assert f"rank {last} gave it up: a bad argument" in str(error)
+        assert seconds < 2 * AT_ONCE
+    with pytest.raises(dist.DistBackendError, match="gave it up"):
+        giving.all_gather(b"")
+    assert_all_work(all_set_up(stores))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_that_leaves_without_a_word_is_named(size: int, tmp_path: Path) -> None:
+    stores = make_stores("hash", size, tmp_path)
+    met = threading.Barrier(size)
+
+    def body(rank: int) -> None:
+        ranks = exchange(stores[rank], rank, size)
+        ranks.all_gather(b"")
+        met.wait()
+        if rank != 1:
+            ranks.all_gather(b"")
+
+    threads = Threads()
+    for rank in range(size):
+        threads.start(rank, lambda rank=rank: body(rank))
+    for rank, (error, seconds) in threads.join().items():
+        assert seconds < AT_ONCE
+        if rank != 1:
+            assert isinstance(error, dist.DistBackendError), error
+            # A rank may notice one that noticed first.
+            assert "left it before, or began anew" in str(error)
+            assert size > 2 or "waited for rank 1 to reach step 1" in str(error)
+    assert_all_work(all_set_up(stores))
+
+
+def forked_rank(path: Path, rank: int, size: int, rounds: int) -> int:
+    """A process that takes part in some rounds and then in no more; gives its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ranks = exchange(dist.FileStore(str(path), size), rank, size, seconds=60)
+            for _ in range(rounds):
+                ranks.all_gather(b"of a process")
+            (path.parent / "through").touch()
+            signal.pause()
+        finally:
+            os._exit(1)
+    return pid
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_process_killed_before_it_met_is_replaced(size: int, tmp_path: Path) -> None:
+    """What it left in the store looks like a rank that is there."""
+    stores = make_stores("file", size, tmp_path)
+    pid = forked_rank(tmp_path / "store", 1, size, rounds=1)
+    left = wait_until_present(stores[0], 1)
+    kill(pid)
+    threads = Threads()
+    for rank in (0, *range(2, size)):
+        threads.start(rank, lambda rank=rank: set_up(stores[rank], rank, size))
+    for rank in (0, *range(2, size)):
+        wait_until_present(stores[0], rank)
+    assert stores[0].get(f"{PREFIX}/here/1") == left
+    threads.start(1, lambda: set_up(stores[1], 1, size))
+    assert_all_work(threads.join())
+
+
+def test_a_process_killed_in_mid_set_up_is_replaced(tmp_path: Path) -> None:
+    stores = make_stores("file", 2, tmp_path)
+    pid = forked_rank(tmp_path / "store", 1, 2, rounds=1)
+    ranks = exchange(stores[0], 0, 2)
+    assert ranks.all_gather(b"here") == [b"here", b"of a process"]
+    kill(pid)
+    threads = Threads()
+    threads.start("waits", lambda: ranks.all_gather(b""))
+    threads.start("new", lambda: set_up(stores[1], 1, 2))
+    end = time.monotonic() + 5
+    while "waits" not in threads.results and time.monotonic() < end:
+        time.sleep(0.01)
+    error, seconds = threads.results["waits"]
+    assert isinstance(error, dist.DistBackendError)
+    assert "waited for rank 1 to reach step 1" in str(error)
+    assert seconds < AT_ONCE
+    threads.start("again", lambda: set_up(stores[0], 0, 2))  # meets the one that is still there
+    results = threads.join()
+    assert results["new"][0] is True
+    assert results["again"][0] is True
+
+
+def test_two_processes_of_one_rank(tmp_path: Path) -> None:
+    """The later one has the place; the earlier one says so and doesn't disturb."""
+    stores = make_stores("hash", 2, tmp_path)
+    threads = Threads()
+    threads.start("earlier", lambda: set_up(stores[1], 1, 2))
+    before = wait_until_present(stores[0], 1)
+    threads.start("later", lambda: set_up(stores[1], 1, 2))
+    wait_until_present(stores[0], 1, before)
+    threads.threads[0].join(AT_ONCE)
+    assert "has taken the place of rank 1" in str(threads.results["earlier"][0])
+    threads.start(0, lambda: set_up(stores[0], 0, 2))
+    results = threads.join()
+    assert results["later"][0] is True
+    assert results[0][0] is True
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_that_come_and_go_at_random_meet_in_the_end(size: int, tmp_path: Path) -> None:
+    """Each tries with short time-outs of its own until it has worked; then all try together once more."""
+    stores = make_stores("hash", size, tmp_path)
+    done = threading.Barrier(size)
+
+    def body(rank: int) -> int:
+        tries = 0
+        for seconds in [0.01 * (1 + (rank * 7 + i * 3) % 5) for i in range(10)]:
+            try:
+                set_up(stores[rank], rank, size, seconds)
+            except (TimeoutError, dist.DistBackendError):
+                time.sleep(0.003 * rank)
+        done.wait()
+        while True:
+            tries += 1
+            try:
+                set_up(stores[rank], rank, size)
+                return tries
+            except (TimeoutError, dist.DistBackendError):
+                assert tries < 10
+
+    threads = Threads()
+    for rank in range(size):
+        threads.start(rank, lambda rank=rank: body(rank))
+    results = threads.join()
+    assert all(isinstance(value, int) for value, _ in results.values()), results
+
+
+def test_nothing_piles_up_in_the_store(tmp_path: Path) -> None:
+    stores = make_stores("hash", 3, tmp_path)
+    counts = []
+    for _ in range(5):
+        assert_all_work(all_set_up(stores))
+        counts.append(stores[0].num_keys())
+    assert counts == [counts[0]] * 5
+    # A record, a count and the last contribution of each rank.
+    assert counts[0] <= 3 * 3
+
+
+@pytest.mark.parametrize("gets", [0, 1, 2, 3, 5])
+def test_a_store_that_fails_is_named(gets: int, tmp_path: Path) -> None:
+    shared = dist.HashStore()
+    threads = Threads()
+    threads.start(0, lambda: set_up(Failing(shared, gets), 0, 2, rounds=20))
+    threads.start(1, lambda: set_up(WithCheck(shared), 1, 2, seconds=1, rounds=20))
+    results = threads.join()
+    text = str(results[0][0])
+    assert text.startswith("mnnvl set-up: rank 0 could not use the c10d store (get of mnnvl/test): ")
+    assert "the server is gone" in text
+    assert isinstance(results[1][0], (TimeoutError, dist.DistBackendError))
+
+
+@pytest.mark.parametrize("milliseconds", [109500 * 24 * 3600 * 1000, 2**62, 2**63 - 1])
+def test_no_time_out_overflows(milliseconds: int) -> None:
+    store = dist.HashStore()
+    threads = Threads()
+    for rank in range(2):
+        ranks = _C.StoreExchange(store, PREFIX, rank, 2, milliseconds)
+        threads.start(rank, lambda ranks=ranks: ranks.all_gather(b"x"))
+    assert [value for value, _ in threads.join().values()] == [[b"x", b"x"]] * 2

@@ -1,0 +1,144 @@
+"""Any local user can read the names of abstract sockets and connect to them. That must not keep a set-up from going on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from launcher import Rank, run_ranks
+
+NOBODY = 65534
+STRANGERS = 4
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be a stranger to itself (another uid)")
+
+
+def names() -> list[str]:
+    with open("/proc/net/unix") as table:
+        return [line.partition("@mnnvl-")[2].strip() for line in table if "@mnnvl-" in line]
+
+
+def fill(name: str, connections: list[socket.socket]) -> int:
+    """Connects until it can't; gives the reason."""
+    while True:
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+            connections.append(connection)
+            connection.connect(f"\0mnnvl-{name}")
+        except OSError as error:
+            return error.errno or 0
+        if len(connections) > 8192:
+            return 0
+
+
+def flood(port: int) -> None:
+    """A stranger: fills the queue of every set-up's socket that it finds, says so in the store, and goes on for ever."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    held: dict[str, list[socket.socket]] = {}
+    store.add("strangers", 1)
+    while True:
+        found = names()
+        for name in set(held) - set(found):
+            for connection in held.pop(name):
+                connection.close()
+        for name in found:
+            connections = held.setdefault(name, [])
+            if len(connections) > 4096:  # the rank has dropped most of them by now
+                for connection in connections:
+                    connection.close()
+                connections.clear()
+            outcome = fill(name, connections)
+            if outcome == errno.EAGAIN:
+                store.set(f"full {name}", "1")
+
+
+class Held(dist.Store):
+    """The ranks' store: it lets nobody learn the address of a socket before the strangers have filled its queue."""
+
+    def __init__(self, inner: dist.Store, strangers: dist.Store) -> None:
+        super().__init__()
+        self.inner, self.strangers = inner, strangers
+
+    def set(self, key: str, value: bytes) -> None:
+        for name in names():
+            if name.encode() in bytes(value):
+                self.strangers.wait([f"full {name}"], timedelta(seconds=20))
+        self.inner.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        return self.inner.get(key)
+
+    def add(self, key: str, value: int) -> int:
+        return self.inner.add(key, value)
+
+    def check(self, keys: list[str]) -> bool:
+        return self.inner.check(keys)
+
+    def wait(self, keys: list[str], timeout: timedelta = timedelta(seconds=30)) -> None:
+        self.inner.wait(keys, timeout)
+
+
+@pytest.fixture
+def strangers() -> Iterator[int]:
+    """The port of the store in which strangers tell what they have filled."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(store.port)], start_new_session=True) for _ in range(STRANGERS)
+    ]
+    try:
+        end = time.monotonic() + 60
+        while store.add("strangers", 0) < STRANGERS:
+            assert time.monotonic() < end, "the strangers did not come"
+            time.sleep(0.05)
+        yield store.port
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+def set_up_body(rank: Rank, port: int) -> float:
+    """Seconds from the moment when every queue was full until the set-up was through."""
+    store = Held(dist.PrefixStore("held", rank.store), dist.TCPStore("127.0.0.1", port, is_master=False))
+    dist.init_process_group(
+        "mnnvl",
+        store=store,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=timedelta(seconds=30),
+        pg_options=rank.options(),
+    )
+    x = torch.ones(3)
+    start = time.monotonic()
+    dist.all_reduce(x)
+    assert x.tolist() == [rank.world_size] * 3
+    return time.monotonic() - start
+
+
+@as_root
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_flood_of_strangers_does_not_stop_a_set_up(strangers: int, world_size: int) -> None:
+    """Every rank's queue is full of another user's connections before the first rank learns an address, and is filled
+    again all the time. Ranks wait for room at each other, and would end by their time-out of 15 s."""
+    for seconds in run_ranks(set_up_body, world_size, "cpu", backend=None, args=(strangers,)):
+        assert seconds < 8
+
+
+if __name__ == "__main__":
+    flood(int(sys.argv[1]))
