@@ -2,9 +2,10 @@
 // beside the data. Nothing is assumed of the payload's bits.
 //
 // Each block has one monotonic epoch e; a step of any collective takes one. Flag [block][source] in the reader's
-// signal area holds the last epoch that source has posted. Every rank posts in every step, data or not. Safety of
-// kPipeDepth = 4 slots (the long form: csrc/README.md): whoever posts epoch e has read its slots up to e-2; slot e is
-// written after seeing post e-2 from everyone, who have thus read slot e-4, its last content.
+// signal area holds the last epoch that source has posted. Every rank posts in every step, data or not.
+//
+// Safety of kPipeDepth = 4 slots (the long form: csrc/README.md): whoever posts epoch e has read its slots up to e-2;
+// slot e is written after seeing post e-2 from everyone, who have thus read slot e-4, its last content.
 #pragma once
 
 #include "kernels/device/memory_order.cuh"
