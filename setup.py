@@ -3,8 +3,8 @@
 torch's own CUDAExtension refuses to work with a CPU-only torch. The kernels include no torch header, so they are
 compiled here into plain objects by whichever nvcc is found, and the same build serves a CPU-only and a CUDA torch.
 
-Variables: MNNVL_CUDA_ARCHS ("90;100", default: the GPUs present, else 90 and 100), MNNVL_WITH_CUDA (0: no kernels,
-1: fail without nvcc), CUDA_HOME, MAX_JOBS.
+Variables: MNNVL_CUDA_ARCHS ("90;100", default: the GPUs present that are no older than 9.0, else 90 and 100),
+MNNVL_WITH_CUDA (0: no kernels, 1: fail without nvcc), CUDA_HOME, MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 ROOT = Path(__file__).resolve().parent
 CUDA_BUILD = ROOT / "build" / "kernels"
 DEFAULT_ARCHS = ["90", "100"]
+OLDEST_ARCH = 90  # the kernels use instructions of Hopper
 
 
 def files(pattern: str) -> list[str]:
@@ -38,13 +39,15 @@ def files(pattern: str) -> list[str]:
 
 @dataclass
 class Toolkit:
-    """An nvcc and where its headers and static runtime lie; `archs` are real architectures, the last also as PTX."""
+    """An nvcc and where its headers and static runtime lie; `archs` are real architectures, the last also as PTX.
+    `note` says what was left out."""
 
     nvcc: str
     version: str
     include_dirs: list[str]
     library_dir: str
     archs: list[str]
+    note: str
 
 
 def wheel_dirs() -> list[Path]:
@@ -68,19 +71,34 @@ def output_of(*command: str) -> str:
         return ""
 
 
-def choose_archs(nvcc: str) -> list[str]:
-    """MNNVL_CUDA_ARCHS, else the GPUs present, else Hopper and Blackwell; none that this nvcc doesn't know."""
+def asked_archs(asked: str) -> list[str]:
+    archs = [a for a in re.split(r"[;,\s]+", asked) if a]
+    if not archs or not all(re.fullmatch(r"\d{2,3}[af]?", a) for a in archs):
+        raise SystemExit(f"MNNVL_CUDA_ARCHS: expected architectures like '90;100', got {asked!r}")
+    old = [a for a in archs if int(a.rstrip("af")) < OLDEST_ARCH]
+    if old:
+        raise SystemExit(f"MNNVL_CUDA_ARCHS: the kernels need sm_{OLDEST_ARCH} or newer, got {', '.join(old)}")
+    return archs
+
+
+def present_archs() -> list[str]:
+    """Of this machine's GPUs, oldest first."""
+    query = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    return sorted({c.replace(".", "") for c in re.findall(r"^\s*(\d+\.\d)\s*$", query, re.M)}, key=int)
+
+
+def choose_archs(nvcc: str) -> tuple[list[str], str]:
+    """MNNVL_CUDA_ARCHS, else the GPUs present, else Hopper and Blackwell; none that this nvcc doesn't know, and none
+    that the kernels can't run on: those are left out, which the note says. Empty if this nvcc is too old for any."""
     asked = os.environ.get("MNNVL_CUDA_ARCHS", "")
     if asked:
-        archs = [a for a in re.split(r"[;,\s]+", asked) if a]
-        if not all(re.fullmatch(r"\d{2,3}[af]?", a) for a in archs):
-            raise SystemExit(f"MNNVL_CUDA_ARCHS: expected architectures like '90;100', got {asked!r}")
-        return archs
-    query = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    archs = sorted({c.replace(".", "") for c in re.findall(r"^\s*(\d+\.\d)\s*$", query, re.M)}, key=int)
-    known = set(re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch")))
-    archs = archs or DEFAULT_ARCHS
-    return [a for a in archs if a in known] or sorted(known, key=int)[-1:]
+        return asked_archs(asked), ""
+    present = present_archs()
+    old = [a for a in present if int(a) < OLDEST_ARCH]
+    note = f"GPUs older than sm_{OLDEST_ARCH} are left out (sm_{', sm_'.join(old)}): only CPU tensors work there"
+    known = {a for a in re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch")) if int(a) >= OLDEST_ARCH}
+    wanted = [a for a in present if a not in old] or DEFAULT_ARCHS
+    return [a for a in wanted if a in known] or sorted(known, key=int)[-1:], note if old else ""
 
 
 def find_toolkit() -> Toolkit | None:
@@ -104,18 +122,22 @@ def find_toolkit() -> Toolkit | None:
         static = next((str(d) for d in libraries if (d / "libcudart_static.a").exists()), None)
         complete = all(any(Path(i, header).exists() for i in includes) for header in ("cuda_runtime.h", "nv/target"))
         if static and complete:
-            return Toolkit(nvcc, version.group(1), includes, static, choose_archs(nvcc))
+            archs, note = choose_archs(nvcc)
+            if archs:
+                return Toolkit(nvcc, version.group(1), includes, static, archs, note)
     if wish == "1":
         raise SystemExit(
-            "MNNVL_WITH_CUDA=1, but no nvcc with cuda_runtime.h, nv/target and libcudart_static.a was found: set "
-            "CUDA_HOME, put nvcc on the PATH, or install nvidia-cuda-nvcc, nvidia-cuda-runtime and nvidia-cuda-cccl"
+            f"MNNVL_WITH_CUDA=1, but no nvcc that knows sm_{OLDEST_ARCH}, with cuda_runtime.h, nv/target and "
+            "libcudart_static.a, was found: set CUDA_HOME, put nvcc on the PATH, or install nvidia-cuda-nvcc, "
+            "nvidia-cuda-runtime and nvidia-cuda-cccl"
         )
     return None
 
 
 def notice(toolkit: Toolkit | None) -> str:
     if toolkit:
-        return f"kernels for sm_{', sm_'.join(toolkit.archs)} (+ PTX) by {toolkit.nvcc} {toolkit.version}"
+        what = f"kernels for sm_{', sm_'.join(toolkit.archs)} (+ PTX) by {toolkit.nvcc} {toolkit.version}"
+        return f"{what}; {toolkit.note}" if toolkit.note else what
     return (
         "no nvcc (CUDA_HOME, PATH, nvidia-cuda-nvcc wheel): building WITHOUT CUDA kernels; "
         "the package will work for CPU tensors only"
@@ -126,8 +148,20 @@ def ninja_path(path: str | Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def kernel_sources() -> list[str]:
+    """Without them the module would link, and fail when it is loaded."""
+    missing = [kind for kind in ("*.cu", "*.cuh") if not files(kind)]
+    if missing:
+        raise SystemExit(
+            f"nvcc was found, but csrc/kernels holds no {' and no '.join(missing)}: this source tree is incomplete. "
+            "Take a whole one (a clone, or an sdist made with MANIFEST.in), or set MNNVL_WITH_CUDA=0: CPU tensors only"
+        )
+    return files("*.cu")
+
+
 def build_kernels(toolkit: Toolkit) -> list[str]:
-    """Compiles csrc/kernels/*.cu, only those whose source, headers or flags changed. Returns the objects."""
+    """Compiles csrc/kernels/**/*.cu, only those whose source, headers or flags changed. Returns the objects."""
+    sources = kernel_sources()
     # fmt: off
     flags = ["-std=c++17", "-O3", "-lineinfo", "-cudart", "static", "-DMNNVL_WITH_CUDA=1",
              f'-DMNNVL_ARCHITECTURES="{";".join(toolkit.archs)}"', f"-I{ROOT / 'csrc'}",
@@ -144,13 +178,12 @@ def build_kernels(toolkit: Toolkit) -> list[str]:
         "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in\n"
     ]
     objects = []
-    for source in files("*.cu"):
+    for source in sources:
         target = CUDA_BUILD / (re.sub(r"\W", "_", source.removesuffix(".cu")) + ".o")
         objects.append(str(target))
         lines.append(f"build {ninja_path(target)}: nvcc {ninja_path(ROOT / source)}\n")
     (CUDA_BUILD / "build.ninja").write_text("\n".join(lines))
-    if objects:
-        subprocess.run(["ninja", "-C", str(CUDA_BUILD), "-j", os.environ["MAX_JOBS"]], check=True)
+    subprocess.run(["ninja", "-C", str(CUDA_BUILD), "-j", os.environ["MAX_JOBS"]], check=True)
     return objects
 
 

@@ -86,10 +86,10 @@ build() {
   sed -n 's/^ *\(mnnvl_backend: .*\)/\1/p' "$log"
 }
 
-# The whole set-up. An active virtual environment is used as it is; else an interpreter at hand that imports a suitable
-# torch, and then nothing is installed: the package is built in place and run from the source tree, so that a GPU machine
-# without a network works; else .venv in the project's root.
-set_up() {
+# Sets PYTHON, which imports torch, and INSTALL: 1 where packages may be installed for it. An active virtual environment is
+# used as it is; else an interpreter at hand that imports a suitable torch, where nothing is installed; else .venv in the
+# project's root.
+find_python() {
   if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
     PYTHON=$VIRTUAL_ENV/bin/python INSTALL=1
     # One that can't install anything but has torch is used like any interpreter with torch.
@@ -104,9 +104,15 @@ set_up() {
   fi
   has_torch "$PYTHON" || die "$PYTHON does not import torch >= $TORCH_MINIMUM, and nothing may be installed there"
   # Tools installed beside the interpreter (ninja, torchrun) come first.
-  export PATH="$(dirname "$PYTHON"):$PATH"
+  export PATH="$(dirname "$PYTHON"):$PATH" PYTHON
   need setuptools wheel numpy || say "note: numpy or setuptools is missing and nothing is installed into $PYTHON"
   command -v ninja >/dev/null 2>&1 || need ninja || die "ninja is needed to build"
+}
+
+# find_python, and the package built for it. Where nothing may be installed it is built in place and run from the source
+# tree, so that a GPU machine without a network works.
+set_up() {
+  find_python
   if [ "$INSTALL" = 1 ]; then
     build "$PYTHON" -m pip install -v --no-build-isolation --no-deps -e .
   else

@@ -9,28 +9,11 @@
 #include <cstring>
 #include <functional>
 
+#include "native/fake_fabric.h"
 #include "native/fake_nccl.h"
 
 namespace mnnvl::fake {
 namespace {
-
-// The 64 bytes of a simulated fabric handle.
-struct FabricHandle {
-  char magic[8];
-  int32_t pid;
-  int32_t fd;
-  uint64_t inode;
-  uint64_t size;
-  uint64_t cluster;
-  uint32_t clique;
-  uint32_t multicast;
-};
-static_assert(sizeof(FabricHandle) <= sizeof(CUmemFabricHandle));
-constexpr char kFabricMagic[8] = {'f', 'a', 'k', 'e', 'f', 'a', 'b', '1'};
-
-uint64_t cluster_number(const std::string& cluster) {
-  return cluster.empty() ? 0 : std::hash<std::string>()(cluster) | 1;
-}
 
 void* pointer(CUdeviceptr address) { return reinterpret_cast<void*>(address); }
 
@@ -201,8 +184,7 @@ class FakeDriver final : public CudaDriver {
     if (at == world_->handles.end()) return kCudaInvalidHandle;
     const Object& object = at->second;  // a multicast object's `memory` is its token
     if (type == kMemHandleFabric) {
-      FabricHandle fabric{};
-      std::memcpy(fabric.magic, kFabricMagic, sizeof(kFabricMagic));
+      FabricHandle fabric;
       fabric.pid = getpid();
       fabric.fd = object.memory->get();
       fabric.inode = inode_of(fabric.fd);
@@ -223,7 +205,7 @@ class FakeDriver final : public CudaDriver {
     if (type == kMemHandleFabric) {
       FabricHandle fabric;
       std::memcpy(&fabric, shareable, sizeof(fabric));
-      if (std::memcmp(fabric.magic, kFabricMagic, sizeof(kFabricMagic)) != 0) return kCudaInvalidValue;
+      if (fabric.magic != kFabricMagic) return kCudaInvalidValue;
       // No IMEX domain reaches beyond the clique.
       if (fabric.cluster != cluster_number(device_.cluster) || fabric.clique != device_.clique)
         return kCudaNotPermitted;

@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 import pytest
-
 from double import run_descriptor_exchange, run_fake_setup, run_host_setup
 
 SWITCHES = {"MNNVL_MULTICAST": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from double import run_fake_setup, run_host_setup
 
 CLONE_NEWNET = 0x40000000
