@@ -100,23 +100,27 @@ def cpp_functions(code: str) -> Iterator[tuple[str, int, int]]:
     code = blank(code, r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*")
     open_braces: list[tuple[str, int] | None] = []  # of a function: its name and begin
     begin = 0  # of the text since the last ; { or }
-    depth_in_function = 0
-    for match in re.finditer(r"[{};]", code):
+    functions = parentheses = 0  # open braces in a function, open parentheses outside
+    for match in re.finditer(r"[(){};]", code):
+        if match[0] in "()":
+            parentheses += 0 if functions else 1 if match[0] == "(" else -1
+            continue
+        if parentheses:  # a default argument
+            continue
         if match[0] == "{":
             opener = code[begin : match.start()]
             container = re.search(r"\b(namespace|class|struct|union|enum|extern)\b[^()=]*$", opener)
-            if not depth_in_function and not container and "(" in opener:
-                name = re.search(
-                    r"((?!__)\b[~\w:]+|operator\W+)\s*\(", re.sub(r"^\s*template\s*<.*?>\s*(?=\w)", "", opener)
-                )
+            if not functions and not container and "(" in opener:
+                signature = re.sub(r"^\s*template\s*<.*?>\s*(?=\w)", "", opener)
+                name = re.search(r"((?!__)\b[~\w:]+|operator\W+)\s*\(", signature)
                 start = begin + len(opener) - len(opener.lstrip())
                 open_braces.append((name[1] if name else "?", start))
             else:
                 open_braces.append(None)
-            depth_in_function += open_braces[-1] is not None or depth_in_function > 0
+            functions += open_braces[-1] is not None or functions > 0
         elif match[0] == "}" and open_braces:
             function = open_braces.pop()
-            depth_in_function -= depth_in_function > 0
+            functions -= functions > 0
             if function is not None:
                 yield function[0], line_of(code, function[1]), line_of(code, match.start())
         begin = match.end()
