@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mnnvl_backend.compiled import load_compiled
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -25,7 +27,6 @@ def create(dist_backend_opts: Any, pg_options: Any) -> Any:
         RuntimeError: the compiled module can't be loaded.
     """
     from mnnvl_backend import config
-    from mnnvl_backend.compiled import load_compiled
     from mnnvl_backend.options import Options
 
     options = Options() if pg_options is None else pg_options

@@ -120,10 +120,16 @@ def test_errors_show_any_value_at_all_shortly():
 class NoComm:
     """Has some of the methods; none may be called."""
 
-    def Get_rank(self) -> int:
+    def Get_rank(self, *args: object) -> int:
         raise AssertionError("called before the arguments were checked")
 
     Get_size = allgather = Get_rank
+
+
+class SilentComm(NoComm):
+    """Has all of them; none may be called either."""
+
+    bcast = barrier = Split = NoComm.Get_rank
 
 
 PROBLEM = {"max_num_tokens": 4, "hidden_dim": 8, "dtype": torch.float32}
@@ -160,14 +166,13 @@ PROBLEM = {"max_num_tokens": 4, "hidden_dim": 8, "dtype": torch.float32}
 def test_workspace_arguments(monkeypatch, given, error, text):
     """Nothing is loaded, read or sent before: not even the environment is looked at."""
 
-    def fail(*args: object) -> None:
-        raise AssertionError("set something up before the arguments were checked")
+    def fail() -> None:
+        raise AssertionError("loaded the compiled module before the arguments were checked")
 
-    for name in ("load_compiled", "tensor_parallel_comm"):
-        monkeypatch.setattr(f"mnnvl_backend.flashinfer.workspace.{name}", fail)
-    arguments = {"mapping": Mapping(), "device": "cpu", **given}
+    monkeypatch.setattr("mnnvl_backend.flashinfer.workspace.load_compiled", fail)
+    monkeypatch.setenv("MNNVL_STRATEGY", "a value that nobody may read yet")
     with pytest.raises(error, match=text):
-        Workspace(**arguments)
+        Workspace(**{"mapping": Mapping(), "device": "cpu", "comm_backend": SilentComm(), **given})
 
 
 def test_workspace_without_anybody_to_meet():
