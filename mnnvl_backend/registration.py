@@ -42,8 +42,8 @@ def create(dist_backend_opts: Any, pg_options: Any) -> Any:
 
 @functools.cache
 def _finish_at_exit(compiled: ModuleType) -> None:
-    """Before the interpreter goes: a thread that completes a future then would want a GIL that is no more, and abort the
-    process. What is in flight gets a moment to end, the rest is aborted."""
+    """Before the interpreter goes: a thread that completes a future then would want a GIL that is no more, and abort
+    the process. What is in flight gets a moment to end, the rest is aborted."""
     atexit.register(compiled.finish_groups, EXIT_GRACE_MS)
 
 

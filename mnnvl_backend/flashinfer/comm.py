@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 
+from mnnvl_backend import config
 from mnnvl_backend.compiled import load_compiled
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ class CommBackend(Protocol):
 class StoreComm:
     """A CommBackend over a c10d store: no collective, no device tensor, and every wait ends at the timeout.
 
-    Collective calls: all ranks in the same order, one thread at a time. The ranks meet anew after a failure, so the same
-    object, or a new one over the same store, serves for another attempt (csrc/backend/store_exchange.h).
+    Collective calls: all ranks in the same order, one thread at a time. The ranks meet anew after a failure, so the
+    same object, or a new one over the same store, serves for another attempt (csrc/backend/store_exchange.h).
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta, prefix: str = "mnnvl/workspace") -> None:
@@ -84,22 +85,22 @@ class StoreComm:
         return StoreComm(self._store, members.index(self._rank), len(members), self._timeout, prefix)
 
     def give_up(self, reason: str) -> None:
-        """Tells the ranks that wait for this one, or come later, why it takes no part. Not collective; nothing if the attempt
-        has failed already."""
+        """Tells the ranks that wait for this one, or come later, why it takes no part. Not collective; nothing if the
+        attempt has failed already."""
         self._opened().give_up(reason)
         self._failed = True
 
     def _opened(self) -> Any:
         if self._exchange is None:
-            milliseconds = max(1, int(self._timeout.total_seconds() * 1000))
             exchange = load_compiled().StoreExchange
-            self._exchange = exchange(self._store, self._prefix, self._rank, self._size, milliseconds)
+            timeout_ms = config.milliseconds(self._timeout)
+            self._exchange = exchange(self._store, self._prefix, self._rank, self._size, timeout_ms)
         return self._exchange
 
 
 class telling_peers:
-    """Where a workspace is made: an error in the block is told to the group's other ranks, which would otherwise wait for
-    this one until the timeout; if they meet over a StoreComm, that is, or over the default process group.
+    """Where a workspace is made: an error in the block is told to the group's other ranks, which would otherwise wait
+    for this one until the timeout; if they meet over a StoreComm, that is, or over the default process group.
 
     >>> with telling_peers(comm_backend, mapping) as peers:
     ...     check_arguments()

@@ -20,13 +20,14 @@ def named_by(document: Path) -> str:
     return str(document.relative_to(ROOT))
 
 
-def tests_in(path: Path) -> set[str]:
+def named_tests(path: Path) -> set[str]:
     return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named_by)
 def test_links_lead_somewhere(document):
-    for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", document.read_text()):
+    prose = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+    for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", prose):
         assert (document.parent / link).exists(), link
 
 
@@ -36,7 +37,7 @@ def test_files_and_tests_exist(document):
     for path, test in re.findall(rf"`((?:{FOLDERS})/[\w./*-]+)(?:::(\w+))?`", document.read_text()):
         if not list(ROOT.glob(path.rstrip("/"))):
             missing.append(path)
-        elif test and test not in tests_in(ROOT / path):
+        elif test and test not in named_tests(ROOT / path):
             missing.append(f"{path}::{test}")
     assert not missing
 
