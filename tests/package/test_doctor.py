@@ -49,8 +49,9 @@ def test_json_is_complete(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
     assert found["CPU tensors"]["plan"] == "shared memory (memfd), one host"
-    assert set(found) == {"advice", *report()} == {"advice", "versions", "registration", "build", "machine",
-                                                   "NCCL wheel", "variables", "CPU tensors", "CUDA tensors"}  # fmt: skip
+    assert set(found) == set(report())
+    assert set(found) == {"advice", "versions", "registration", "build", "machine", "NCCL wheel", "variables",
+                          "CPU tensors", "CUDA tensors"}  # fmt: skip
     assert {"driver_loaded", "devices", "imex_channels", "host_id"} <= set(found["machine"])
 
 
@@ -169,17 +170,17 @@ def test_gpus_that_are_alike_share_a_line():
     ("facts", "advice"),
     [
         (report(), ""),
-        (report(build={"problem": "RuntimeError: built with torch 1"}), "Build the compiled module: built with torch 1."),
+        (report(build={"problem": "RuntimeError: built with torch 1"}), "Build the compiled module: built with"),
         (report(registration={"problem": "no torch.distributed"}), "Install a torch with torch.distributed"),
-        (report(registration={"registered": False, "installed": True, "autoload": True}), "Import mnnvl_backend before"),
+        (report(registration={"registered": False, "installed": True, "autoload": True}), "Import mnnvl_backend"),
         (report(registration={"registered": True, "installed": False, "autoload": True}), "Install the package"),
         (report(registration={"registered": True, "installed": True, "autoload": False}), "AUTOLOAD is off"),
-        (report(variables=ALLOWED | {"malformed": "MNNVL_X: expected 1, got 2"}), "Correct or unset MNNVL_X: expected 1"),
+        (report(variables=ALLOWED | {"malformed": "MNNVL_X: expected 1, got 2"}), "Correct or unset MNNVL_X: expe"),
         (report(variables=ALLOWED | {"unknown": ["MNNVL_Y is not a variable"]}), "unset it: MNNVL_Y is not a variable"),
         (report(build=BUILD | {"kernels": False}), "Install nvcc"),
         (report(versions={"torch's CUDA": ""}), "Install a torch built with CUDA"),
         (report(machine={"devices": [], "driver_problem": "no libcuda"}), "mend the driver: no libcuda"),
-        (report(machine={"devices": [DEVICE | {"compute_capability": 80}]}), "device 0: sm_80, and the kernels need sm_90"),
+        (report(machine={"devices": [DEVICE | {"compute_capability": 80}]}), "sm_80, and the kernels need sm_90"),
         (report(machine={"devices": [DEVICE | {"problem": "lost"}]}), "device 0: lost"),
         (report(machine={"devices": [IN_FABRIC]}), "have an IMEX channel made"),
         (report(machine={"devices": [IN_FABRIC], "imex_channels": ["/c"], "nccl_problem": "gone"}), "Install NCCL"),
