@@ -48,86 +48,82 @@ class Mapping:
         auto_parallel: bool = False,
         enable_attention_dp: bool = False,
     ) -> None:
-        world_size, gpus_per_node, cp_size, tp_size, pp_size = (
-            arguments.integer(name, value, 1)
-            for name, value in (
-                ("world_size", world_size), ("gpus_per_node", gpus_per_node), ("cp_size", cp_size),
-                ("tp_size", tp_size), ("pp_size", pp_size),
-            )
-        )  # fmt: skip
-        moe_cluster_size, moe_tp_size, moe_ep_size, attn_tp_size, attn_cp_size = (
-            _derivable(name, value)
-            for name, value in (
-                ("moe_cluster_size", moe_cluster_size), ("moe_tp_size", moe_tp_size), ("moe_ep_size", moe_ep_size),
-                ("attn_tp_size", attn_tp_size), ("attn_cp_size", attn_cp_size),
-            )
-        )  # fmt: skip
+        self.world_size = arguments.integer("world_size", world_size, 1)
+        self.gpus_per_node = arguments.integer("gpus_per_node", gpus_per_node, 1)
+        self.cp_size = arguments.integer("cp_size", cp_size, 1)
+        self.tp_size = arguments.integer("tp_size", tp_size, 1)
+        self.pp_size = arguments.integer("pp_size", pp_size, 1)
+        self.moe_cluster_size = _derivable("moe_cluster_size", moe_cluster_size)
+        self.moe_tp_size = _derivable("moe_tp_size", moe_tp_size)
+        self.moe_ep_size = _derivable("moe_ep_size", moe_ep_size)
+        self.attn_tp_size = _derivable("attn_tp_size", attn_tp_size)
+        self.attn_cp_size = _derivable("attn_cp_size", attn_cp_size)
         if cp_config is not None:
             arguments.instance("cp_config", cp_config, dict, "a dict or None")
         arguments.instance("auto_parallel", auto_parallel, bool, "a bool")
         arguments.instance("enable_attention_dp", enable_attention_dp, bool, "a bool")
+        self.cp_config = cp_config or {}
+        self.auto_parallel = auto_parallel
+        self.enable_attention_dp = enable_attention_dp
+        self._derive_sizes()
+        self._check_sizes()
+        self.rank = rank
+        self._lay_out_groups()
 
-        clusters = 1 if moe_cluster_size == -1 else moe_cluster_size
-        if moe_ep_size == -1:
-            moe_ep_size = 1 if moe_tp_size == -1 else tp_size // (moe_tp_size * clusters)
-        if moe_tp_size == -1:
-            moe_tp_size = tp_size // (moe_ep_size * clusters)
-        if attn_cp_size == -1:
-            attn_cp_size = 1 if attn_tp_size == -1 else tp_size * cp_size // attn_tp_size
-        if attn_tp_size == -1:
-            attn_tp_size = tp_size * cp_size // attn_cp_size
+    def _derive_sizes(self) -> None:
+        """Replaces each -1 by what the other sizes leave for it."""
+        attention = self.tp_size * self.cp_size
+        if self.moe_cluster_size == -1:
+            self.moe_cluster_size = 1
+        if self.moe_ep_size == -1:
+            one = self.moe_tp_size == -1
+            self.moe_ep_size = 1 if one else self.tp_size // (self.moe_tp_size * self.moe_cluster_size)
+        if self.moe_tp_size == -1:
+            self.moe_tp_size = self.tp_size // (self.moe_ep_size * self.moe_cluster_size)
+        if self.attn_cp_size == -1:
+            self.attn_cp_size = 1 if self.attn_tp_size == -1 else attention // self.attn_tp_size
+        if self.attn_tp_size == -1:
+            self.attn_tp_size = attention // self.attn_cp_size
 
-        if attn_cp_size != 1:
-            raise ValueError(f"attn_cp_size: must be 1, got {attn_cp_size} (attn_tp_size {attn_tp_size})")
-        if auto_parallel and (tp_size, pp_size, cp_size) != (1, 1, 1):
+    def _check_sizes(self) -> None:
+        tp_size, pp_size, cp_size, clusters = self.tp_size, self.pp_size, self.cp_size, self.moe_cluster_size
+        if self.attn_cp_size != 1:
+            raise ValueError(f"attn_cp_size: must be 1, got {self.attn_cp_size} (attn_tp_size {self.attn_tp_size})")
+        if self.auto_parallel and (tp_size, pp_size, cp_size) != (1, 1, 1):
             raise ValueError(
                 f"auto_parallel: tp_size, pp_size and cp_size must be 1, got {tp_size}, {pp_size}, {cp_size}"
             )
-        if not auto_parallel and tp_size * pp_size * cp_size != world_size:
+        if not self.auto_parallel and tp_size * pp_size * cp_size != self.world_size:
             raise ValueError(
-                f"world_size: must be tp_size * pp_size * cp_size, got {world_size} != "
+                f"world_size: must be tp_size * pp_size * cp_size, got {self.world_size} != "
                 f"{tp_size} * {pp_size} * {cp_size}"
             )
-        if moe_tp_size * moe_ep_size * clusters != tp_size:
+        if self.moe_tp_size * self.moe_ep_size * clusters != tp_size:
             raise ValueError(
                 f"tp_size: must be moe_tp_size * moe_ep_size * moe_cluster_size, got {tp_size} != "
-                f"{moe_tp_size} * {moe_ep_size} * {clusters}"
+                f"{self.moe_tp_size} * {self.moe_ep_size} * {clusters}"
             )
-        if attn_tp_size * attn_cp_size != tp_size * cp_size:
+        if self.attn_tp_size * self.attn_cp_size != tp_size * cp_size:
             raise ValueError(
                 f"attn_tp_size: attn_tp_size * attn_cp_size must be tp_size * cp_size, got "
-                f"{attn_tp_size} * {attn_cp_size} != {tp_size} * {cp_size}"
+                f"{self.attn_tp_size} * {self.attn_cp_size} != {tp_size} * {cp_size}"
             )
-        if moe_ep_size != 1 and cp_size > 1:
-            raise NotImplementedError(f"expert parallelism (moe_ep_size {moe_ep_size}) with cp_size {cp_size} > 1")
-        if clusters > 1 and moe_ep_size != 1:
-            raise ValueError(f"moe_ep_size: must be 1 with moe_cluster_size {clusters} > 1, got {moe_ep_size}")
+        if self.moe_ep_size != 1 and cp_size > 1:
+            raise NotImplementedError(f"expert parallelism (moe_ep_size {self.moe_ep_size}) with cp_size {cp_size} > 1")
+        if clusters > 1 and self.moe_ep_size != 1:
+            raise ValueError(f"moe_ep_size: must be 1 with moe_cluster_size {clusters} > 1, got {self.moe_ep_size}")
 
-        self.world_size = world_size
-        self.gpus_per_node = gpus_per_node
-        self.cp_size = cp_size
-        self.cp_config = cp_config or {}
-        self.tp_size = tp_size
-        self.pp_size = pp_size
-        self.moe_cluster_size = clusters
-        self.moe_tp_size = moe_tp_size
-        self.moe_ep_size = moe_ep_size
-        self.attn_tp_size = attn_tp_size
-        self.attn_cp_size = attn_cp_size
-        self.auto_parallel = auto_parallel
-        self.enable_attention_dp = enable_attention_dp
-        self.rank = rank
-
+    def _lay_out_groups(self) -> None:
         # A stage is the ranks of one pipeline step; with `inner` ranks to a group and `stride` between them.
-        stage = tp_size * cp_size
-        self.pp_groups = _groups(world_size, world_size, stage)
-        self.cp_groups = _groups(world_size, stage, tp_size)
-        self.tp_groups = _groups(world_size, tp_size, 1)
+        stage = self.tp_size * self.cp_size
+        self.pp_groups = _groups(self.world_size, self.world_size, stage)
+        self.cp_groups = _groups(self.world_size, stage, self.tp_size)
+        self.tp_groups = _groups(self.world_size, self.tp_size, 1)
         # Experts exist with cp_size 1 only (or trivially), so they tile the first pp_size * tp_size ranks.
-        experts = pp_size * tp_size
-        self.moe_tp_groups = _groups(experts, tp_size, clusters * moe_ep_size)
-        self.moe_cluster_groups = _groups(experts, clusters * moe_ep_size, 1)
-        self.moe_ep_groups = _groups(experts, moe_ep_size, 1)
+        experts, inner = self.pp_size * self.tp_size, self.moe_cluster_size * self.moe_ep_size
+        self.moe_tp_groups = _groups(experts, self.tp_size, inner)
+        self.moe_cluster_groups = _groups(experts, inner, 1)
+        self.moe_ep_groups = _groups(experts, self.moe_ep_size, 1)
 
     @property
     def rank(self) -> int:
