@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
-from reference import EVERY_DTYPE, gather_body, uneven_objects_body
+from reference import EVERY_DTYPE, all_reduce_works, gather_body, random_input, uneven_objects_body
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -41,3 +41,133 @@ def test_all_gather_with_outputs_that_are_not_contiguous(ranks, device):
 
 def test_object_collectives_of_different_lengths(ranks, device):
     ranks(uneven_objects_body, 3, device)
+
+
+def gather_into(rank: Rank, outs: list[torch.Tensor], x: torch.Tensor, async_op: bool = False) -> None:
+    work = dist.all_gather(outs, x, async_op=async_op)
+    if work is not None:
+        work.wait()
+    if rank.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def modes_body(rank: Rank) -> None:
+    """Outputs that have to be copied to at the end: in the caller's modes, whichever thread does it."""
+    n, device = rank.world_size, rank.device
+    contributions = [torch.arange(12.0).view(3, 4) + 100 * r for r in range(n)]
+    for async_op in (False, True):
+        with torch.inference_mode():
+            outs = [torch.empty(4, 3, device=device).t() for _ in range(n)]
+            gather_into(rank, outs, contributions[rank.rank].to(device), async_op)
+            assert all(torch.equal(o.cpu(), c) for o, c in zip(outs, contributions, strict=True))
+        parameters = [torch.nn.Parameter(torch.zeros(4, 3, device=device)) for _ in range(n)]
+        with torch.no_grad():
+            gather_into(rank, [p.t() for p in parameters], contributions[rank.rank].to(device), async_op)
+        assert all(torch.equal(p.detach().t().cpu(), c) for p, c in zip(parameters, contributions, strict=True))
+        all_reduce_works(rank)
+
+
+def test_outputs_written_in_the_callers_modes(ranks, device):
+    """Inference mode; parameters under no_grad. All of them transposed."""
+    ranks(modes_body, 2, device)
+
+
+def expanded_body(rank: Rank) -> None:
+    """One rank gives an output that can't hold what is gathered: it hears before anything is sent, and may try again."""
+    n, device = rank.world_size, rank.device
+    all_reduce_works(rank)
+    x = torch.full((4,), float(rank.rank), device=device)
+    outs = [torch.empty(4, device=device) for _ in range(n)]
+    for async_op in (False, True):
+        if rank.rank == 0:
+            refused = [torch.empty(1, device=device).expand(4), *outs[1:]]
+            with pytest.raises(ValueError, match="mnnvl all_gather: tensor_list.*expand"):
+                dist.all_gather(refused, x, async_op=async_op)
+        gather_into(rank, outs, x, async_op)
+        assert [o.tolist() for o in outs] == [[float(r)] * 4 for r in range(n)]
+    all_reduce_works(rank)
+
+
+def test_expanded_outputs_are_refused_before_anything_is_sent(ranks, device):
+    ranks(expanded_body, 2, device)
+
+
+def aliases_body(rank: Rank, numel: int) -> None:
+    """The input lies where another rank's contribution goes. All that is gathered is what the input was at the call."""
+    n, device = rank.world_size, rank.device
+    contributions = [random_input(r, numel, torch.float32, 3) for r in range(n)]
+    expected = torch.cat(contributions)
+    for async_op in (False, True):
+        for place in range(n):
+            outs = [torch.zeros(numel, device=device) for _ in range(n)]
+            x = outs[place]
+            x.copy_(contributions[rank.rank])
+            gather_into(rank, outs, x, async_op)
+            assert torch.equal(torch.cat(outs).cpu(), expected), f"list, input is output {place}"
+        for offset in [*range(0, n * numel, numel), numel // 2]:  # the last one straddles two ranks' places
+            out = torch.zeros(n * numel, device=device)
+            x = out[offset : offset + numel]
+            x.copy_(contributions[rank.rank])
+            work = dist.all_gather_into_tensor(out, x, async_op=async_op)
+            if work is not None:
+                work.wait()
+            assert torch.equal(out.cpu(), expected), f"one tensor, input at {offset}"
+
+
+@pytest.mark.parametrize("numel", [3, 400_001])
+def test_the_input_may_lie_in_any_output(ranks, device, numel):
+    ranks(aliases_body, 3, device, args=(numel,))
+
+
+def no_graph(t: torch.Tensor) -> bool:
+    """torch itself may mark what a c10d operation returns, with a node that only raises."""
+    return t.grad_fn is None or "WarnNotImplemented" in repr(t)
+
+
+def requires_grad_body(rank: Rank) -> None:
+    n, device = rank.world_size, rank.device
+    mine = torch.full((3, 2), rank.rank + 1.0, device=device)
+    expected = [[[r + 1.0] * 2] * 3 for r in range(n)]
+
+    def whole(**kwargs) -> torch.Tensor:
+        return torch.zeros(3 * n, 2, device=device, **kwargs)
+
+    def parts(**kwargs) -> list[torch.Tensor]:
+        return [torch.zeros(3, 2, device=device, **kwargs) for _ in range(n)]
+
+    for async_op in (False, True):
+        for x in (mine, mine.clone().requires_grad_(), mine.clone().requires_grad_().t().contiguous().t()):
+            wide = torch.zeros(3, 2 * n, device=device)
+            columns = list(wide.chunk(n, 1))
+            for outs in (parts(), parts(requires_grad=True), columns):
+                gather_into(rank, outs, x, async_op)
+                assert [o.tolist() for o in outs] == expected
+                assert all(no_graph(o) for o in outs)
+                assert all(o.is_leaf for o in outs if o.requires_grad)
+            assert no_graph(wide)
+            for out in (whole(), whole(requires_grad=True)):
+                work = dist.all_gather_into_tensor(out, x.contiguous(), async_op=async_op)
+                if work is not None:
+                    work.wait()
+                assert out.view(n, 3, 2).tolist() == expected
+                assert no_graph(out)
+            outs = [whole(), whole()]
+            with dist._coalescing_manager(async_ops=async_op, device=None) as manager:
+                for out in outs:
+                    dist.all_gather_into_tensor(out, x.contiguous())
+            if async_op:
+                manager.wait()
+            assert all(out.view(n, 3, 2).tolist() == expected and no_graph(out) for out in outs)
+        y = torch.nn.Parameter(mine.clone())
+        for call in (dist.all_reduce, lambda t, **kw: dist.broadcast(t, 0, **kw)):
+            work = call(y, async_op=async_op)
+            if work is not None:
+                work.wait()
+            assert y.is_leaf
+        assert y.tolist() == [[n * (n + 1) / 2] * 2] * 3
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_tensors_that_require_grad(ranks, device, world_size):
+    """Numbers and no graph, whatever requires grad, and the same with one rank."""
+    ranks(requires_grad_body, world_size, device)

@@ -29,29 +29,46 @@ def refused_body(
         all_reduce_works(rank)
 
 
-def unsupported(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
-    n, x = rank.world_size, torch.ones(4, device=rank.device)
-    parts = [torch.ones(4, device=rank.device) for _ in range(n)]
-    whole = torch.ones(4 * n, device=rank.device)
+def refused_operations(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
+    """Every function of torch.distributed that the backend doesn't serve, and the public name in its error. Those of
+    objects and batches stand on others, which are named."""
+    n, device = rank.world_size, rank.device
+    x, whole = torch.ones(4, device=device), torch.ones(4 * n, device=device)
+    parts = [torch.ones(4, device=device) for _ in range(n)]
     root, peer = rank.rank == 0, (rank.rank + 1) % n
+    send_to_peer = dist.P2POp(dist.isend, x, peer)
+    objects: list[Any] = [None] * n
     calls: dict[str, tuple[Callable[[], Any], str]] = {
         "reduce": (lambda: dist.reduce(x, 0), "reduce"),
+        "async reduce": (lambda: dist.reduce(x, 0, async_op=True), "reduce"),
         "gather": (lambda: dist.gather(x, parts if root else None, dst=0), "gather"),
+        "gather_object": (lambda: dist.gather_object(rank.rank, objects if root else None), "gather"),
         "scatter": (lambda: dist.scatter(x, parts if root else None, src=0), "scatter"),
+        "scatter_object_list": (lambda: dist.scatter_object_list([None], list(range(n)) if root else None), "scatter"),
         "reduce_scatter": (lambda: dist.reduce_scatter(x, parts), "reduce_scatter"),
-        "reduce_scatter_tensor": (lambda: dist.reduce_scatter_tensor(x, whole), "reduce_scatter"),
-        "all_to_all": (lambda: dist.all_to_all(parts, parts), "alltoall"),
-        "all_to_all_single": (lambda: dist.all_to_all_single(whole.clone(), whole), "alltoall"),
+        "reduce_scatter_tensor": (lambda: dist.reduce_scatter_tensor(x, whole), "reduce_scatter_tensor"),
+        "all_to_all": (lambda: dist.all_to_all(parts, parts), "all_to_all"),
+        "all_to_all_single": (lambda: dist.all_to_all_single(whole.clone(), whole), "all_to_all_single"),
+        "all_gather_coalesced": (lambda: dist.all_gather_coalesced([parts], [x]), "all_gather_coalesced"),
         "send": (lambda: dist.send(x, peer), "send"),
         "isend": (lambda: dist.isend(x, peer), "send"),
         "recv": (lambda: dist.recv(x, peer), "recv"),
+        "irecv": (lambda: dist.irecv(x, peer), "recv"),
         "recv from anyone": (lambda: dist.recv(x), "recv"),
+        "send_object_list": (lambda: dist.send_object_list([1], peer), "send"),
+        "recv_object_list": (lambda: dist.recv_object_list([None], peer), "recv"),
+        "batch_isend_irecv": (lambda: dist.batch_isend_irecv([send_to_peer]), "send"),
     }
-    return {name: (call, RuntimeError, rf"(?i)\bmnnvl\b.*\b_?{text}") for name, (call, text) in calls.items()}
+    # The name stands alone: not as a part of torch's internal ones.
+    return {
+        name: (call, RuntimeError, rf"mnnvl\b.*(?<!\w){public}(?!\w).*group of another backend")
+        for name, (call, public) in calls.items()
+    }
 
 
-def test_unsupported_operations_name_backend_and_operation(ranks, device):
-    ranks(refused_body, 2, device, args=(unsupported,))
+def test_operations_that_are_refused(ranks, device):
+    """By their public name, and with what to do instead. Some begin with a collective that is served."""
+    ranks(refused_body, 2, device, args=(refused_operations,))
 
 
 def bad_input(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
@@ -88,6 +105,43 @@ def bad_input(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception],
 
 def test_bad_input_leaves_the_group_usable(ranks, device):
     ranks(refused_body, 2, device, args=(bad_input,))
+
+
+def views(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
+    """What the backend object's own methods are given hasn't passed torch's resolution of lazy views."""
+    n, device = rank.world_size, rank.device
+    backend = dist.group.WORLD._get_backend(device)
+    conjugate = torch.ones(4, dtype=torch.complex64, device=device).conj()
+    negative = torch._neg_view(torch.ones(4, device=device))
+    assert conjugate.is_conj()
+    assert negative.is_neg()
+    cases: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {}
+    for kind, x in (("conj", conjugate), ("neg", negative)):
+        dense = x.clone().contiguous() if kind == "neg" else x.resolve_conj()
+        parts = [torch.empty_like(dense) for _ in range(n)]
+        whole = torch.empty(4 * n, dtype=x.dtype, device=device)
+        bad_whole = whole.conj() if kind == "conj" else torch._neg_view(whole)
+        calls = {
+            "all_reduce": lambda x=x: backend.allreduce([x], dist.AllreduceOptions()),
+            "broadcast": lambda x=x: backend.broadcast([x], dist.BroadcastOptions()),
+            "all_gather": lambda x=x, parts=parts: backend.allgather([parts], [x], dist.AllgatherOptions()),
+            "all_gather: tensor_list": lambda x=x, parts=parts, dense=dense: backend.allgather(
+                [[x, *parts[1:]]], [dense], dist.AllgatherOptions()
+            ),
+            "all_gather_into_tensor: input": lambda x=x, whole=whole: backend._allgather_base(
+                whole, x, dist.AllgatherOptions()
+            ),
+            "all_gather_into_tensor: output": lambda dense=dense, bad_whole=bad_whole: backend._allgather_base(
+                bad_whole, dense, dist.AllgatherOptions()
+            ),
+        }
+        for name, call in calls.items():
+            cases[f"{kind} {name}"] = (call, ValueError, f"mnnvl {name}.*{kind}")
+    return cases
+
+
+def test_conjugate_and_negative_views(ranks, device):
+    ranks(refused_body, 2, device, args=(views,))
 
 
 def meta_body(rank: Rank) -> None:

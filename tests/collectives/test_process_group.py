@@ -217,6 +217,51 @@ def test_timeouts(ranks, device):
     assert len(texts) == 3
 
 
+def long_timeouts_body(rank: Rank, timeout: timedelta) -> None:
+    """Whatever torch can carry is a timeout, and in the options whatever Python can: none is too long to count with."""
+    rank.init(timeout=timeout)
+    backend = dist.group.WORLD._get_backend(rank.device)
+    all_reduce_works(rank)
+    backend.set_timeout(timeout)
+    all_reduce_works(rank)
+    x = torch.ones(3, device=rank.device)
+    opts = dist.AllreduceOptions()
+    opts.timeout, opts.asyncOp = timeout, True
+    assert backend.allreduce([x], opts).wait(timeout)
+    group = dist.new_group(backend="mnnvl", pg_options=rank.options(timeout=timedelta.max))
+    all_reduce_works(rank, group)
+    dist.barrier(device_ids=[rank.device.index] if rank.device.type == "cuda" else None)
+
+
+@pytest.mark.parametrize("timeout", [timedelta(days=109_500), timedelta(days=10**8)], ids=str)
+def test_very_long_timeouts(ranks, device, timeout):
+    ranks(long_timeouts_body, 2, device, backend=None, args=(timeout,), timeout=30)
+
+
+def own_methods_body(rank: Rank) -> None:
+    """torch's own helpers know NCCL and gloo only; the group's methods work."""
+    group, backend = dist.group.WORLD, dist.group.WORLD._get_backend(rank.device)
+    all_reduce_works(rank)
+    before = backend._get_sequence_number_for_group()
+    backend._set_sequence_number_for_group()
+    all_reduce_works(rank)
+    assert backend._get_sequence_number_for_group() == before + 1
+    for set_timeout, seconds in (
+        (group.set_timeout, 41),
+        (backend.set_timeout, 42),
+        (backend._set_default_timeout, 43),
+    ):
+        set_timeout(timedelta(seconds=seconds))
+        assert backend.options._timeout == timedelta(seconds=seconds)
+    all_reduce_works(rank)
+    with pytest.raises(ValueError, match="timeout.*expected"):
+        backend.set_timeout(timedelta(0))
+
+
+def test_sequence_numbers_and_timeouts_of_the_group(ranks, device):
+    ranks(own_methods_body, 2, device)
+
+
 @two_gpus
 def test_handles_over_nccl(ranks):
     """Forced: by default descriptors don't go that way."""

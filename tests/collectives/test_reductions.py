@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
-from reference import DTYPES, random_input, values
+from reference import DTYPES, all_reduce_works, random_input, values
 
 FOLDS: dict[Any, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     dist.ReduceOp.SUM: torch.add, dist.ReduceOp.AVG: torch.add, dist.ReduceOp.PRODUCT: torch.mul,
@@ -63,3 +63,51 @@ def complex_body(rank: Rank) -> None:
 
 def test_complex_sums_are_sums_of_their_parts(ranks, device):
     ranks(complex_body, 3, device)
+
+
+def flush_denormals_body(rank: Rank, numel: int) -> bool:
+    """Rank 1's main thread treats denormals as zeros, which is its own affair. Returns whether it can."""
+    n, device = rank.world_size, rank.device
+
+    def tiny(r: int, dtype: torch.dtype) -> torch.Tensor:
+        """Denormals of another scale on every rank."""
+        steps = torch.arange(numel, dtype=torch.float64) % 97 + 1 + r
+        return (steps * torch.finfo(dtype).smallest_normal / (128 << r)).to(dtype)
+
+    integer = {
+        torch.float64: torch.int64,
+        torch.float32: torch.int32,
+        torch.bfloat16: torch.int16,
+        torch.float16: torch.int16,
+    }
+    ops = {dist.ReduceOp.SUM: torch.add, dist.ReduceOp.MIN: torch.minimum, dist.ReduceOp.MAX: torch.maximum}
+    cases = [(op, dtype) for op in ops for dtype in integer]
+    inputs = {dtype: [tiny(r, dtype) for r in range(n)] for dtype in integer}
+    expected = {}
+    for op, dtype in cases:
+        wide = [x.float() if dtype.itemsize == 2 else x for x in inputs[dtype]]
+        total = wide[0]
+        for x in wide[1:]:
+            total = ops[op](total, x)
+        expected[op, dtype] = total.to(dtype).view(integer[dtype])
+        assert bool((expected[op, dtype] != 0).any())
+    all_reduce_works(rank)
+    supported = torch.set_flush_denormal(rank.rank == 1)
+    try:
+        for i, (op, dtype) in enumerate(cases):
+            x = inputs[dtype][rank.rank].to(device)
+            work = dist.all_reduce(x, op=op, async_op=(rank.rank + i) % 2 == 0)  # on the queue's thread or on this one
+            if work is not None:
+                work.wait()
+            differing = int((x.cpu().view(integer[dtype]) != expected[op, dtype]).sum())
+            assert differing == 0, f"{differing} of {numel} elements of {op} of {dtype} on rank {rank.rank}"
+    finally:
+        torch.set_flush_denormal(False)
+    return supported
+
+
+@pytest.mark.parametrize("numel", [1, 200_001])
+def test_a_rank_that_flushes_denormals(ranks, device, numel):
+    """The same bits on all ranks all the same: every reduction, on whichever thread it runs."""
+    if not all(ranks(flush_denormals_body, 2, device, args=(numel,))):
+        pytest.skip("this processor can't flush denormals")
