@@ -34,7 +34,7 @@ class CpuTransport final : public Transport {
       AllReduceRequest chosen = *reduce;
       if (chosen.strategy == Strategy::kAuto) chosen.strategy = strategy_;
       chosen.strategy =
-          choose_cpu_all_reduce(chosen.strategy, chosen.numel * element_size(chosen.dtype), world_size_);
+          choose_cpu_strategy(chosen.strategy, chosen.numel * element_size(chosen.dtype), world_size_);
       return communicator_->run(chosen, run.timeout_ms);
     }
     communicator_->run(request, run.timeout_ms);
