@@ -181,6 +181,8 @@ void bind_process_group(py::module_& m) {
            }),
            py::arg("store"), py::arg("rank"), py::arg("size"))
       .def_property_readonly("options", &ProcessGroupMNNVL::options)
+      // What newer torch binds on Backend, for older ones too.
+      .def("_set_default_timeout", &ProcessGroupMNNVL::setTimeout, py::arg("timeout"))
       .def("_get_sequence_number_for_group", &ProcessGroupMNNVL::getSequenceNumberForGroup)
       .def("abort", &ProcessGroupMNNVL::abort, py::call_guard<py::gil_scoped_release>())
       .def("shutdown", &ProcessGroupMNNVL::shutdown, py::call_guard<py::gil_scoped_release>())

@@ -30,8 +30,8 @@ Body gather_body(const at::Tensor& input, const Tensors& outputs) {
 }
 
 void check_list_output(const at::Tensor& output, const at::Tensor& input) {
-  check_tensor(output, "all_gather", "tensor_list");
   check_same(output, input, "all_gather", "tensor_list");
+  check_tensor(output, "all_gather", "tensor_list");
   TORCH_CHECK_VALUE(output.numel() == input.numel(), "mnnvl all_gather: tensor_list: expected tensors of ",
                     input.numel(), " elements like the input, got ", output.numel());
   // Found here and not by the copy at the end, when the peers have done their part.
