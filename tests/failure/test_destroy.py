@@ -6,12 +6,15 @@ import gc
 import os
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from failing import NOTICED_WITHIN, SHORT, call, footprint, new_default_group_works, works
 from launcher import Rank, run_ranks
+
+from mnnvl_backend.registration import load_compiled
 
 
 def destroy_body(rank: Rank) -> None:
@@ -80,6 +83,54 @@ def test_destroy_while_other_threads_wait(device):
     run_ranks(destroy_under_threads_body, 2, device, backend=None, timeout=20)
 
 
+def destroy_beside_calls_body(rank: Rank) -> int:
+    """Threads that call as fast as they can while another one destroys: each call works or raises. Returns how many
+    raised."""
+    refused = 0
+    for turn in range(3):
+        rank.init(prefix=f"turn{turn}", timeout=SHORT, workspace_bytes=1 << 20)
+        works(rank)
+        backend = dist.group.WORLD._get_backend(rank.device)
+        ready, problems, texts = threading.Barrier(3, timeout=10), [], []
+
+        def calls(async_op: bool, backend=backend, ready=ready, problems=problems, texts=texts) -> None:
+            options = dist.AllreduceOptions()
+            options.asyncOp = async_op
+            ready.wait()
+            try:
+                while True:
+                    work = backend.allreduce([torch.ones(20_000, device=rank.device)], options)
+                    work.wait()
+                    if rank.device.type == "cuda" and not async_op:
+                        torch.cuda.current_stream().synchronize()
+            except dist.DistBackendError as error:
+                texts.append(str(error))
+            except BaseException as error:
+                problems.append(error)
+
+        threads = [threading.Thread(target=calls, args=(async_op,)) for async_op in (False, True)]
+        for thread in threads:
+            thread.start()
+        ready.wait()
+        # With both threads of both ranks in the group's calls: unordered between ranks, but all alike.
+        rank.meet(f"calling{turn}")
+        dist.destroy_process_group()
+        for thread in threads:
+            thread.join(2 * NOTICED_WITHIN)
+        assert not any(thread.is_alive() for thread in threads), "a thread still waits"
+        assert problems == []
+        assert all("shut down" in text or "rank" in text for text in texts), texts
+        refused += len(texts)
+        rank.meet(f"destroyed{turn}")
+    rank.init(prefix="after")
+    works(rank)
+    return refused
+
+
+def test_destroy_beside_calling_threads(ranks, device):
+    assert ranks(destroy_beside_calls_body, 2, device, backend=None, timeout=60) == [6, 6]
+
+
 def destroy_with_work_in_flight_body(rank: Rank) -> list[float]:
     """destroy waits for what was enqueued."""
     works(rank)
@@ -137,3 +188,71 @@ def failed_set_up_leaks_body(rank: Rank) -> tuple[dict[str, int], dict[str, int]
 def test_20_failed_set_ups_leave_nothing(ranks, device):
     for before, after in ranks(failed_set_up_leaks_body, 2, device, backend=None):
         assert after == before
+
+
+# The backend object dropped by Python, without a word.
+
+
+def backend_object(rank: Rank, prefix: str, timeout_ms: int = 8000) -> Any:
+    """Held by nobody but the caller."""
+    store = dist.PrefixStore(prefix, rank.store)
+    make = load_compiled().ProcessGroupMNNVL
+    return make(store, rank.rank, rank.world_size, timeout_ms=timeout_ms, multicast=False, bootstrap=1)
+
+
+def drop_body(rank: Rank, callbacks: bool, keep_works: bool) -> None:
+    """The last reference goes with the GIL held, while the queue works and callbacks want the GIL."""
+    for turn in range(3):
+        backend = backend_object(rank, f"turn{turn}")
+        backend.allreduce([torch.ones(4, device=rank.device)]).wait()
+        options = dist.AllreduceOptions()
+        options.asyncOp = True
+        in_flight = [backend.allreduce([torch.ones(1 << 20, device=rank.device)], options) for _ in range(4)]
+        called: list[int] = []
+        if callbacks:
+            for i, work in enumerate(in_flight):
+                work.get_future().then(lambda future, i=i, called=called: called.append(i))
+            del work
+        if not keep_works:
+            in_flight.clear()
+        start = time.monotonic()
+        del backend
+        gc.collect()
+        assert time.monotonic() - start < 3
+        if keep_works:
+            for work in in_flight:
+                work.wait()
+            del work
+        rank.meet(f"dropped{turn}")
+
+
+@pytest.mark.parametrize("keep_works", [False, True], ids=["alone", "works-kept"])
+@pytest.mark.parametrize("callbacks", [False, True], ids=["quiet", "callbacks"])
+def test_the_backend_object_dropped_with_work_in_flight(device, callbacks, keep_works):
+    run_ranks(drop_body, 2, device, backend=None, args=(callbacks, keep_works), timeout=25)
+
+
+def drop_unanswered_body(rank: Rank) -> None:
+    """Nobody answers what is in flight: the drop waits for it until the timeout at most."""
+    backend = backend_object(rank, "drop", timeout_ms=1500)
+    backend.allreduce([torch.ones(4, device=rank.device)]).wait()
+    rank.meet("ready")
+    if rank.rank == 0:
+        options = dist.AllreduceOptions()
+        options.asyncOp = True
+        work = backend.allreduce([torch.ones(4, device=rank.device)], options)
+        start = time.monotonic()
+        del backend
+        gc.collect()
+        assert time.monotonic() - start < 4
+        if rank.device.type == "cpu":
+            with pytest.raises(dist.DistBackendError):
+                work.wait()
+        assert time.monotonic() - start < 5
+    rank.meet("dropped")
+    rank.init(prefix="after")
+    works(rank)
+
+
+def test_the_backend_object_dropped_without_an_answer(device):
+    run_ranks(drop_unanswered_body, 2, device, backend=None, timeout=25)

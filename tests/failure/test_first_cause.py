@@ -6,7 +6,6 @@ import re
 import resource
 import time
 from collections.abc import Callable
-from datetime import timedelta
 
 import pytest
 import torch
@@ -153,24 +152,3 @@ def out_of_memory_body(rank: Rank) -> None:
 def test_a_rank_without_memory_breaks_nothing():
     """A process of its own, whose allocator keeps nothing back from earlier tests."""
     run_ranks(out_of_memory_body, 2, group_timeout=10)
-
-
-def set_up_then_late_body(rank: Rank) -> list[str]:
-    """The cause is that of the group, not of a device type or an object: a subgroup knows nothing of it."""
-    group = dist.new_group(backend="mnnvl", timeout=timedelta(seconds=1), pg_options=rank.options())
-    works(rank, group)
-    rank.meet("ready")
-    texts = []
-    if rank.rank == 0:
-        for _ in range(2):
-            with pytest.raises(dist.DistBackendError) as raised:
-                call(rank, group=group)
-            texts.append(str(raised.value))
-    rank.meet("failed")
-    works(rank)
-    return texts
-
-
-def test_a_broken_group_leaves_the_others(ranks, device):
-    texts, _ = ranks(set_up_then_late_body, 2, device)
-    assert len(set(texts)) == 1
