@@ -171,6 +171,48 @@ def test_random_interleavings(ranks, device, world_size):
     ranks(interleaving_body, world_size, device, timeout=240, args=(400, world_size))
 
 
+def small_after_large_body(rank: Rank, calls: int, seed: int) -> None:
+    """What a large call leaves in the workspace is what a small one of another strategy, dtype or kind finds there.
+    Nothing waits in between: results are looked at when a handful is in flight."""
+    forced = [
+        dist.new_group(backend="mnnvl", pg_options=rank.options(strategy=strategy), timeout=rank.group_timeout)
+        for strategy in ("oneshot", "twoshot")
+    ]
+    groups = [None, *forced]
+    plan = random.Random(seed)
+    large, small = [300_001, 2_000_003], [1, 8, 129, 4097]
+    inputs: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+    for i, (numel, dtype) in enumerate((numel, dtype) for numel in large + small for dtype in DTYPES):
+        inputs[numel, dtype] = [random_input(r, numel, dtype, i) for r in range(rank.world_size)]
+    sums = {key: rank_order_sum(those) for key, those in inputs.items()}
+    group = groups[0]
+    pending: list[tuple] = []
+    for call in range(calls):
+        if plan.random() < 0.3:  # most calls stay in the group of the one before
+            group = groups[plan.randrange(3)]
+        key = plan.choice(large if call % 4 == 0 else small), plan.choice(DTYPES)
+        x = inputs[key][rank.rank].to(rank.device, copy=True)
+        expected, work = sums[key], None
+        if call % 4 and plan.random() < 0.2:
+            root = plan.randrange(rank.world_size)
+            dist.broadcast(x, root, group=group)
+            expected = inputs[key][root]
+        else:
+            work = dist.all_reduce(x, group=group, async_op=plan.random() < 0.3)
+        pending.append((work, x, expected, f"call {call}: {key[0]} x {key[1]}"))
+        if len(pending) == 8 or call == calls - 1:
+            for work, x, expected, what in pending:
+                if work is not None:
+                    work.wait()
+                assert torch.equal(x.cpu().view(torch.uint8), expected.view(torch.uint8)), what
+            pending.clear()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_small_calls_right_after_large_ones(ranks, device, world_size):
+    ranks(small_after_large_body, world_size, device, timeout=120, args=(120, 7 + world_size))
+
+
 def layouts_body(rank: Rank) -> None:
     def check(make) -> None:
         inputs = [make(random_input(r, 2 * 3 * 4 * 5, torch.float32, 7)) for r in range(rank.world_size)]

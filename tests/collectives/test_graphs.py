@@ -4,7 +4,9 @@ calls of any other kind."""
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +16,8 @@ import torch
 import torch.distributed as dist
 from launcher import Rank, run_ranks
 from reference import INTEGER_OF, random_input, rank_order_sum
+
+import mnnvl_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -237,3 +241,97 @@ def late_replay_body(rank: Rank) -> None:
 
 def test_late_rank_in_a_replay(ranks):
     ranks(late_replay_body, 2, "cuda", backend=None)
+
+
+def pool_body(rank: Rank) -> None:
+    """Tensors of asynchronous calls in a capture: what wait() has ordered may be used again, as in eager mode."""
+    numel, rounds = 1 << 20, 8
+    x = torch.ones(numel, device=rank.device)
+    dist.all_reduce(x, async_op=True).wait()
+    torch.cuda.synchronize()
+    total = torch.zeros(numel, device=rank.device)
+    addresses = set()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(rounds):
+            x = torch.full((numel,), float(i + rank.rank), device=rank.device)
+            addresses.add(x.data_ptr())
+            work = dist.all_reduce(x, async_op=True)
+            work.wait()
+            total += x
+            del work, x
+    assert len(addresses) <= 2, (
+        f"{rounds} tensors, one alive at a time, took {len(addresses)} blocks of the graph's pool"
+    )
+    n = rank.world_size
+    for replay in range(1, 4):
+        graph.replay()
+        expected = replay * sum(n * i + n * (n - 1) // 2 for i in range(rounds))
+        assert torch.equal(total, torch.full_like(total, float(expected))), f"replay {replay}"
+
+
+def test_memory_of_captured_async_calls_is_used_again(ranks):
+    ranks(pool_body, 2, "cuda")
+
+
+def invalidated_body(rank: Rank) -> None:
+    """A capture that something else has spoilt: the collective must not run eagerly in its place, on one rank alone."""
+    x = torch.ones(1000, device=rank.device)
+    dist.all_reduce(x)
+    torch.cuda.synchronize()
+    if rank.rank == 0:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            with pytest.raises(RuntimeError):
+                stream.synchronize()  # not permitted in a capture, and the end of this one
+            for async_op in (False, True):
+                with pytest.raises(RuntimeError, match="(?i)captur"):
+                    dist.all_reduce(x, async_op=async_op)
+            with pytest.raises(RuntimeError):
+                graph.capture_end()
+    torch.cuda.synchronize()
+    rank.meet("spoilt")
+    y = torch.full((1000,), float(rank.rank + 1), device=rank.device)
+    dist.all_reduce(y)
+    assert y.tolist() == [sum(range(1, rank.world_size + 1))] * 1000
+
+
+def test_a_collective_in_an_invalidated_capture_raises():
+    """In processes of their own, since torch's allocator remembers a capture that ended so."""
+    run_ranks(invalidated_body, 2, "cuda")
+
+
+def collected_workspace_body(rank: Rank) -> None:
+    """The function's workspace goes out of scope while a graph still holds its addresses."""
+    workspace = mnnvl_backend.MNNVLAllReduceFusionWorkspace(
+        mnnvl_backend.Mapping(world_size=rank.world_size, rank=rank.rank, tp_size=rank.world_size),
+        max_num_tokens=16, hidden_dim=1024, dtype=torch.bfloat16,
+    )  # fmt: skip
+    variants = [
+        [random_input(r, 16 * 1024, torch.bfloat16, v) for r in range(rank.world_size)] for v in range(VARIANTS)
+    ]
+    x = torch.zeros(16, 1024, dtype=torch.bfloat16, device=rank.device)
+    out = torch.empty_like(x)
+    mnnvl_backend.trtllm_mnnvl_allreduce(x, workspace, False, output=out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            mnnvl_backend.trtllm_mnnvl_allreduce(x, workspace, False, output=out)
+    collected = weakref.ref(workspace)
+    del workspace
+    gc.collect()
+    assert collected() is None
+    rank.meet("collected")
+    for replay in range(20):
+        inputs = variants[replay % VARIANTS]
+        x.copy_(inputs[rank.rank].view(16, 1024))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(out.cpu().flatten(), rank_order_sum(inputs)), f"replay {replay}"
+
+
+def test_a_captured_workspace_may_be_collected():
+    """In processes of their own: a graph that reads memory which is gone spoils the context."""
+    run_ranks(collected_workspace_body, 2, "cuda")

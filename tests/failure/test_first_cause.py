@@ -94,28 +94,6 @@ def test_abort_says_where_it_was_called(device):
     assert re.search(r"rank 0\b.*abort\(\) was called", told[0])
 
 
-def different_sizes_body(rank: Rank) -> list[str]:
-    works(rank)
-    rank.meet("ready")
-    texts = []
-    with pytest.raises(dist.DistBackendError) as raised:
-        for _ in range(3):  # one rank may come through the first one, whose peer has sent already
-            dist.all_reduce(torch.ones(48 if rank.rank == 0 else 192))
-    texts.append(str(raised.value))
-    texts += refusals(rank)
-    new_default_group_works(rank)
-    return texts
-
-
-def test_calls_that_differ_in_size(ranks):
-    """On the CPU: not a sum of 48 elements with 192, but an error that names both calls, on every rank, for ever."""
-    texts = ranks(different_sizes_body, 2, timeout=30)
-    for rank in (0, 1):
-        assert len(set(texts[rank])) == 1, set(texts[rank])
-        assert f"rank {1 - rank}" in texts[rank][0]
-    assert any("192 bytes" in text[0] and "768 bytes" in text[0] for text in texts), texts
-
-
 def address_space() -> int:
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[0]) * resource.getpagesize()
