@@ -246,11 +246,7 @@ def own_methods_body(rank: Rank) -> None:
     backend._set_sequence_number_for_group()
     all_reduce_works(rank)
     assert backend._get_sequence_number_for_group() == before + 1
-    for set_timeout, seconds in (
-        (group.set_timeout, 41),
-        (backend.set_timeout, 42),
-        (backend._set_default_timeout, 43),
-    ):
+    for set_timeout, seconds in ((group.set_timeout, 41), (backend.set_timeout, 42)):
         set_timeout(timedelta(seconds=seconds))
         assert backend.options._timeout == timedelta(seconds=seconds)
     all_reduce_works(rank)

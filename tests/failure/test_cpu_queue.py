@@ -200,7 +200,7 @@ def test_a_callback_waits(ranks, case, by_future):
 
 def stuck_callback_body(rank: Rank, end: str, inside: bool) -> None:
     """Rank 0's callback waits for a collective that rank 1 never enters, started `inside` it or before it."""
-    rank.init(timeout=SHORT if end == "timeout" else timedelta(seconds=60))
+    rank.init(timeout=timedelta(seconds=60) if end == "abort" else SHORT)
     works(rank)
     if rank.rank == 0:
         backend = dist.group.WORLD._get_backend(rank.device)
