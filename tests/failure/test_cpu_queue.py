@@ -205,6 +205,8 @@ def stuck_callback_body(rank: Rank, end: str, inside: bool) -> None:
     if rank.rank == 0:
         backend = dist.group.WORLD._get_backend(rank.device)
         entered, ended, raised = threading.Event(), threading.Event(), []
+        options = dist.AllreduceOptions()
+        options.asyncOp = True
         x = torch.ones(10)
         first = dist.all_reduce(torch.ones(10), async_op=True)
         second = None if inside else dist.all_reduce(x, async_op=True)
@@ -212,7 +214,7 @@ def stuck_callback_body(rank: Rank, end: str, inside: bool) -> None:
         def callback(future: Any) -> None:
             entered.set()
             try:
-                (dist.all_reduce(x, async_op=True) if second is None else second).wait()
+                (backend.allreduce([x], options) if second is None else second).wait()
             except BaseException as error:
                 raised.append(error)
             finally:
