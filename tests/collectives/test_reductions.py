@@ -95,7 +95,7 @@ def flush_denormals_body(rank: Rank, numel: int) -> bool:
     supported = torch.set_flush_denormal(rank.rank == 1)
     try:
         for i, (op, dtype) in enumerate(cases):
-            x = inputs[dtype][rank.rank].to(device)
+            x = inputs[dtype][rank.rank].to(device, copy=True)
             work = dist.all_reduce(x, op=op, async_op=(rank.rank + i) % 2 == 0)  # on the queue's thread or on this one
             if work is not None:
                 work.wait()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from failing import works
 from launcher import Rank
+from torch._C import _distributed_c10d as c10d
 
 OWN = timedelta(seconds=0.5)  # the group's is 30 s
 
@@ -43,14 +44,15 @@ def calls(rank: Rank) -> dict[str, Callable[[dist.ProcessGroup], dist.Work]]:
         ids = [device.index] if device.type == "cuda" else None
         return dist.barrier(group, async_op=True, timeout=OWN, device_ids=ids)
 
-    coalesced = torch._C._distributed_c10d.AllreduceCoalescedOptions
     return {
         "all_reduce": lambda group: group.allreduce([x], with_timeout(dist.AllreduceOptions())),
         "all_reduce, gathered": lambda group: group.allreduce([integers], with_timeout(dist.AllreduceOptions())),
-        "all_reduce_coalesced": lambda group: group.allreduce_coalesced([x, y], with_timeout(coalesced())),
+        "all_reduce_coalesced": lambda group: group.allreduce_coalesced(
+            [x, y], with_timeout(c10d.AllreduceCoalescedOptions())
+        ),
         "broadcast": broadcast,
-        "all_gather": lambda group: group.allgather([parts], [x], with_timeout(dist.AllgatherOptions())),
-        "all_gather_into_tensor": lambda group: group._allgather_base(whole, x, with_timeout(dist.AllgatherOptions())),
+        "all_gather": lambda group: group.allgather([parts], [x], with_timeout(c10d.AllgatherOptions())),
+        "all_gather_into_tensor": lambda group: group._allgather_base(whole, x, with_timeout(c10d.AllgatherOptions())),
         "barrier": barrier,
         "dist.barrier": public_barrier,
     }
