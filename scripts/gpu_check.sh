@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What must be run on a GPU machine whenever GPU code changes: the tests on the first 2, 3 and 4 GPUs as far as there are so
-# many, one run under compute-sanitizer, the benchmark. Leaves dated records in a folder (default docs/results).
+# many, every kernel under compute-sanitizer, the benchmark. Leaves dated records in a folder (default docs/results).
+# Tests run with the test double built before, so that no test waits for a compiler.
 # usage: gpu_check.sh [folder] [extra pytest arguments...]
 source "$(dirname "$0")/common.sh"
 set_up
@@ -12,6 +13,7 @@ DATE=$(date +%F)
 NAME=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | sed 's/^NVIDIA //; s/ .*//' | tr '[:upper:]' '[:lower:]')
 RECORD=$OUTPUT/$DATE-gpu-tests-${GPUS}x$NAME.md
 export OMP_NUM_THREADS=1
+"$PYTHON" tests/native/build.py module >/dev/null || die "the test double of the driver (tests/native) can't be built"
 
 {
   echo "# GPU tests, $DATE"
@@ -38,9 +40,20 @@ for count in 2 3 4; do
   record "tests on $count gpus" env CUDA_VISIBLE_DEVICES="$(seq -s, 0 $((count - 1)))" \
     "$PYTHON" -m pytest -q tests -k "cuda or graphs or memory" --timeout 150 "$@"
 done
-# Set-up asks the driver for things it may refuse, which is no memory error.
-record "compute-sanitizer memcheck" compute-sanitizer --target-processes all --report-api-errors no --error-exitcode 9 \
-  "$PYTHON" -m pytest -q tests/test_all_reduce.py -k "cuda and (any_alignment or average)" --timeout 170
+
+# Under compute-sanitizer a kernel takes many times as long, so of each kernel a test or two. Set-up asks the driver for
+# things it may refuse, which is no memory error.
+memcheck() {
+  local title=$1
+  shift
+  record "memcheck of $title" compute-sanitizer --target-processes all --report-api-errors no --error-exitcode 9 \
+    "$PYTHON" -m pytest -q --timeout 170 "$@"
+}
+memcheck "all_reduce" tests/collectives/test_all_reduce.py -k "cuda and (any_alignment or average)"
+memcheck "moves" tests/collectives/test_all_gather.py tests/collectives/test_broadcast.py \
+  tests/collectives/test_barrier.py -k "cuda and not large"
+memcheck "graphs" tests/collectives/test_graphs.py -k "sizes_replayed or several_graphs"
+memcheck "the function" tests/function -k "cuda and (sums or last_byte or back_to_back)"
 BENCH=$([ "$GPUS" -ge 4 ] && echo 4 || echo "$GPUS")
 record "benchmark" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$BENCH" \
   -m mnnvl_backend bench --output "$OUTPUT"
