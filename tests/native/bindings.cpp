@@ -37,6 +37,7 @@ FakeSetupConfig fake_config(const py::kwargs& kwargs) {
   MNNVL_FIELD(clusters);
   MNNVL_FIELD(cliques);
   MNNVL_FIELD(multicast_support);
+  MNNVL_FIELD(multicast_forbidden);
   MNNVL_FIELD(faults);
   MNNVL_FIELD(corruptions);
   MNNVL_FIELD(multicast_lost_rank);

@@ -11,6 +11,7 @@
 #include "cpu/communicator.h"
 #include "cpu/layout.h"
 #include "native/harness.h"
+#include "tuning/choose_cpu.h"
 
 namespace mnnvl::test {
 
@@ -61,7 +62,8 @@ class Segments {
 // One rank's communicator.
 class CpuRank {
  public:
-  CpuRank(const Segments& segments, int rank, std::vector<int> peer_pids = {}) : rank_(rank) {
+  CpuRank(const Segments& segments, int rank, std::vector<int> peer_pids = {})
+      : rank_(rank), world_size_(segments.world_size()) {
     cpu::CommunicatorOptions options;
     options.rank = rank;
     options.world_size = segments.world_size();
@@ -69,23 +71,25 @@ class CpuRank {
     options.segment_bytes = segments.bytes();
     options.peer_pids = std::move(peer_pids);
     options.peer_pids.resize(static_cast<size_t>(segments.world_size()), -1);
-    communicator_ = cpu::Communicator::create(options);
+    communicator_ = std::make_unique<cpu::Communicator>(options);
   }
 
   int rank() const { return rank_; }
-  void all_reduce(const void* in, void* out, int64_t numel, Dtype dtype, ReduceOp op, Strategy strategy) {
-    communicator_->all_reduce(in, out, numel, dtype, op, strategy, kLongMs);
+  // kAuto: by the tuning, as the transport does.
+  void all_reduce(AllReduceRequest request) {
+    const int64_t bytes = request.numel * element_size(request.dtype);
+    request.strategy = choose_cpu_strategy(request.strategy, bytes, world_size_);
+    run(request);
   }
-  void all_gather(const void* in, void* const* outs, int64_t bytes) {
-    communicator_->all_gather(in, outs, bytes, kLongMs);
-  }
-  void broadcast(void* data, int64_t bytes, int root) { communicator_->broadcast(data, bytes, root, kLongMs); }
-  void barrier(int64_t timeout_ms = kLongMs) { communicator_->barrier(timeout_ms); }
+  void all_gather(const void* in, void* const* outs, int64_t bytes) { run(AllGatherRequest{in, outs, bytes}); }
+  void broadcast(void* data, int64_t bytes, int root) { run(BroadcastRequest{data, bytes, root}); }
+  void barrier(int64_t timeout_ms = kLongMs) { run(BarrierRequest{}, timeout_ms); }
+  void run(const Request& request, int64_t timeout_ms = kLongMs) { communicator_->run(request, timeout_ms); }
   void abort() { communicator_->abort(); }
   void check() const { communicator_->check(); }
 
  private:
-  int rank_;
+  int rank_, world_size_;
   std::unique_ptr<cpu::Communicator> communicator_;
 };
 

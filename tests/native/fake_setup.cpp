@@ -228,6 +228,7 @@ void set_up_buffer(const FakeSetupConfig& config, std::shared_ptr<fake::World> w
                                                    : Bootstrap::kStore;
   options.host_id = per_rank(config.host_ids, rank, std::string());
   options.timeout_ms = config.timeout_ms;
+  options.multicast_forbidden = per_rank(config.multicast_forbidden, rank, std::string());
   for (int off : config.multicast_off_ranks) {
     if (off == rank) options.multicast = MulticastMode::kOff;
   }
@@ -297,7 +298,7 @@ void disturb(const std::string& name) {
 // A rank's part: passes a memfd that says whose it is, and reads what the peers' ones say.
 void pass_descriptors(const std::string& scenario, int timeout_ms, int rank, Exchange& exchange, Row* row) {
   const bool odd = rank == 1;
-  FdChannel channel(exchange.size());
+  FdChannel channel;
   std::vector<std::string> addresses = exchange.all_gather(channel.address());
   if (scenario == "strangers") disturb(addresses[(rank + 1) % exchange.size()]);
   if (odd && scenario == "absent") {

@@ -1,5 +1,5 @@
 // Runs the real set-up code over simulated drivers, from plain data to plain data: what tests call
-// on machines that can't do the real thing. Implemented in memory/fake_setup.cpp, above the layers that it drives.
+// on machines that can't do the real thing.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,7 @@ struct FakeSetupConfig {
   std::vector<std::string> clusters;  // fabric cluster by name; "": a zero uuid (the default)
   std::vector<int> cliques;  // 0
   std::vector<int> multicast_support;  // 1
+  std::vector<std::string> multicast_forbidden;  // SymmetricBufferOptions'; ""
 
   std::vector<std::tuple<int, std::string, int, int>>
       faults;  // rank, function ("cuMemMap"), nth call from 1, code (0: gives null)

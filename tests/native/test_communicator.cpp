@@ -9,8 +9,8 @@ namespace mnnvl::test {
 namespace {
 
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
-constexpr size_t kSmallSegment = cpu::kControlBytes + cpu::kGenerations * 256;  // slots of 256 bytes: many steps
-constexpr size_t kLargeSegment = cpu::kControlBytes + cpu::kGenerations * (64 << 10);
+constexpr size_t kSmallSegment = cpu::kControlBytes + cpu::kSlots * 256;  // slots of 256 bytes: many steps
+constexpr size_t kLargeSegment = cpu::kControlBytes + cpu::kSlots * (64 << 10);
 
 using Bytes = std::vector<std::byte>;
 
@@ -53,7 +53,7 @@ void check_all_reduce(CpuRank& rank, int world_size, const Reduction& r) {
   Bytes in(static_cast<size_t>(bytes + r.shift + 64)), out(in.size(), std::byte{0x5a});
   std::copy(inputs[rank.rank()].begin(), inputs[rank.rank()].end(), in.begin() + r.shift);
   Bytes& result = r.in_place ? in : out;
-  rank.all_reduce(in.data() + r.shift, result.data() + r.shift, r.numel, r.dtype, r.op, r.strategy);
+  rank.all_reduce({in.data() + r.shift, result.data() + r.shift, r.numel, r.dtype, r.op, r.strategy});
   for (int64_t i = 0; i < r.numel; ++i) {
     const uint32_t expected = rank_order_bits(pointers, i, r.dtype, r.op);
     const uint32_t seen = element_bits(result.data() + r.shift, i, r.dtype);

@@ -4,13 +4,14 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <utility>
 
 #include "native/cpu_group.h"
 
 namespace mnnvl::test {
 namespace {
 
-constexpr size_t kSegment = cpu::kControlBytes + cpu::kGenerations * 256;
+constexpr size_t kSegment = cpu::kControlBytes + cpu::kSlots * 256;
 
 double seconds_of(const std::function<void()>& body) {
   const auto begin = std::chrono::steady_clock::now();
@@ -94,6 +95,45 @@ TEST(communicator_a_dead_peer_ends_a_wait) {
   CHECK(contains(error, "has ended"), error.what());
 }
 
+// Ranks whose calls differ: an error on both, whatever differs, that names both calls where one read from the other.
+TEST(communicator_ranks_that_call_different_things) {
+  std::byte data[256] = {}, others[256] = {};
+  void* outs[] = {data, others};
+  const auto reduction = [&](int64_t numel, Dtype dtype, ReduceOp op, Strategy strategy) {
+    return AllReduceRequest{data, others, numel, dtype, op, strategy};
+  };
+  const AllReduceRequest plain = reduction(16, Dtype::kFloat32, ReduceOp::kSum, Strategy::kOneShot);
+  const std::pair<Request, Request> pairs[] = {
+      {plain, reduction(15, Dtype::kFloat32, ReduceOp::kSum, Strategy::kOneShot)},
+      {plain, reduction(16, Dtype::kFloat32, ReduceOp::kAvg, Strategy::kOneShot)},
+      {plain, reduction(32, Dtype::kBFloat16, ReduceOp::kSum, Strategy::kOneShot)},
+      {plain, reduction(16, Dtype::kFloat32, ReduceOp::kSum, Strategy::kTwoShot)},
+      {plain, BarrierRequest{}},
+      {BroadcastRequest{data, 64, 0}, BroadcastRequest{data, 64, 1}},
+      {BroadcastRequest{data, 64, 0}, AllGatherRequest{data, outs, 64}},
+  };
+  for (const auto& [first, second] : pairs) {
+    const Segments segments(2, kSegment);
+    CpuRank a(segments, 0), b(segments, 1);
+    std::vector<std::string> texts(2);
+    run_threads(2, [&](int rank) {
+      // Two roots read from nobody; the next call finds the difference at the latest.
+      CpuRank& mine = rank == 0 ? a : b;
+      const Request request = rank == 0 ? first : second;
+      const Error error = error_of([&] {
+        mine.run(request);
+        mine.barrier();
+      });
+      CHECK(error.kind() == ErrorKind::kPeerFailed, error.what());
+      texts[static_cast<size_t>(rank)] = error.what();
+    });
+    const std::string both = texts[0] + " | " + texts[1];
+    if (both.find("their calls before it differed") != std::string::npos) continue;
+    for (const Request& request : {first, second})
+      CHECK(both.find(name(operation_of(request))) != std::string::npos, both);
+  }
+}
+
 TEST(communicator_refuses_bad_arguments) {
   const Segments segments(2, kSegment), tiny(2, cpu::kControlBytes);
   CHECK(error_of([&] { CpuRank(tiny, 0); }).kind() == ErrorKind::kInvalidArgument);
@@ -102,6 +142,8 @@ TEST(communicator_refuses_bad_arguments) {
   CHECK(error_of([&] { rank.broadcast(nullptr, 8, 2); }).kind() == ErrorKind::kInvalidArgument);
   CHECK(error_of([&] { rank.broadcast(nullptr, -1, 0); }).kind() == ErrorKind::kInvalidArgument);
   CHECK(error_of([&] { rank.barrier(0); }).kind() == ErrorKind::kInvalidArgument);
+  const AllReduceRequest undecided{nullptr, nullptr, 0, Dtype::kFloat32, ReduceOp::kSum, Strategy::kAuto};
+  CHECK(error_of([&] { rank.run(undecided); }).kind() == ErrorKind::kInvalidArgument);
   rank.check();  // a caller's mistake breaks nothing
 }
 

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <climits>
+#include <cstdint>
 
 #include "native/harness.h"
 #include "system/deadline.h"
@@ -46,6 +47,17 @@ TEST(system_deadline) {
     CHECK(brief.left_ms(1000) >= 1 || brief.passed(), "a wait would spin");
   }
   CHECK(brief.left_ms(1000) <= 1);
+}
+
+// "Never", however it is said, is a time that can be added to a clock's.
+TEST(system_deadline_saturates) {
+  for (const int64_t never : {INT64_MAX, kLongestTimeoutMs, kLongestTimeoutMs + 1, INT64_MAX / 1000000}) {
+    const Deadline deadline(never);
+    CHECK(!deadline.passed(), never);
+    CHECK(deadline.left_ms(INT_MAX) == INT_MAX, never);
+    CHECK(deadline.timeout_ms() <= kLongestTimeoutMs, never);
+  }
+  for (const int64_t gone : {int64_t{-1}, INT64_MIN}) CHECK(Deadline(gone).passed(), gone);
 }
 
 TEST(system_peer_watch) {

@@ -23,12 +23,6 @@ CLONE_NEWNET = 0x40000000
 Prepare = Callable[[int], None]  # runs in a rank's process before its set-up, given the rank
 
 
-@pytest.fixture(autouse=True)
-def _no_switches(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MNNVL_MULTICAST", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NCCL_NVLS_ENABLE"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
 def directory() -> Iterator[Path]:
     """Where ranks meet: open to other users, as pytest's own directories are not."""
