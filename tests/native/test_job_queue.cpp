@@ -68,6 +68,27 @@ TEST(queue_keeps_the_order) {
   for (int i = 0; i < 100; ++i) CHECK(order[static_cast<size_t>(i)] == i);
 }
 
+// What is submitted while a job runs on its submitter's thread waits for it: the worker starts nothing beside it.
+TEST(queue_worker_waits_for_a_job_that_runs_elsewhere) {
+  OwnedQueue queue;
+  std::atomic<bool> began{false};
+  bool beside = false;
+  JobQueue::Job outer{[&] {
+                        queue->submit({[&] { began = true; }, ignore}, /*here=*/false);
+                        // It must not happen, so there is nothing to wait for: a watch of 30 ms.
+                        const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(30);
+                        while (!beside && std::chrono::steady_clock::now() < end) {
+                          beside = began;
+                          std::this_thread::yield();
+                        }
+                      },
+                      ignore};
+  CHECK(queue->submit(std::move(outer), /*here=*/true));
+  CHECK(!beside, "two jobs at once");
+  CHECK(queue->wait_idle(seconds(60)));
+  CHECK(began);
+}
+
 // Two threads submit, inline and queued: never two jobs at once, and each thread's own stay in order. `inside` and
 // `last` are plain variables, so that a sanitizer sees two jobs that overlap.
 TEST(queue_two_submitters) {
@@ -82,6 +103,7 @@ TEST(queue_two_submitters) {
                           wrong += ++inside != 1 || last[submitter] != i - 1;
                           last[submitter] = i;
                           ++ran;
+                          if (i % 16 == 0) std::this_thread::yield();  // time for another job to begin, if one may
                           --inside;
                         },
                         [&](std::exception_ptr) { ++completed; }};
