@@ -10,6 +10,8 @@
 
 #include <algorithm>
 
+#include "system/deadline.h"
+
 namespace mnnvl::cpu {
 namespace {
 
@@ -91,8 +93,7 @@ void Waiter::begin(Operation operation, int64_t timeout_ms) {
   operation_ = operation;
   ++sequence_;
   started_ = Clock::now();
-  // 100 years at most, so that the sum can't overflow.
-  deadline_ = started_ + std::chrono::milliseconds(std::min<int64_t>(timeout_ms, int64_t{100} * 365 * 86400 * 1000));
+  deadline_ = started_ + std::chrono::milliseconds(clamp_timeout_ms(timeout_ms));
   check();
   throw_if_told(nullptr);
 }

@@ -33,13 +33,14 @@ struct FailureDetails {
   const Mismatch* mismatch = nullptr;  // with kMismatch
 };
 
-// The record as an Error: kTimeout (kDeadline), kPeerFailed (kPeerDied, kPeerFailed, kMismatch) or kAborted (kLocalAbort).
-// Every text says who waited for whom, in which call, for how long, and where the failure began:
+// The record as an Error: kTimeout (kDeadline), kPeerFailed (kPeerDied, kPeerFailed, kMismatch) or kAborted
+// (kLocalAbort). Every text says who waited for whom, in which call, for how long, and where the failure began:
 //
 //   mnnvl: rank 0 waited 2 s for rank 1 in all_reduce (call 17, stage 0: expected 40, seen 39): the timeout passed
 //   mnnvl: rank 2 stopped in broadcast (call 17) because the failure began at rank 1: rank 0 waited for it until the
 //   timeout
-//   mnnvl: rank 1's call differs from rank 0's (call 17): rank 0 is in all_reduce of ..., rank 1 in broadcast of ...
+//   mnnvl: rank 1 came with another call than rank 0 in all_reduce (call 17, posted: expected 40, seen 40): rank 0 is
+//   in all_reduce of 192 bytes float32 sum (one-shot), rank 1 in broadcast of 16 bytes from root 0. ...
 //
 // `waited_seconds` is how long the call had run, or its timeout where only that is known.
 Error to_error(const FailureRecord& record, double waited_seconds, const FailureDetails& details = {});

@@ -33,8 +33,8 @@ struct AllReduceRequest {
 // outs[r] = in of rank r.
 struct AllGatherRequest {
   const void* in = nullptr;  // [bytes]
-  // [world_size] pointers to [bytes] each; no two overlap. outs[rank] may equal `in`; no other may overlap it. The array
-  // itself is read during the call only.
+  // [world_size] pointers to [bytes] each; no two overlap. outs[rank] may equal `in`; no other may overlap it. The
+  // array itself is read during the call only.
   void* const* outs = nullptr;
   int64_t bytes = 0;  // of one contribution; the same on every rank
 };
