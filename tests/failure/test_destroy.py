@@ -232,6 +232,59 @@ def test_the_backend_object_dropped_with_work_in_flight(device, callbacks, keep_
     run_ranks(drop_body, 2, device, backend=None, args=(callbacks, keep_works), timeout=25)
 
 
+def drop_footprint_body(rank: Rank, in_flight: int) -> tuple[dict[str, int], dict[str, int]]:
+    def cycle(turn: int) -> None:
+        backend = backend_object(rank, f"turn{turn}")
+        backend.allreduce([torch.ones(4, device=rank.device)]).wait()
+        options = dist.AllreduceOptions()
+        options.asyncOp = True
+        for _ in range(in_flight):
+            backend.allreduce([torch.ones(1 << 16, device=rank.device)], options)
+
+    cycle(0)
+    gc.collect()
+    rank.meet("first")
+    settled = time.monotonic() + NOTICED_WITHIN
+    while footprint()["mappings"] > 0 and time.monotonic() < settled:  # threads left behind end by themselves
+        time.sleep(0.01)
+    before = footprint()
+    cycle(1)
+    while footprint() != before and time.monotonic() < settled + NOTICED_WITHIN:
+        time.sleep(0.01)
+    return before, footprint()
+
+
+@pytest.mark.parametrize("in_flight", [0, 4])
+def test_a_dropped_backend_object_leaves_nothing(in_flight):
+    """Its memory, descriptors and threads go with the last reference, or behind the last work in flight: nobody has to
+    make another group for that."""
+    for before, after in run_ranks(drop_footprint_body, 2, backend=None, args=(in_flight,), timeout=30):
+        assert before["mappings"] == 0
+        assert after == before
+
+
+def drop_with_waiting_callback_body(rank: Rank) -> None:
+    """The object goes while a callback is to come that waits for a work queued behind its own."""
+    backend = backend_object(rank, "drop", timeout_ms=20_000)
+    backend.allreduce([torch.ones(4)]).wait()
+    options = dist.AllreduceOptions()
+    options.asyncOp = True
+    if rank.rank == 1:
+        rank.store.wait(["dropped"], rank.group_timeout)
+    x, y = torch.ones(4), torch.ones(4)
+    first, second = backend.allreduce([x], options), backend.allreduce([y], options)
+    both = first.get_future().then(lambda future: (second.wait(), future.value()[0] + y)[1])
+    del backend
+    gc.collect()
+    if rank.rank == 0:
+        rank.store.set("dropped", "1")
+    assert both.wait().tolist() == [4.0] * 4
+
+
+def test_a_callback_that_waits_outlives_the_backend_object():
+    run_ranks(drop_with_waiting_callback_body, 2, backend=None, timeout=20)
+
+
 def drop_unanswered_body(rank: Rank) -> None:
     """Nobody answers what is in flight: the drop waits for it until the timeout at most."""
     backend = backend_object(rank, "drop", timeout_ms=1500)
