@@ -176,22 +176,22 @@ void StoreExchange::meet(Wait& wait, const std::string& first) {
   for (int r = 0; r < size_; ++r) everybody.push_back(here(r));
   for (;; wait.pause()) {
     if (!all_known() && store_.have(everybody)) known_.assign(size_, true);
-    if (wait.time_to_look()) {
-      look_while_meeting();
-    } else if (all_known() && !all_present()) {
-      read_records();
-    }
-    if (all_present()) {
-      const std::string id = meeting_id();
-      if (id != id_) {
-        id_ = id;
-        post(first);
-      }
-      if (store_.have(keys(0))) break;
+    const bool looks = wait.time_to_look();
+    if (looks) learn_who_is_here();
+    if (looks || (all_known() && !all_present())) read_records();
+    // In this order: who has met may be through with the set-up by now, even in the next one, and so look absent or changed.
+    if (complete()) break;
+    if (looks) listen();
+    if (all_present() && meeting_id() != id_) {
+      id_ = meeting_id();
+      tried_.clear();
+      for (const Record& record : records_) tried_.push_back(record.nonce);
+      post(first);
+      if (complete()) break;
     }
     check_end(wait);
   }
-  for (const Record& record : records_) met_.push_back(record.nonce);
+  met_ = tried_;
   // Everybody has left what it did before.
   for (const std::string& old : own().litter) {
     if (old != key(0, rank_)) store_.forget(old);
@@ -209,9 +209,9 @@ void StoreExchange::post(const std::string& mine) {
   store_.set(key(round_, rank_), mine);
 }
 
-void StoreExchange::look_while_meeting() {
-  learn_who_is_here();
-  read_records();
+bool StoreExchange::complete() { return !id_.empty() && store_.have(keys(0)); }
+
+void StoreExchange::listen() {
   const uint64_t highest = highest_present();
   const Record* word = nullptr;
   for (const Record& record : records_) {
@@ -275,6 +275,7 @@ std::vector<int> StoreExchange::missing() {
   if (met_.empty()) {
     learn_who_is_here();
     read_records();
+    if (complete()) return {};
   }
   const bool posted = !met_.empty() || (all_present() && meeting_id() == id_);
   std::vector<int> ranks;

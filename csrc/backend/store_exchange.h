@@ -10,7 +10,7 @@
 // A try of rank R begins with a record of a fresh random nonce, without a word, whose count is one more than the count found in
 // R's previous record. The ranks *meet*: each waits until everybody's record has a nonce, calls the digest of all nonces ID, and
 // posts its first contribution under ID/0. It has met when all of ID/0 is there. While it waits it looks at the records again, and
-// where one has changed, goes on to the new ID. A try that ends leaves a record without a nonce: after a success or after
+// where one has changed, and all of ID/0 is still not there, goes on to the new ID. A try that ends leaves a record without a nonce: after a success or after
 // hearing of a peer's failure with nothing else, after a failure of its own (deadline, abort, give_up) with a word: the reason.
 // Who waits for a rank that left a word with a count not below its own fails with that word at once.
 //
@@ -18,6 +18,9 @@
 // - No try takes part in two meetings, and all of a meeting have the same ID. ID/0/R is written only by the try that owns R's nonce
 //   in ID, after it had read all the other nonces in ID; nonces are never used twice. So what a dead process or an earlier try
 //   left is never taken for a rank's presence: at worst its nonce makes an ID that nobody completes.
+// - Who has met may be through with the set-up, and in the next one, before a slow rank looks again. But it changed its record after
+//   all of ID/0 was there. So who reads a changed record and *then* finds all of ID/0 has met; who finds it incomplete knows that
+//   the changed rank did not meet by this ID, and goes on.
 // - Ranks that all keep waiting meet: once the last of the records was written, everybody's next look finds the same nonces.
 // - It doesn't matter how often each rank has tried before: counts take no part in meeting. They only tell an old word from one
 //   that is meant for this try, and they are brought together: whoever looks raises its own to the highest among those present,
@@ -87,7 +90,8 @@ class StoreExchange final : public Exchange {
   void meet(Wait& wait, const std::string& first);
   void run_round(Wait& wait, const std::string& mine);
   void post(const std::string& mine);
-  void look_while_meeting();
+  bool complete();
+  void listen();
   void look_in_round();
   void check_end(const Wait& wait);
   [[noreturn]] void hear(const Record& record);
@@ -115,6 +119,7 @@ class StoreExchange final : public Exchange {
   std::vector<bool> known_;  // by rank: it has a record
   std::vector<Record> records_;  // by rank, as read last; the own one as written last
   std::string id_;  // of the meeting, or of the one that is tried
+  std::vector<uint64_t> tried_;  // the nonces of id_, by rank
   std::vector<uint64_t> met_;  // nonces of the meeting, by rank; empty before it
   uint64_t round_ = 0;
   std::optional<Error> failure_;

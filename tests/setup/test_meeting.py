@@ -324,6 +324,56 @@ def test_two_processes_of_one_rank(tmp_path: Path) -> None:
     assert results[0][0] is True
 
 
+class Slow(WithCheck):
+    """Its rank learns that everybody has posted only after `go`."""
+
+    def __init__(self, inner: dist.Store, go: threading.Event) -> None:
+        super().__init__(inner)
+        self.go = go
+
+    def check(self, keys: list[str]) -> bool:
+        if keys[0].endswith("/0/0") and not self.go.is_set():
+            self.go.wait(20)
+            return False  # as it was before
+        return self.inner.check(keys)
+
+
+@pytest.mark.parametrize("others", ["gone", "in the next set-up"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_slow_rank_has_met_though_the_others_went_on(size: int, others: str, tmp_path: Path) -> None:
+    stores = make_stores("hash", size, tmp_path)
+    go = threading.Event()
+    through, proceed = threading.Barrier(size), threading.Event()
+
+    def quick(rank: int) -> bool:
+        set_up(stores[rank], rank, size, rounds=1)
+        through.wait(20)
+        proceed.wait(20)
+        return set_up(stores[rank], rank, size)
+
+    def slow(rank: int) -> bool:
+        set_up(Slow(stores[rank], go), rank, size, rounds=1)
+        return set_up(stores[rank], rank, size)
+
+    threads = Threads()
+    threads.start(1, lambda: slow(1))
+    quick_ranks = [rank for rank in range(size) if rank != 1]
+    for rank in quick_ranks:
+        threads.start(rank, lambda rank=rank: quick(rank))
+    through.wait(20)
+    if others == "gone":
+        go.set()
+        threads.threads[0].join(0.2)  # it may well be in its next set-up by now
+        proceed.set()
+    else:
+        gone = {rank: stores[0].get(f"{PREFIX}/here/{rank}") for rank in quick_ranks}
+        proceed.set()
+        for rank in quick_ranks:
+            wait_until_present(stores[0], rank, gone[rank])
+        go.set()
+    assert_all_work(threads.join())
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_ranks_that_come_and_go_at_random_meet_in_the_end(size: int, tmp_path: Path) -> None:
     """Each tries with short time-outs of its own until it has worked; then all try together once more."""

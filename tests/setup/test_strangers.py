@@ -93,18 +93,21 @@ class Held(dist.Store):
     def wait(self, keys: list[str], timeout: timedelta = timedelta(seconds=30)) -> None:
         self.inner.wait(keys, timeout)
 
+    def deleteKey(self, key: str) -> bool:
+        return self.inner.delete_key(key)
+
 
 @pytest.fixture
 def strangers() -> Iterator[int]:
     """The port of the store in which strangers tell what they have filled."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(store.port)], start_new_session=True) for _ in range(STRANGERS)
-    ]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, str(store.port)]
+    processes = [subprocess.Popen(command, env=env, start_new_session=True) for _ in range(STRANGERS)]
     try:
         end = time.monotonic() + 60
         while store.add("strangers", 0) < STRANGERS:
-            assert time.monotonic() < end, "the strangers did not come"
+            assert time.monotonic() < end and all(p.poll() is None for p in processes), "the strangers did not come"
             time.sleep(0.05)
         yield store.port
     finally:
