@@ -26,6 +26,7 @@ ProcessGroupMNNVL::ProcessGroupMNNVL(c10::intrusive_ptr<c10d::Store> store, int 
   TORCH_CHECK_VALUE(options_->timeout.count() > 0, "mnnvl: timeout: expected more than 0 ms, got ",
                     options_->timeout.count());
   options_->transport.log = [](const std::string& text) { LOG(ERROR) << text; };
+  if (size > 1) owner_ = at_torch_boundary([&] { return StoreExchange::new_owner(store_, "mnnvl", rank); });
 }
 
 ProcessGroupMNNVL::~ProcessGroupMNNVL() = default;
@@ -74,7 +75,7 @@ void ProcessGroupMNNVL::set_up(at::Device device) {
   TransportOptions options = options_->transport;
   options.timeout_ms = timeout_ms_;
   StoreExchange exchange(store_, on_cpu ? "mnnvl/cpu" : "mnnvl/cuda", rank_, size_,
-                         std::chrono::milliseconds(options.timeout_ms), cancelled_);
+                         std::chrono::milliseconds(options.timeout_ms), cancelled_, owner_);
   std::shared_ptr<Transport> made;
   if (on_cpu) {
     made = make_cpu_transport(exchange, options);
