@@ -3,8 +3,9 @@
     run_fake_setup(**FakeSetupConfig)        SymmetricBuffer::create on every rank, over simulated drivers
     run_host_setup(**FakeSetupConfig)        HostSegments::create on every rank
     run_descriptor_exchange(world_size, scenario, timeout_ms)
+    exported_descriptor_flags()              fcntl's flags of an exported allocation
 
-Each gives FakeSetupResult as a dict (tests/native/fake_setup.h says what the fields are).
+The first three give FakeSetupResult as a dict (tests/native/fake_setup.h says what the fields are).
 """
 
 from __future__ import annotations
@@ -28,3 +29,4 @@ _module = _load()
 run_fake_setup = _module.run_fake_setup
 run_host_setup = _module.run_host_setup
 run_descriptor_exchange = _module.run_descriptor_exchange
+exported_descriptor_flags = _module.exported_descriptor_flags

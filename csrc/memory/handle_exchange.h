@@ -22,7 +22,7 @@ struct SetupContext {
   int device = 0;
   HandleType handle = HandleType::kPosixFd;
   int64_t timeout_ms = 0;  // of waits inside a stage; shorter than the exchange's own, so that agreements outlast them
-  std::string multicast_forbidden;  // as in Plan; empty: multicast objects may be created
+  std::string multicast_forbidden{};  // as in Plan; empty: multicast objects may be created
 
   int rank() const { return exchange.rank(); }
   int size() const { return exchange.size(); }

@@ -27,6 +27,7 @@ FakeSetupConfig fake_config(const py::kwargs& kwargs) {
   MNNVL_FIELD(timeout_ms);
   MNNVL_FIELD(repeats);
   MNNVL_FIELD(bootstrap);
+  MNNVL_FIELD(multicast_forbidden);
   MNNVL_FIELD(multicast_off_ranks);
   MNNVL_FIELD(host_ids);
   MNNVL_FIELD(devices);
@@ -37,7 +38,6 @@ FakeSetupConfig fake_config(const py::kwargs& kwargs) {
   MNNVL_FIELD(clusters);
   MNNVL_FIELD(cliques);
   MNNVL_FIELD(multicast_support);
-  MNNVL_FIELD(multicast_forbidden);
   MNNVL_FIELD(faults);
   MNNVL_FIELD(corruptions);
   MNNVL_FIELD(multicast_lost_rank);
@@ -92,6 +92,7 @@ PYBIND11_MODULE(mnnvl_native, m) {
   using namespace mnnvl;
   m.def("run_fake_setup", [](const py::kwargs& kwargs) { return without_gil(run_fake_setup, fake_config(kwargs)); });
   m.def("run_host_setup", [](const py::kwargs& kwargs) { return without_gil(run_host_setup, fake_config(kwargs)); });
+  m.def("exported_descriptor_flags", &exported_descriptor_flags);
   m.def("run_descriptor_exchange", [](int world_size, const std::string& scenario, int timeout_ms) {
     return without_gil(run_descriptor_exchange, world_size, scenario, timeout_ms);
   });

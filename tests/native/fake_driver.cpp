@@ -196,7 +196,8 @@ class FakeDriver final : public CudaDriver {
       std::memcpy(shareable, &fabric, sizeof(fabric));
       return kCudaSuccess;
     }
-    UniqueFd fd = duplicate(object.memory->get());
+    // As the real driver: without FD_CLOEXEC, which is the caller's to set.
+    UniqueFd fd(fcntl(object.memory->get(), F_DUPFD, 3));
     return fd ? (*static_cast<int*>(shareable) = fd.release(), kCudaSuccess) : kCudaOutOfMemory;
   }
   CUresult mem_import_from_shareable_handle(CUmemHandle* handle, void* shareable, CUmemHandleType type) const override {

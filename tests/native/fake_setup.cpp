@@ -1,6 +1,7 @@
 #include "native/fake_setup.h"
 
 #include <dirent.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -15,6 +16,7 @@
 #include <thread>
 
 #include "bootstrap/fd_channel.h"
+#include "memory/allocation.h"
 #include "memory/host_segment.h"
 #include "memory/symmetric_buffer.h"
 #include "native/fake_driver.h"
@@ -334,6 +336,15 @@ FakeSetupResult run_fake_setup(const FakeSetupConfig& config) {
   result.descriptors_leaked = count_descriptors() - descriptors;
   result.mappings_leaked = count_mappings() - mappings;
   return result;
+}
+
+int exported_descriptor_flags() {
+  FakeSetupConfig config;
+  config.world_size = 1;
+  std::unique_ptr<CudaDriver> driver = fake::make_driver(make_world(config), 0);
+  const Allocation memory = Allocation::create(*driver, 0, HandleType::kPosixFd, fake::kGranularity);
+  const UniqueFd fd = memory.export_fd();
+  return fcntl(fd.get(), F_GETFD);
 }
 
 FakeSetupResult run_host_setup(const FakeSetupConfig& config) {

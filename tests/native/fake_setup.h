@@ -68,6 +68,9 @@ struct FakeSetupResult {
 // SymmetricBuffer::create on every rank. Throws only for a malformed config.
 FakeSetupResult run_fake_setup(const FakeSetupConfig& config);
 
+// The descriptor flags (F_GETFD) of an exported allocation.
+int exported_descriptor_flags();
+
 // HostSegments::create on every rank; of the config: world_size, bytes, timeout_ms, repeats, host_ids, directory and
 // rank.
 FakeSetupResult run_host_setup(const FakeSetupConfig& config);

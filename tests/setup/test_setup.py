@@ -3,14 +3,12 @@ a fabric, multicast or several hosts can't take. Ranks are threads; where it say
 
 from __future__ import annotations
 
-import ctypes
 import re
 from typing import Any
 
 import pytest
 from double import run_descriptor_exchange, run_fake_setup, run_host_setup
 
-SWITCHES = ["MNNVL_MULTICAST=0", "TORCH_SYMM_MEM_DISABLE_MULTICAST=1", "NCCL_NVLS_ENABLE=0"]
 GRANULARITY, MULTICAST_GRANULARITY = 65536, 131072  # of the simulated driver
 
 # What makes the plan; every rank gets the same.
@@ -257,49 +255,6 @@ def test_multicast_that_does_not_reach_a_rank_falls_back_to_unicast() -> None:
     result = succeed(world_size=4, multicast_lost_rank=2)
     assert not any(result["multicast"])
     assert "multicast self-test failed on rank 2" in result["multicast_problems"][0]
-
-
-def no_multicast_call(result: dict[str, Any]) -> bool:
-    return not [function for function in result["calls"] if function.startswith("cuMulticast")]
-
-
-@pytest.mark.parametrize("bootstrap", ["store", "auto"])
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_a_switch_on_one_rank_forbids_multicast(switch: str, bootstrap: str) -> None:
-    """On every rank, and NCCL too, which would make multicast objects of its own."""
-    result = succeed(world_size=3, clusters=["rack"], bootstrap=bootstrap, multicast_forbidden=["", switch, ""])
-    assert no_multicast_call(result)
-    assert not [function for function in result["calls"] if function.startswith("ncclComm")]
-    assert not any(result["multicast"])
-    assert f"rank 1: switched off by {switch}" in result["multicast_problems"][0]
-
-
-def test_nccl_may_be_used_where_every_rank_forbids_it_multicast() -> None:
-    switches = ["NCCL_NVLS_ENABLE=0", "MNNVL_MULTICAST=0, NCCL_NVLS_ENABLE=0", "NCCL_NVLS_ENABLE=0"]
-    for bootstrap in ("nccl", "auto"):
-        result = succeed(world_size=3, clusters=["rack"], bootstrap=bootstrap, multicast_forbidden=switches)
-        assert no_multicast_call(result)
-        assert [function for function in result["calls"] if function.startswith("ncclComm")]
-
-
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_nccl_that_could_make_multicast_objects_is_refused(switch: str) -> None:
-    text = fail_alike(world_size=3, bootstrap="nccl", multicast_forbidden=["NCCL_NVLS_ENABLE=0", "", switch])
-    assert "can't be used" in text
-    assert "which rank 1 has not set" in text
-
-
-def test_the_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its one reader is mnnvl_backend.config, and nothing writes it: NCCL's variable is the user's."""
-    for switch in SWITCHES:
-        monkeypatch.setenv(*switch.split("="))
-    assert all(succeed(world_size=2, clusters=["rack"], bootstrap="nccl")["multicast"])
-    monkeypatch.delenv("NCCL_NVLS_ENABLE")
-    forbidden = ["NCCL_NVLS_ENABLE=0"]
-    succeed(world_size=2, clusters=["rack"], bootstrap="nccl", multicast_forbidden=forbidden)
-    getenv = ctypes.CDLL(None).getenv
-    getenv.restype = ctypes.c_char_p
-    assert getenv(b"NCCL_NVLS_ENABLE") is None
 
 
 def test_one_rank_with_multicast_off_is_enough() -> None:
