@@ -54,7 +54,9 @@ StoreExchange::Record StoreExchange::Record::parse(const std::string& bytes) {
 // since ranks mostly come within a moment of each other.
 class StoreExchange::Wait {
  public:
-  explicit Wait(milliseconds timeout) : deadline_(timeout.count()), next_look_(Clock::now() + look_interval_) {}
+  // Few ranks ask more often at first: their questions are cheap.
+  Wait(milliseconds timeout, int size)
+      : deadline_(timeout.count()), pause_(std::min(12 * size, 100)), next_look_(Clock::now() + look_interval_) {}
 
   bool passed() const { return deadline_.passed(); }
   void pause() {
@@ -71,7 +73,7 @@ class StoreExchange::Wait {
  private:
   using Clock = Deadline::Clock;
   Deadline deadline_;
-  microseconds pause_{100};
+  microseconds pause_;
   milliseconds look_interval_{10};
   Clock::time_point next_look_;
 };
@@ -99,7 +101,7 @@ std::vector<std::string> StoreExchange::all_gather(const std::string& mine) {
   if (failure_) throw *failure_;
   if (size_ == 1) return {mine};
   try {
-    Wait wait(timeout_);
+    Wait wait(timeout_, size_);
     if (met_.empty()) {
       meet(wait, mine);
     } else {
