@@ -9,9 +9,9 @@
 
 namespace mnnvl {
 
-// Needs set, get, add and wait, which every store has, somebody's own Python one too. Uses check, deleteKey and multiGet
-// where they work. Keys stand below the prefix. Whatever the store throws becomes Error(kSystem) that names the set-up, the
-// rank and the function, and keeps the store's text. One thread at a time.
+// Needs set, get, add and wait, which every store has, somebody's own Python one too. Uses check, deleteKey and
+// multiGet where they work. Keys stand below the prefix. Whatever the store throws becomes Error(kSystem) that names
+// the set-up, the rank and the function, and keeps the store's text. One thread at a time.
 class SetUpStore {
  public:
   SetUpStore(c10::intrusive_ptr<c10d::Store> store, std::string prefix, int rank);
@@ -20,7 +20,8 @@ class SetUpStore {
   int64_t add(const std::string& key, int64_t amount);
   // Of keys that are there, and that nobody deletes meanwhile: a store may wait minutes for one that isn't.
   std::vector<std::string> get(const std::vector<std::string>& keys);
-  // Whether all keys are there. A store without check is asked by waits, short ones at first: some stores log each that fails.
+  // Whether all keys are there. A store without check is asked by waits, short ones at first: some stores log each that
+  // fails.
   bool have(const std::vector<std::string>& keys);
   // False once a check was refused; before the first have() it is not known, and true.
   bool can_check() const { return can_check_; }

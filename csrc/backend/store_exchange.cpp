@@ -50,8 +50,8 @@ StoreExchange::Record StoreExchange::Record::parse(const std::string& bytes) {
   return record;
 }
 
-// Polls instead of Store::wait(), which nothing but its time-out can end: quickly at first, and without a look at the records,
-// since ranks mostly come within a moment of each other.
+// Polls instead of Store::wait(), which nothing but its time-out can end: quickly at first, and without a look at the
+// records, since ranks mostly come within a moment of each other.
 class StoreExchange::Wait {
  public:
   // Few ranks ask more often at first: their questions are cheap.
@@ -181,7 +181,8 @@ void StoreExchange::meet(Wait& wait, const std::string& first) {
     const bool looks = wait.time_to_look();
     if (looks) learn_who_is_here();
     if (looks || (all_known() && !all_present())) read_records();
-    // In this order: who has met may be through with the set-up by now, even in the next one, and so look absent or changed.
+    // In this order: who has met may be through with the set-up by now, even in the next one, and so look absent or
+    // changed.
     if (complete()) break;
     if (looks) listen();
     if (all_present() && meeting_id() != id_) {

@@ -52,8 +52,8 @@ bool same_user(int fd) {
 }
 
 // One rank's side of the exchange: one loop that accepts, reads, sends what can be sent, and waits. A rank never stops
-// accepting while it waits to send: strangers may fill its queue of connections (abstract names can be read in /proc), and peers that
-// wait for room in each other's queues would wait for ever. A turn's work is bounded.
+// accepting while it waits to send: strangers may fill its queue of connections (abstract names can be read in /proc),
+// and peers that wait for room in each other's queues would wait for ever. A turn's work is bounded.
 class Session {
  public:
   Session(int rank, const std::vector<std::string>& addresses, int listener, const Deadline& deadline)
@@ -197,8 +197,8 @@ class Session {
     }
   }
 
-  // A peer closes its end only after it has sent to all, or after it failed. So whoever hung up is judged when everything was read
-  // that stood in the queue by then.
+  // A peer closes its end only after it has sent to all, or after it failed. So whoever hung up is judged when
+  // everything was read that stood in the queue by then.
   void look_at_hang_ups() const {
     for (int rank = 0; rank < size_; ++rank) {
       const Peer& peer = peers_[rank];

@@ -6,8 +6,8 @@
 #include <thread>
 
 #include "bootstrap/agreement.h"
-#include "system/deadline.h"
 #include "common/math.h"
+#include "system/deadline.h"
 
 namespace mnnvl {
 namespace {

@@ -43,9 +43,9 @@ class SharedHandle {
 };
 
 // Collective. `make` gives the allocation that this rank shares, which must live until the peers have imported it, or
-// null for none; it runs inside the first agreement. Records travel over `nccl`, or, where it is null, over the context's
-// Exchange. Returns the peers' handles by rank, valid where one was shared,
-// empty for this rank. Throws the same AgreedError on every rank; `what` names the allocation in it.
+// null for none; it runs inside the first agreement. Records travel over `nccl`, or, where it is null, over the
+// context's Exchange. Returns the peers' handles by rank, valid where one was shared, empty for this rank. Throws the
+// same AgreedError on every rank; `what` names the allocation in it.
 std::vector<SharedHandle> exchange_handles(const SetupContext& context, const NcclLibrary* nccl,
                                            const std::string& what, const std::function<const Allocation*()>& make);
 

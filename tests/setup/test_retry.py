@@ -21,7 +21,7 @@ def works(rank: Rank) -> None:
 
 
 def group_again_body(rank: Rank, alone: int) -> None:
-    """Rank 0 alone fails to set the group up, often; then all make the group anew, in the same store and of the same name."""
+    """Rank 0 alone fails to set the group up, often; then all make the group anew, in the same store, by the same name."""
     for turn in range(alone):
         rank.init(timeout=timedelta(seconds=0.3))
         if rank.rank == 0:
@@ -48,7 +48,7 @@ def test_a_group_made_again_in_the_same_store_works_at_once(device, world_size, 
 def same_group_body(rank: Rank) -> None:
     """An attempt of rank 0 alone; rank 1, late, hears of it; the next attempt of the same group works."""
     rank.init(timeout=timedelta(seconds=1))
-    for turn in range(2):
+    for _ in range(2):
         if rank.rank == 0:
             with pytest.raises(dist.DistBackendError, match=r"rank 0 waited 1 s for rank 1"):
                 works(rank)
@@ -112,7 +112,7 @@ def test_very_long_timeouts(device):
 
 
 def workspace_body(rank: Rank, mistake: dict[str, object]) -> None:
-    """Attempt 1: the last rank makes a mistake that only it makes. Its peers hear at once, and the next attempts work."""
+    """Attempt 1: the last rank makes a mistake that only it makes. Its peers hear at once; the next attempts work."""
     mapping = Mapping(rank.world_size, rank.rank, tp_size=2, pp_size=rank.world_size // 2)
     good = {"buffer_size_in_bytes": 4096, "device": rank.device, "options": rank.options(timeout=timedelta(seconds=20))}
     last = rank.rank == rank.world_size - 1

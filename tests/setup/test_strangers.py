@@ -1,4 +1,4 @@
-"""Any local user can read the names of abstract sockets and connect to them. That must not keep a set-up from going on."""
+"""Any local user can read the names of abstract sockets and connect to them. That must not stop a set-up."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fill(name: str, connections: list[socket.socket]) -> int:
 
 
 def flood(port: int) -> None:
-    """A stranger: fills the queue of every set-up's socket that it finds, says so in the store, and goes on for ever."""
+    """A stranger: fills the queue of every set-up's socket that it finds, says so in the store, and goes on."""
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -108,7 +108,8 @@ def strangers() -> Iterator[int]:
     try:
         end = time.monotonic() + 60
         while store.add("strangers", 0) < STRANGERS:
-            assert time.monotonic() < end and all(p.poll() is None for p in processes), "the strangers did not come"
+            assert time.monotonic() < end, "the strangers did not come"
+            assert all(process.poll() is None for process in processes), "a stranger has ended"
             time.sleep(0.05)
         yield store.port
     finally:

@@ -1,5 +1,5 @@
-"""Where the options say that multicast objects are forbidden, no rank makes one, and NCCL isn't let to either. The set-up
-reads no environment and writes none."""
+"""Where the options say that multicast objects are forbidden, no rank makes one, and NCCL isn't let to either. The
+set-up reads no environment and writes none."""
 
 from __future__ import annotations
 
