@@ -1,4 +1,4 @@
-"""The test double of driver, NCCL and hosts: the Python module mnnvl_native, which importing this builds (tests/native).
+"""The test double of driver, NCCL and hosts: the Python module mnnvl_native, built by importing this (tests/native).
 
     run_fake_setup(**FakeSetupConfig)        SymmetricBuffer::create on every rank, over simulated drivers
     run_host_setup(**FakeSetupConfig)        HostSegments::create on every rank

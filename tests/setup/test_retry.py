@@ -21,7 +21,7 @@ def works(rank: Rank) -> None:
 
 
 def group_again_body(rank: Rank, alone: int) -> None:
-    """Rank 0 alone fails to set the group up, often; then all make the group anew, in the same store, by the same name."""
+    """Rank 0 alone fails to set the group up, often; then all make the group anew, in the same store."""
     for turn in range(alone):
         rank.init(timeout=timedelta(seconds=0.3))
         if rank.rank == 0:
