@@ -1,12 +1,10 @@
 // The only pybind11 file: what Python sees of the compiled core. mnnvl_backend/_C.pyi is its stub.
 #include <torch/csrc/utils/pybind.h>
 
+#include <torch/version.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
-#include <torch/version.h>
 
-#include <list>
-#include <mutex>
 #include <set>
 #include <string>
 
@@ -128,35 +126,6 @@ class NoGilPtr {
   c10::intrusive_ptr<T> object_;
 };
 
-// Groups that live, for the end of the interpreter.
-class LiveGroups {
- public:
-  void add(const c10::intrusive_ptr<ProcessGroupMNNVL>& group) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    groups_.remove_if([](const Weak& weak) { return weak.expired(); });
-    groups_.emplace_back(group);
-  }
-  void finish(std::chrono::milliseconds grace) {
-    std::list<Weak> groups;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      groups.swap(groups_);
-    }
-    for (const Weak& weak : groups) {
-      if (const auto group = weak.lock()) group->finish(grace);
-    }
-  }
-  static LiveGroups& get() {
-    static auto* groups = new LiveGroups;  // outlives everything
-    return *groups;
-  }
-
- private:
-  using Weak = c10::weak_intrusive_ptr<ProcessGroupMNNVL>;
-  std::mutex mutex_;
-  std::list<Weak> groups_;
-};
-
 }  // namespace
 }  // namespace mnnvl
 
@@ -175,9 +144,10 @@ void bind_process_group(py::module_& m) {
       .def("__deepcopy__", [copy](const Options& self, const py::dict& /*memo*/) { return copy(self); });
   py::class_<ProcessGroupMNNVL, NoGilPtr<ProcessGroupMNNVL>>(m, "ProcessGroupMNNVL", base)
       .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, const py::kwargs& fields) {
-             auto group = c10::make_intrusive<ProcessGroupMNNVL>(store, rank, size, make_options(fields));
-             LiveGroups::get().add(group);
-             return NoGilPtr<ProcessGroupMNNVL>(std::move(group));
+             auto options = make_options(fields);
+             py::gil_scoped_release no_gil;
+             return NoGilPtr<ProcessGroupMNNVL>(
+                 c10::make_intrusive<ProcessGroupMNNVL>(store, rank, size, std::move(options)));
            }),
            py::arg("store"), py::arg("rank"), py::arg("size"))
       .def_property_readonly("options", &ProcessGroupMNNVL::options)
@@ -190,7 +160,7 @@ void bind_process_group(py::module_& m) {
       // shares nothing with its parent, so there is nothing to do.
       .def("perform_nocolor_split", [](ProcessGroupMNNVL&, const py::object& /*device*/) {});
   m.def(
-      "finish_groups", [](int64_t grace_ms) { LiveGroups::get().finish(std::chrono::milliseconds(grace_ms)); },
+      "finish_groups", [](int64_t grace_ms) { ProcessGroupMNNVL::finish_all(std::chrono::milliseconds(grace_ms)); },
       py::arg("grace_ms"), py::call_guard<py::gil_scoped_release>());
 }
 
@@ -208,6 +178,9 @@ void bind_function_group(py::module_& m) {
              const at::Device device =
                  device_type == "cpu" ? at::Device(at::kCPU) : at::Device(at::kCUDA, at::DeviceIndex(device_index));
              TransportOptions options = make_options(given)->transport;
+             // A process group's: here the buffer's size says it all, and every call brings its strategy.
+             options.workspace_bytes = 0;
+             options.strategy = Strategy::kAuto;
              PythonExchange exchange(std::move(comm), rank, size);
              py::gil_scoped_release no_gil;
              return Holder(new FunctionGroup(exchange, device, buffer_size_bytes, std::move(options)));
@@ -278,7 +251,8 @@ void bind_store_exchange(py::module_& m) {
   py::class_<Bound, std::unique_ptr<Bound, WithoutGil>>(m, "StoreExchange")
       .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, std::string prefix, int rank, int size,
                        int64_t timeout_ms) {
-             TORCH_CHECK_VALUE(rank >= 0 && rank < size, "StoreExchange: rank: expected 0 to ", size - 1, ", got ", rank);
+             TORCH_CHECK_VALUE(rank >= 0 && rank < size, "StoreExchange: rank: expected 0 to ", size - 1, ", got ",
+                               rank);
              return std::unique_ptr<Bound, WithoutGil>(new Bound(store, std::move(prefix), rank, size, timeout_ms));
            }),
            py::arg("store"), py::arg("prefix"), py::arg("rank"), py::arg("size"), py::arg("timeout_ms"))
@@ -299,8 +273,9 @@ void bind_store_exchange(py::module_& m) {
             return list;
           },
           py::arg("data"))
-      .def("give_up", [](Bound& self, const std::string& reason) { self.exchange.give_up(reason); }, py::arg("reason"),
-           py::call_guard<py::gil_scoped_release>());
+      .def(
+          "give_up", [](Bound& self, const std::string& reason) { self.exchange.give_up(reason); }, py::arg("reason"),
+          py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace

@@ -30,14 +30,15 @@ using Local = std::function<void()>;
 
 struct Call {
   c10d::OpType type = c10d::OpType::UNKNOWN;
-  const char* title = nullptr;  // "mnnvl:all_reduce": the profiler's name of it, and, behind the colon, that of errors
+  const char* title = nullptr;  // "mnnvl:all_reduce": the profiler's name of it
+  const char* name = nullptr;  // "all_reduce": the public name, of errors
   at::Device device = at::kCPU;
   bool async = false;
   std::chrono::milliseconds timeout = c10d::kUnsetTimeout;  // the call's own; unset: the group's
-  std::vector<at::Tensor> inputs;   // kept alive, and shown to the profiler
+  std::vector<at::Tensor> inputs;  // kept alive, and shown to the profiler
   std::vector<at::Tensor> outputs;  // kept alive, and Work::result()
   std::vector<at::Tensor> landing;  // kept alive
-  Body body;      // empty: nothing to send, as with one rank or no elements
+  Body body;  // empty: nothing to send, as with one rank or no elements
   Local epilogue;  // may be empty
 };
 
@@ -53,6 +54,7 @@ Call make_call(c10d::OpType type, const char* title, at::Device device, const Op
   Call call;
   call.type = type;
   call.title = title;
+  call.name = title + sizeof("mnnvl:") - 1;
   call.device = device;
   call.async = options.asyncOp;
   call.timeout = options.timeout;
@@ -67,9 +69,6 @@ inline Body in_turn(std::vector<Body> bodies) {
     for (const Body& body : bodies) body(transport, run);
   };
 }
-
-// The operation's public name, as in "all_reduce".
-inline const char* operation_name(const Call& call) { return call.title + sizeof("mnnvl:") - 1; }
 
 // Outputs are written below autograd, like everything that a kernel writes: no graph, no in-place checks, on leaves and
 // inference tensors too.

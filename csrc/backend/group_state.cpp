@@ -6,7 +6,9 @@ namespace mnnvl {
 
 void GroupState::fail(const Error& error) {
   if (!failure_.remember(error)) return;
-  for (const auto& transport : transports()) transport->abort();
+  const FailureCause cause =
+      error.kind() == ErrorKind::kAborted ? FailureCause::kLocalAbort : FailureCause::kLocalError;
+  for (const auto& transport : transports()) transport->abort(cause);
 }
 
 void GroupState::add(std::shared_ptr<Transport> transport) {
@@ -14,7 +16,7 @@ void GroupState::add(std::shared_ptr<Transport> transport) {
     std::lock_guard<std::mutex> lock(mutex_);
     transports_.push_back(transport);
   }
-  if (failure_.failed()) transport->abort();
+  if (failure_.failed()) transport->abort(FailureCause::kLocalError);
 }
 
 std::vector<std::shared_ptr<Transport>> GroupState::transports() {
@@ -38,8 +40,7 @@ void GroupState::run_body(const Call& call, Transport& transport, const Run& run
     if (error.kind() == ErrorKind::kInvalidArgument || error.kind() == ErrorKind::kUnsupported) throw;
     fail(error);
   } catch (const std::exception& error) {
-    fail(Error(ErrorKind::kSystem,
-               str("mnnvl: rank ", rank_, " failed in ", operation_name(call), ": ", error.what())));
+    fail(Error(ErrorKind::kSystem, str("mnnvl: rank ", rank_, " failed in ", call.name, ": ", error.what())));
   }
   failure_.check();
 }

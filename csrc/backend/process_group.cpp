@@ -4,6 +4,7 @@
 #include <c10/util/Logging.h>
 
 #include <algorithm>
+#include <set>
 
 #include "backend/errors.h"
 #include "backend/store_exchange.h"
@@ -11,6 +12,28 @@
 #include "system/deadline.h"
 
 namespace mnnvl {
+namespace {
+
+// Groups that live, for the end of the interpreter. Plain pointers: a weak reference would put off the destructor.
+struct LiveGroups {
+  std::mutex mutex;  // held while they are finished, so that none goes meanwhile
+  std::set<ProcessGroupMNNVL*> groups;
+
+  void add(ProcessGroupMNNVL* group) {
+    std::lock_guard<std::mutex> lock(mutex);
+    groups.insert(group);
+  }
+  void remove(ProcessGroupMNNVL* group) {
+    std::lock_guard<std::mutex> lock(mutex);
+    groups.erase(group);
+  }
+  static LiveGroups& get() {
+    static auto* live = new LiveGroups;  // outlives everything
+    return *live;
+  }
+};
+
+}  // namespace
 
 ProcessGroupMNNVL::ProcessGroupMNNVL(c10::intrusive_ptr<c10d::Store> store, int rank, int size,
                                      c10::intrusive_ptr<Options> options)
@@ -27,9 +50,10 @@ ProcessGroupMNNVL::ProcessGroupMNNVL(c10::intrusive_ptr<c10d::Store> store, int 
                     options_->timeout.count());
   options_->transport.log = [](const std::string& text) { LOG(ERROR) << text; };
   if (size > 1) owner_ = at_torch_boundary([&] { return StoreExchange::new_owner(store_, "mnnvl", rank); });
+  LiveGroups::get().add(this);
 }
 
-ProcessGroupMNNVL::~ProcessGroupMNNVL() = default;
+ProcessGroupMNNVL::~ProcessGroupMNNVL() { LiveGroups::get().remove(this); }
 
 void ProcessGroupMNNVL::check_usable() const {
   TORCH_CHECK_WITH(DistBackendError, !closed_, "mnnvl: this process group has been shut down");
@@ -85,7 +109,7 @@ void ProcessGroupMNNVL::set_up(at::Device device) {
   }
   // A group that was aborted or shut down meanwhile tells the peers, who believe in it.
   state_->add(made);
-  if (closed_) made->abort();
+  if (closed_) made->abort(FailureCause::kLocalAbort);
   std::lock_guard<std::mutex> lock(mutex_);
   check_usable();
   if (on_cpu) {
@@ -222,6 +246,12 @@ void ProcessGroupMNNVL::finish(std::chrono::milliseconds grace) noexcept {
   } catch (const std::exception& error) {
     LOG(WARNING) << "mnnvl: at exit: " << error.what();
   }
+}
+
+void ProcessGroupMNNVL::finish_all(std::chrono::milliseconds grace) {
+  LiveGroups& live = LiveGroups::get();
+  std::lock_guard<std::mutex> lock(live.mutex);
+  for (ProcessGroupMNNVL* group : live.groups) group->finish(grace);
 }
 
 }  // namespace mnnvl

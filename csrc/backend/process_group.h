@@ -37,29 +37,65 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   c10::intrusive_ptr<c10d::Backend::Options> getBackendOptions() override { return options_; }
   c10::intrusive_ptr<Options> options() const { return options_; }
 
-  WorkPtr allreduce(Tensors& tensors, const c10d::AllreduceOptions& opts = {}) override { return run(collectives::all_reduce(view(), tensors, opts)); }
-  WorkPtr allreduce_coalesced(Tensors& tensors, const c10d::AllreduceCoalescedOptions& opts = {}) override { return run(collectives::all_reduce_coalesced(view(), tensors, opts)); }
+  WorkPtr allreduce(Tensors& tensors, const c10d::AllreduceOptions& opts = {}) override {
+    return run(collectives::all_reduce(view(), tensors, opts));
+  }
+  WorkPtr allreduce_coalesced(Tensors& tensors, const c10d::AllreduceCoalescedOptions& opts = {}) override {
+    return run(collectives::all_reduce_coalesced(view(), tensors, opts));
+  }
   // Refused like any sparse tensor, with the same error on every device type.
-  WorkPtr allreduce_sparse(Tensors& tensors, const c10d::AllreduceOptions& opts = {}) override { return allreduce(tensors, opts); }
-  WorkPtr broadcast(Tensors& tensors, const c10d::BroadcastOptions& opts = {}) override { return run(collectives::broadcast(view(), tensors, opts)); }
-  WorkPtr allgather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts = {}) override { return run(collectives::all_gather(view(), outputs, inputs, opts)); }
-  WorkPtr _allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& opts = {}) override { return run(collectives::all_gather_into_tensor(view(), output, input, opts)); }
-  WorkPtr allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts = {}) override { return run(collectives::all_gather_into_tensor_coalesced(view(), outputs, inputs, opts)); }
-  WorkPtr barrier(const c10d::BarrierOptions& opts = {}) override { return run(collectives::barrier(view(), bound_device(), opts)); }
+  WorkPtr allreduce_sparse(Tensors& tensors, const c10d::AllreduceOptions& opts = {}) override {
+    return allreduce(tensors, opts);
+  }
+  WorkPtr broadcast(Tensors& tensors, const c10d::BroadcastOptions& opts = {}) override {
+    return run(collectives::broadcast(view(), tensors, opts));
+  }
+  WorkPtr allgather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts = {}) override {
+    return run(collectives::all_gather(view(), outputs, inputs, opts));
+  }
+  WorkPtr _allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& opts = {}) override {
+    return run(collectives::all_gather_into_tensor(view(), output, input, opts));
+  }
+  WorkPtr allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs,
+                                          const c10d::AllgatherOptions& opts = {}) override {
+    return run(collectives::all_gather_into_tensor_coalesced(view(), outputs, inputs, opts));
+  }
+  WorkPtr barrier(const c10d::BarrierOptions& opts = {}) override {
+    return run(collectives::barrier(view(), bound_device(), opts));
+  }
 
-  WorkPtr allgather_coalesced(std::vector<Tensors>&, Tensors&, const c10d::AllgatherOptions& = {}) override { collectives::refuse("all_gather_coalesced"); }
+  WorkPtr allgather_coalesced(std::vector<Tensors>&, Tensors&, const c10d::AllgatherOptions& = {}) override {
+    collectives::refuse("all_gather_coalesced");
+  }
   WorkPtr reduce(Tensors&, const c10d::ReduceOptions& = {}) override { collectives::refuse("reduce"); }
-  WorkPtr gather(std::vector<Tensors>&, Tensors&, const c10d::GatherOptions& = {}) override { collectives::refuse("gather"); }
-  WorkPtr scatter(Tensors&, std::vector<Tensors>&, const c10d::ScatterOptions& = {}) override { collectives::refuse("scatter"); }
-  WorkPtr reduce_scatter(Tensors&, std::vector<Tensors>&, const c10d::ReduceScatterOptions& = {}) override { collectives::refuse("reduce_scatter"); }
-  WorkPtr _reduce_scatter_base(at::Tensor&, at::Tensor&, const c10d::ReduceScatterOptions& = {}) override { collectives::refuse("reduce_scatter_tensor"); }
-  WorkPtr reduce_scatter_tensor_coalesced(Tensors&, Tensors&, const c10d::ReduceScatterOptions& = {}) override { collectives::refuse("reduce_scatter_tensor_coalesced"); }
-  WorkPtr alltoall_base(at::Tensor&, at::Tensor&, std::vector<int64_t>&, std::vector<int64_t>&, const c10d::AllToAllOptions& = {}) override { collectives::refuse("all_to_all_single"); }
-  WorkPtr alltoall(Tensors&, Tensors&, const c10d::AllToAllOptions& = {}) override { collectives::refuse("all_to_all"); }
+  WorkPtr gather(std::vector<Tensors>&, Tensors&, const c10d::GatherOptions& = {}) override {
+    collectives::refuse("gather");
+  }
+  WorkPtr scatter(Tensors&, std::vector<Tensors>&, const c10d::ScatterOptions& = {}) override {
+    collectives::refuse("scatter");
+  }
+  WorkPtr reduce_scatter(Tensors&, std::vector<Tensors>&, const c10d::ReduceScatterOptions& = {}) override {
+    collectives::refuse("reduce_scatter");
+  }
+  WorkPtr _reduce_scatter_base(at::Tensor&, at::Tensor&, const c10d::ReduceScatterOptions& = {}) override {
+    collectives::refuse("reduce_scatter_tensor");
+  }
+  WorkPtr reduce_scatter_tensor_coalesced(Tensors&, Tensors&, const c10d::ReduceScatterOptions& = {}) override {
+    collectives::refuse("reduce_scatter_tensor_coalesced");
+  }
+  WorkPtr alltoall_base(at::Tensor&, at::Tensor&, std::vector<int64_t>&, std::vector<int64_t>&,
+                        const c10d::AllToAllOptions& = {}) override {
+    collectives::refuse("all_to_all_single");
+  }
+  WorkPtr alltoall(Tensors&, Tensors&, const c10d::AllToAllOptions& = {}) override {
+    collectives::refuse("all_to_all");
+  }
   WorkPtr send(Tensors&, int, int) override { collectives::refuse("send"); }
   WorkPtr recv(Tensors&, int, int) override { collectives::refuse("recv"); }
   WorkPtr recvAnysource(Tensors&, int) override { collectives::refuse("recv from any source"); }
-  void monitoredBarrier(const c10d::BarrierOptions&, bool = false) override { collectives::refuse("monitored_barrier"); }
+  void monitoredBarrier(const c10d::BarrierOptions&, bool = false) override {
+    collectives::refuse("monitored_barrier");
+  }
 
   // Splitting makes a new group over the same store; nothing of the parent is shared.
   bool supportsSplitting() const override { return true; }
@@ -78,6 +114,8 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   // For the interpreter's end, when no thread may run Python any more: gives what is in flight `grace` to end, aborts the
   // rest, shuts down. Throws nothing.
   void finish(std::chrono::milliseconds grace) noexcept;
+  // The same for every group of the process.
+  static void finish_all(std::chrono::milliseconds grace);
 
  private:
   GroupView view() const { return {rank_, size_}; }

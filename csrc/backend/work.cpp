@@ -38,7 +38,7 @@ c10::Stream current_stream(c10::Device device) { return c10::impl::VirtualGuardI
 
 CpuWork::CpuWork(int rank, const Call& call, std::shared_ptr<CallbackThreads> callbacks)
     : Work(rank, call.type, call.title, call.inputs),
-      name_(operation_name(call)),
+      name_(call.name),
       outputs_(call.outputs),
       callbacks_(std::move(callbacks)) {}
 
@@ -78,7 +78,7 @@ bool CpuWork::wait(std::chrono::milliseconds timeout) {
 CudaWork::CudaWork(const Call& call, Place place, std::shared_ptr<GroupState> state,
                    std::shared_ptr<Transport> transport)
     : Work(state->rank(), call.type, call.title, call.inputs),
-      name_(operation_name(call)),
+      name_(call.name),
       outputs_(call.outputs),
       place_(std::move(place)),
       state_(std::move(state)),

@@ -56,7 +56,7 @@ class CudaWork final : public c10d::Work {
   std::exception_ptr exception() const override;
   bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
   void synchronize() override;
-  void abort() override { transport_->abort(); }
+  void abort() override { transport_->abort(FailureCause::kLocalAbort); }
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return future_; }
   std::vector<at::Tensor> result() override { return outputs_; }
 

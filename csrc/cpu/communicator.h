@@ -23,7 +23,7 @@ class Communicator {
   // text names both calls: layout.h, "Calls".
   void run(const Request& request, int64_t timeout_ms);
 
-  void abort() { steps_.waiter().abort(); }
+  void abort(FailureCause cause = FailureCause::kLocalAbort) { steps_.waiter().abort(cause); }
   // Throws the failure of this group, if it has one by now.
   void check() const { steps_.waiter().check(); }
 

@@ -166,7 +166,8 @@ void Waiter::throw_if_told(const Target* target) {
   FailureDetails details;
   details.waiting = target != nullptr;
   if (target != nullptr) details.word = name(target->word);
-  if (aborted_.load(std::memory_order_relaxed)) give_up(record_of(FailureCause::kLocalAbort, rank_, target), details);
+  const FailureCause aborted = aborted_.load(std::memory_order_relaxed);
+  if (aborted != FailureCause::kNone) give_up(record_of(aborted, rank_, target), details);
   const uint32_t word = controls_[rank_]->abort.load(std::memory_order_acquire);
   if (word == 0) return;
   FailureRecord record = record_of(FailureCause::kPeerFailed, abort_rank(word), target);
@@ -215,9 +216,9 @@ void Waiter::tell_peers(uint32_t word) {
   }
 }
 
-void Waiter::abort() {
-  aborted_.store(true, std::memory_order_seq_cst);
-  tell_peers(abort_word(rank_, FailureCause::kLocalAbort, rank_));
+void Waiter::abort(FailureCause cause) {
+  aborted_.store(cause, std::memory_order_seq_cst);
+  tell_peers(abort_word(rank_, cause, rank_));
 }
 
 void Waiter::check() const {

@@ -58,7 +58,7 @@ class Waiter {
   // Breaks the group: `peer`'s post of step `expected` belongs to another call. `seen`: its posted epoch.
   [[noreturn]] void fail_mismatch(int peer, uint32_t expected, uint32_t seen, const Mismatch& mismatch);
 
-  void abort();
+  void abort(FailureCause cause);
   // Throws what made the group broken, if it is.
   void check() const;
 
@@ -85,7 +85,7 @@ class Waiter {
   Clock::time_point started_;
   Clock::time_point deadline_;
 
-  std::atomic<bool> aborted_{false};
+  std::atomic<FailureCause> aborted_{FailureCause::kNone};
   mutable std::mutex mutex_;  // of error_
   std::optional<Error> error_;
   std::atomic<bool> broken_{false};

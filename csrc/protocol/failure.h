@@ -16,6 +16,7 @@ enum class FailureCause : uint32_t {
   kPeerFailed = 3,  // another rank stopped first and told us: `told`
   kLocalAbort = 4,  // abort() on this rank
   kMismatch = 5,    // the peer came with another call
+  kLocalError = 6,  // this rank failed in a call of its own, or on its other device type
 };
 
 struct FailureRecord {

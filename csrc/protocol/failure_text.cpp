@@ -49,6 +49,7 @@ std::string found(const FailureRecord& record) {
     case FailureCause::kDeadline: return str(": rank ", finder, " waited for it until the timeout passed");
     case FailureCause::kPeerDied: return str(": rank ", finder, " found that its process has ended");
     case FailureCause::kLocalAbort: return str(": abort() was called there");
+    case FailureCause::kLocalError: return str(", in another of its calls");
     case FailureCause::kMismatch:
       return str(": its call differs from that of rank ", finder, ", whose error names both");
     case FailureCause::kNone:
@@ -84,6 +85,10 @@ Error aborted(const FailureRecord& record, const std::string& place) {
   return Error(ErrorKind::kAborted, str("mnnvl: rank ", record.rank, " stopped", place, ": abort() was called"));
 }
 
+Error local_error(const FailureRecord& record, const std::string& place) {
+  return Error(ErrorKind::kAborted, str("mnnvl: rank ", record.rank, " stopped", place, ": it failed in another call"));
+}
+
 }  // namespace
 
 std::string describe(const CallDescriptor& call) {
@@ -106,6 +111,7 @@ Error to_error(const FailureRecord& record, double waited_seconds, const Failure
   if (record.cause == FailureCause::kPeerFailed && record.peer == record.rank) {
     const FailureCause told = abort_cause(record.told);
     if (told == FailureCause::kLocalAbort) return aborted(record, place);
+    if (told == FailureCause::kLocalError) return local_error(record, place);
     if (told == FailureCause::kNone) {
       return Error(ErrorKind::kAborted, str("mnnvl: rank ", record.rank, " stopped", place,
                                             ": abort() was called here, or another rank waited for this one in vain"));
@@ -121,6 +127,7 @@ Error to_error(const FailureRecord& record, double waited_seconds, const Failure
       return Error(ErrorKind::kPeerFailed, str("mnnvl: rank ", record.rank, " stopped", place,
                                                " because the failure began at rank ", record.peer, found(record)));
     case FailureCause::kLocalAbort: return aborted(record, place);
+    case FailureCause::kLocalError: return local_error(record, place);
     case FailureCause::kMismatch: return Error(ErrorKind::kPeerFailed, mismatch_text(record, details));
     case FailureCause::kDeadline:
     case FailureCause::kNone: break;

@@ -35,13 +35,13 @@ static_assert(offsetof(DeviceControl, pipe_epoch) == 128, "apart from the words 
 // Pinned host memory, one per workspace, mapped on the device.
 struct HostMailbox {
   FailureRecord record;       // device to host
-  uint32_t abort;             // host to device: nonzero ends every wait (abort() was called)
-  uint32_t dead_ranks[3];     // host to device: bit r set when rank r's process has ended
+  uint32_t abort;  // host to device: a FailureCause that ends every wait (abort(), or a failure of the host)
+  uint32_t dead_ranks[3];  // host to device: bit r set when rank r's process has ended
 };
 
 struct WorkspaceLayout {
   int64_t generation_bytes;  // one Lamport generation; stage 1 of a two-shot starts at its half
-  int64_t pipe_slot_bytes;   // one slot of one block; 0: no epoch kernels in this workspace
+  int64_t pipe_slot_bytes;  // one slot of one block; 0: no epoch kernels in this workspace
   int64_t pipe_offset;
   int64_t signal_offset;
   int64_t control_offset;
@@ -86,7 +86,7 @@ struct WorkspaceLayout {
 // Everything a kernel must know of its group; built once on the host, passed by value.
 struct DeviceGroup {
   std::byte* peers[kMaxWorldSize];  // every rank's workspace as mapped here; [rank] is the own one
-  std::byte* multicast;             // the same offsets, stores reach all ranks; null without multicast
+  std::byte* multicast;  // the same offsets, stores reach all ranks; null without multicast
   HostMailbox* mailbox;
   WorkspaceLayout layout;
   uint64_t timeout_ns;

@@ -9,7 +9,7 @@ namespace mnnvl {
 void CallbackThreads::post(std::function<void()> callback) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!left_ && (threads_ > 0 || add_thread())) {
+    if (threads_ > running_ || add_thread()) {
       pending_.push_back(std::move(callback));
       posted_.notify_one();
       return;

@@ -18,11 +18,11 @@ class CallbackThreads : public std::enable_shared_from_this<CallbackThreads> {
  public:
   static constexpr auto kPatience = std::chrono::milliseconds(1);
 
-  // Any thread. `callback` must not throw.
+  // Any thread. `callback` must not throw. Where the system gives no thread, it runs on the poster's.
   void post(std::function<void()> callback);
   // True once nothing runs or is pending; false after `timeout`.
   bool wait_idle(std::chrono::milliseconds timeout);
-  // The threads end behind what was posted so far. Later posts run on the poster's thread.
+  // The owner goes: threads end as soon as nothing is pending. Later posts are served all the same.
   void leave();
 
  private:

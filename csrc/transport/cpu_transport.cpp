@@ -33,14 +33,13 @@ class CpuTransport final : public Transport {
     if (const auto* reduce = std::get_if<AllReduceRequest>(&request)) {
       AllReduceRequest chosen = *reduce;
       if (chosen.strategy == Strategy::kAuto) chosen.strategy = strategy_;
-      chosen.strategy =
-          choose_cpu_strategy(chosen.strategy, chosen.numel * element_size(chosen.dtype), world_size_);
+      chosen.strategy = choose_cpu_strategy(chosen.strategy, chosen.numel * element_size(chosen.dtype), world_size_);
       return communicator_->run(chosen, run.timeout_ms);
     }
     communicator_->run(request, run.timeout_ms);
   }
   void check() override { communicator_->check(); }
-  void abort() override { communicator_->abort(); }
+  void abort(FailureCause cause) override { communicator_->abort(cause); }
   void close() override {}  // requests return when they are done, and the destructor waits for nobody
 
  private:

@@ -96,19 +96,21 @@ class CudaTransport final : public Transport {
   }
 
   void check() override {
-    if (__atomic_load_n(&mailbox()->record.valid, __ATOMIC_ACQUIRE) != 0) throw recorded_failure();
+    if (failed()) throw recorded_failure();
     if (__atomic_load_n(&mailbox()->abort, __ATOMIC_ACQUIRE) != 0) {
       fail(ErrorKind::kAborted, "mnnvl: abort() was called on this group on rank ", context_.group.rank);
     }
   }
 
-  void abort() override {
-    __atomic_store_n(&mailbox()->abort, 1u, __ATOMIC_RELEASE);
-    tell_peers(context_.group.rank);
+  void abort(FailureCause cause) override {
+    __atomic_store_n(&mailbox()->abort, uint32_t(cause), __ATOMIC_RELEASE);
+    // A kernel that gave up has told them what it found.
+    if (!failed()) tell_peers(context_.group.rank, cause);
   }
 
  private:
   HostMailbox* mailbox() const { return context_.group.mailbox; }
+  bool failed() const { return __atomic_load_n(&mailbox()->record.valid, __ATOMIC_ACQUIRE) != 0; }
 
   Error recorded_failure() const { return to_error(mailbox()->record, double(timeout_ms_) * 1e-3); }
 
@@ -126,8 +128,7 @@ class CudaTransport final : public Transport {
     buffer_options.bootstrap = options.bootstrap;
     buffer_options.host_id = options.host_id;
     buffer_options.timeout_ms = options.timeout_ms;
-    buffer_ =
-        SymmetricBuffer::create(real_driver(), nccl, kernels::table().device_ops, exchange, buffer_options);
+    buffer_ = SymmetricBuffer::create(real_driver(), nccl, kernels::table().device_ops, exchange, buffer_options);
 
     DeviceGroup& group = context_.group;
     group.rank = exchange.rank();
@@ -154,10 +155,10 @@ class CudaTransport final : public Transport {
   }
 
   // Peers may wait in a kernel for this rank, which will launch nothing more.
-  void tell_peers(int root) noexcept {
+  void tell_peers(int root, FailureCause cause) noexcept {
     std::lock_guard<std::mutex> lock(close_mutex_);
     if (!buffer_) return;
-    const uint32_t word = abort_word(root);
+    const uint32_t word = abort_word(root, cause, context_.group.rank);
     for (int r = 0; r < context_.group.world_size; ++r) {
       if (r == context_.group.rank) continue;  // the mailbox tells the own kernels
       const uint64_t address =
@@ -174,7 +175,7 @@ class CudaTransport final : public Transport {
   void check_usable() {
     check();
     if (const int dead = watchdog_->dead_rank(); dead >= 0) {
-      tell_peers(dead);
+      tell_peers(dead, FailureCause::kPeerDied);
       fail(ErrorKind::kPeerFailed, "mnnvl: the process of rank ", dead, " has ended; rank ", context_.group.rank,
            " can make no further collective with it");
     }

@@ -8,6 +8,7 @@
 
 #include "bootstrap/exchange.h"
 #include "memory/options.h"
+#include "protocol/failure.h"
 #include "protocol/requests.h"
 #include "protocol/types.h"
 
@@ -43,8 +44,8 @@ class Transport {
 
   // Throws the failure of this transport, if it has one by now. Any thread.
   virtual void check() = 0;
-  // From any thread: ends all waits here, and tells the peers.
-  virtual void abort() = 0;
+  // From any thread: ends all waits here, and tells the peers that the failure began here: kLocalAbort or kLocalError.
+  virtual void abort(FailureCause cause) = 0;
   // Waits for what was enqueued and releases the memory; nothing but check() may be called afterwards. Idempotent; the
   // destructor does it too.
   virtual void close() = 0;

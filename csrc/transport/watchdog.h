@@ -8,8 +8,8 @@
 #include <thread>
 #include <vector>
 
-#include "system/peer_watch.h"
 #include "protocol/workspace.h"
+#include "system/peer_watch.h"
 
 namespace mnnvl {
 

@@ -6,6 +6,9 @@
 namespace mnnvl::collectives {
 namespace {
 
+constexpr const char* kIntoTensor =
+    "all_gather_into_tensor";  // c10d's own word, and the profiler's, is _all_gather_base
+
 // What this rank contributes, safe from the peers' contributions: they may arrive in `outputs` while it is still being
 // read. Its own place alone may be the input itself.
 at::Tensor safe_input(const at::Tensor& input, const Tensors& outputs, int rank) {
@@ -35,19 +38,20 @@ void check_list_output(const at::Tensor& output, const at::Tensor& input) {
   TORCH_CHECK_VALUE(output.numel() == input.numel(), "mnnvl all_gather: tensor_list: expected tensors of ",
                     input.numel(), " elements like the input, got ", output.numel());
   // Found here and not by the copy at the end, when the peers have done their part.
-  TORCH_CHECK_VALUE(at::has_internal_overlap(output) != at::MemOverlap::Yes,
-                    "mnnvl all_gather: tensor_list: expected tensors whose elements have memory of their own, got sizes ",
-                    output.sizes(), " with strides ", output.strides(), " (expanded?); use .clone()");
+  TORCH_CHECK_VALUE(
+      at::has_internal_overlap(output) != at::MemOverlap::Yes,
+      "mnnvl all_gather: tensor_list: expected tensors whose elements have memory of their own, got sizes ",
+      output.sizes(), " with strides ", output.strides(), " (expanded?); use .clone()");
 }
 
 void check_pair(GroupView group, const at::Tensor& output, const at::Tensor& input, const at::Tensor& first) {
-  constexpr const char* kName = "all_gather_into_tensor";
-  check_dense(input, kName, "input");
-  check_dense(output, kName, "output");
-  check_same_device(input, first, kName, "input");
-  check_same(output, input, kName, "output");
-  TORCH_CHECK_VALUE(output.is_contiguous() && input.is_contiguous(), "mnnvl ", kName, ": expected contiguous tensors");
-  TORCH_CHECK_VALUE(output.numel() == input.numel() * group.size, "mnnvl ", kName, ": output: expected ",
+  check_dense(input, kIntoTensor, "input");
+  check_dense(output, kIntoTensor, "output");
+  check_same_device(input, first, kIntoTensor, "input");
+  check_same(output, input, kIntoTensor, "output");
+  TORCH_CHECK_VALUE(output.is_contiguous() && input.is_contiguous(), "mnnvl ", kIntoTensor,
+                    ": expected contiguous tensors");
+  TORCH_CHECK_VALUE(output.numel() == input.numel() * group.size, "mnnvl ", kIntoTensor, ": output: expected ",
                     input.numel() * group.size, " elements, got ", output.numel());
 }
 
@@ -55,6 +59,7 @@ Call gather_into_tensors(c10d::OpType type, const char* title, GroupView group, 
                          const Tensors& inputs, const c10d::AllgatherOptions& options) {
   for (size_t i = 0; i < inputs.size(); ++i) check_pair(group, outputs[i], inputs[i], inputs[0]);
   Call call = make_call(type, title, inputs.empty() ? at::Device(at::kCPU) : inputs[0].device(), options);
+  call.name = kIntoTensor;
   call.inputs = inputs;
   call.outputs = outputs;
   const at::AutoDispatchBelowADInplaceOrView below;

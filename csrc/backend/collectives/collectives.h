@@ -13,8 +13,7 @@ using Tensors = std::vector<at::Tensor>;
 Call all_reduce(GroupView group, Tensors& tensors, const c10d::AllreduceOptions& options);
 Call all_reduce_coalesced(GroupView group, Tensors& tensors, const c10d::AllreduceCoalescedOptions& options);
 
-Call all_gather(GroupView group, std::vector<Tensors>& outputs, Tensors& inputs,
-                const c10d::AllgatherOptions& options);
+Call all_gather(GroupView group, std::vector<Tensors>& outputs, Tensors& inputs, const c10d::AllgatherOptions& options);
 Call all_gather_into_tensor(GroupView group, at::Tensor& output, at::Tensor& input,
                             const c10d::AllgatherOptions& options);
 Call all_gather_into_tensor_coalesced(GroupView group, Tensors& outputs, Tensors& inputs,

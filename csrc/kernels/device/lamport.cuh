@@ -37,7 +37,8 @@ class LamportCall {
   // True when the group has failed before, which then is recorded here too: this rank may not have waited for anybody.
   __device__ __forceinline__ bool aborted() const {
     if (abort_ == 0) return false;
-    give_up(g_, FailureCause::kPeerFailed, abort_rank(abort_), Operation::kAllReduce, /*stage=*/0, calls_, 0, 0);
+    give_up(g_, FailureCause::kPeerFailed, abort_rank(abort_), Operation::kAllReduce, /*stage=*/0, calls_, 0, 0,
+            abort_);
     return true;
   }
   __device__ __forceinline__ uint32_t sequence() const { return calls_; }

@@ -13,9 +13,10 @@ __device__ __forceinline__ DeviceControl* control_of(const DeviceGroup& g, int r
   return reinterpret_cast<DeviceControl*>(g.peers[rank] + g.layout.control_offset);
 }
 
-// Ends this rank's part in the group, once: the first to come writes the record and tells every peer. Returns false.
+// Ends this rank's part in the group, once: the first to come writes the record and tells every peer: what it was `told`
+// (an abort word), or else what it found itself. Returns false.
 __device__ inline bool give_up(const DeviceGroup& g, FailureCause cause, int peer, Operation operation, uint32_t stage,
-                               uint64_t sequence, uint64_t expected, uint64_t seen) {
+                               uint64_t sequence, uint64_t expected, uint64_t seen, uint32_t told = 0) {
   if (atomicCAS(&control_of(g, g.rank)->failed, 0u, 1u) != 0u) return false;
   FailureRecord* record = &g.mailbox->record;
   record->cause = cause;
@@ -26,11 +27,13 @@ __device__ inline bool give_up(const DeviceGroup& g, FailureCause cause, int pee
   record->sequence = sequence;
   record->expected = expected;
   record->seen = seen;
+  record->told = told;
   __threadfence_system();
   st_relaxed_sys_u32(&record->valid, 1u);
   // Peers hear of the rank where it began: the one that is dead or late, or, after abort(), this one.
+  const uint32_t word = told != 0 ? told : abort_word(peer, cause, g.rank);
 #pragma unroll 1  // taken once: it must not cost the kernels registers
-  for (int r = 0; r < g.world_size; ++r) st_relaxed_sys_u32(&control_of(g, r)->abort, abort_word(peer));
+  for (int r = 0; r < g.world_size; ++r) st_relaxed_sys_u32(&control_of(g, r)->abort, word);
   return false;
 }
 
@@ -61,17 +64,18 @@ class Wait {
         peer = first_dead;
       }
       dead_seen_ = first_dead;
-      if (ld_relaxed_sys_u32(&g_.mailbox->abort) != 0) {
-        cause = FailureCause::kLocalAbort;
+      if (const uint32_t here = ld_relaxed_sys_u32(&g_.mailbox->abort); here != 0) {
+        cause = FailureCause(here);
         peer = g_.rank;
       }
     }
-    if (const uint32_t abort = ld_relaxed_sys_u32(&control_of(g_, g_.rank)->abort); abort != 0) {
+    const uint32_t abort = ld_relaxed_sys_u32(&control_of(g_, g_.rank)->abort);
+    if (abort != 0) {
       cause = FailureCause::kPeerFailed;
       peer = abort_rank(abort);
     }
     if (cause == FailureCause::kNone) return true;
-    return give_up(g_, cause, peer, operation_, stage_, sequence_, expected, seen);
+    return give_up(g_, cause, peer, operation_, stage_, sequence_, expected, seen, abort);
   }
 
  private:
