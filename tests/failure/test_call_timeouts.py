@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -44,7 +45,7 @@ def calls(rank: Rank) -> dict[str, Callable[[dist.ProcessGroup], dist.Work]]:
         ids = [device.index] if device.type == "cuda" else None
         return dist.barrier(group, async_op=True, timeout=OWN, device_ids=ids)
 
-    return {
+    made: dict[str, Callable[[dist.ProcessGroup], dist.Work]] = {
         "all_reduce": lambda group: group.allreduce([x], with_timeout(dist.AllreduceOptions())),
         "all_reduce, gathered": lambda group: group.allreduce([integers], with_timeout(dist.AllreduceOptions())),
         "all_reduce_coalesced": lambda group: group.allreduce_coalesced(
@@ -54,8 +55,10 @@ def calls(rank: Rank) -> dict[str, Callable[[dist.ProcessGroup], dist.Work]]:
         "all_gather": lambda group: group.allgather([parts], [x], with_timeout(c10d.AllgatherOptions())),
         "all_gather_into_tensor": lambda group: group._allgather_base(whole, x, with_timeout(c10d.AllgatherOptions())),
         "barrier": barrier,
-        "dist.barrier": public_barrier,
     }
+    if "timeout" in inspect.signature(dist.barrier).parameters:  # not before torch 2.12
+        made["dist.barrier"] = public_barrier
+    return made
 
 
 def own_timeout_body(rank: Rank) -> None:

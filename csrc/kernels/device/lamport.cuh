@@ -14,7 +14,7 @@
 // pack.
 //
 // Progress: a block waits only for packs that the blocks of the same index publish, and those publish before they
-// wait. The grid is one block a multiprocessor at most (kernels of several groups must find room beside each other),
+// wait. The grid is two blocks a multiprocessor at most (kernels of several groups must find room beside each other),
 // and the same on every rank.
 #pragma once
 
