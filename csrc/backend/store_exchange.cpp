@@ -274,11 +274,15 @@ void StoreExchange::check_end(const Wait& wait) {
        ranks.substr(ranks.find(' ') + 1), "] of ", size_, " did not come)");
 }
 
+// Looks once more: a peer whose time-out came a moment earlier has left word of who is missing, and isn't itself.
 std::vector<int> StoreExchange::missing() {
   if (met_.empty()) {
     learn_who_is_here();
     read_records();
     if (complete()) return {};
+    listen();
+  } else {
+    look_in_round();
   }
   const bool posted = !met_.empty() || (all_present() && meeting_id() == id_);
   std::vector<int> ranks;

@@ -70,6 +70,29 @@ def test_a_time_out_is_heard_by_all_and_names_who_is_missing(size: int, tmp_path
     assert_all_work(all_set_up(stores))
 
 
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_ranks_that_time_out_together_name_the_same_one(rounds: int, tmp_path: Path) -> None:
+    """The last to give up finds the first one gone; that isn't who was missing."""
+    for turn in range(20):
+        stores = make_stores("hash", 4, tmp_path)
+
+        def body(rank: int, stores: list[dist.Store] = stores, stagger: int = turn % 3) -> None:
+            ranks = exchange(stores[rank], rank, 4, seconds=0.05 + 0.002 * (rank + stagger))
+            for _ in range(rounds + (rank != 3)):
+                ranks.all_gather(b"")
+            if rank == 3:
+                time.sleep(0.3)  # present, and late for the next round
+
+        threads = Threads()
+        for rank in range(4):
+            if rounds or rank != 3:
+                threads.start(rank, lambda rank=rank, body=body: body(rank))
+        for rank, (error, _) in threads.join().items():
+            if rank != 3:
+                assert isinstance(error, TimeoutError), error
+                assert "(ranks [3] of 4 did not come)" in str(error)
+
+
 @pytest.mark.parametrize("when", ["before", "waited for", "late"])
 @pytest.mark.parametrize("size", SIZES)
 def test_giving_up_is_heard_at_once(when: str, size: int, tmp_path: Path) -> None:
