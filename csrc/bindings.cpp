@@ -48,7 +48,8 @@ class PythonExchange final : public Exchange {
   int rank_, size_;
 };
 
-// The options of groups by their names in Python, where all of them are keyword arguments; the same for both kinds of group.
+// The options of groups by their names in Python, where all of them are keyword arguments; the same for both kinds
+// of group.
 class Fields {
  public:
   explicit Fields(const py::kwargs& given) : given_(given) {}
@@ -99,8 +100,8 @@ c10::intrusive_ptr<Options> make_options(const py::kwargs& given) {
   return options;
 }
 
-// Python's last reference may be the last one of all, and the destructor may wait for kernels or for another thread that
-// wants the GIL.
+// Python's last reference may be the last one of all, and the destructor may wait for kernels or for another thread
+// that wants the GIL.
 template <typename T>
 class NoGilPtr {
  public:
@@ -156,8 +157,8 @@ void bind_process_group(py::module_& m) {
       .def("_get_sequence_number_for_group", &ProcessGroupMNNVL::getSequenceNumberForGroup)
       .def("abort", &ProcessGroupMNNVL::abort, py::call_guard<py::gil_scoped_release>())
       .def("shutdown", &ProcessGroupMNNVL::shutdown, py::call_guard<py::gil_scoped_release>())
-      // new_group() of torch calls this on the ranks outside a new group when the parent supports splitting; a split here
-      // shares nothing with its parent, so there is nothing to do.
+      // new_group() of torch calls this on the ranks outside a new group when the parent supports splitting; a split
+      // here shares nothing with its parent, so there is nothing to do.
       .def("perform_nocolor_split", [](ProcessGroupMNNVL&, const py::object& /*device*/) {});
   m.def(
       "finish_groups", [](int64_t grace_ms) { ProcessGroupMNNVL::finish_all(std::chrono::milliseconds(grace_ms)); },
@@ -231,8 +232,8 @@ py::dict probe(const std::string& nccl_path) {
                   py::arg("devices") = devices);
 }
 
-// The set-up's control plane, for flashinfer/comm.py and tests. A time-out is a TimeoutError, so that who waits in Python can
-// tell it from a peer's failure.
+// The set-up's control plane, for flashinfer/comm.py and tests. A time-out is a TimeoutError, so that who waits in
+// Python can tell it from a peer's failure.
 void bind_store_exchange(py::module_& m) {
   struct Bound {
     Bound(c10::intrusive_ptr<c10d::Store> store, std::string prefix, int rank, int size, int64_t timeout_ms)

@@ -1,5 +1,5 @@
-// One call of c10d, checked and ready to run. A collective (backend/collectives/) builds it by free functions that look at
-// the arguments and change nothing; ProcessGroupMNNVL::run orders it, watches it, and returns its Work.
+// One call of c10d, checked and ready to run. A collective (backend/collectives/) builds it by free functions that
+// look at the arguments and change nothing; ProcessGroupMNNVL::run orders it, watches it, and returns its Work.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,8 +16,8 @@
 
 namespace mnnvl {
 
-// The communication of a call. What it throws other than the group's failure breaks the group: a part of it may have run,
-// so this rank can't be paired with its peers again.
+// The communication of a call. What it throws other than the group's failure breaks the group: a part of it may have
+// run, so this rank can't be paired with its peers again.
 using Body = std::function<void(Transport&, const Run&)>;
 
 // Thrown by a body whose communication is over: a failure of this rank's own arithmetic, this call's alone.

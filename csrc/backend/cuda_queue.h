@@ -1,5 +1,5 @@
-// Collectives on CUDA tensors, in their order: one transport, one order of launches, whichever streams they come on. Used by
-// the process group and by the standalone function.
+// Collectives on CUDA tensors, in their order: one transport, one order of launches, whichever streams they come on.
+// Used by the process group and by the standalone function.
 #pragma once
 
 #include <c10/core/Event.h>
@@ -32,7 +32,8 @@ class CudaQueue {
     std::shared_ptr<c10::Event> end;  // recorded on `stream` behind the work
     bool capturing;
   };
-  // Calls `work(stream's native handle)`, which enqueues on the caller's current stream or, if `async`, on one of the group's
+  // Calls `work(stream's native handle)`, which enqueues on the caller's current stream or, if `async`, on one of
+  // the group's
   // own that waits for it; behind what was enqueued here before. Throws if closed, or if the stream's capture is
   // invalidated, before anything is enqueued. `then` runs under a guard of the stream, behind the work.
   using Work = std::function<void(void* stream)>;

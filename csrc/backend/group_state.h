@@ -18,8 +18,8 @@ class GroupState {
   const FirstFailure& failure() const { return failure_; }
   void check() const { failure_.check(); }
 
-  // Remembers `error` if it is the first; then ends all waits of this rank on every transport, and tells the peers: they
-  // may wait for this rank on the other device type, where nothing has failed yet. Any thread.
+  // Remembers `error` if it is the first; then ends all waits of this rank on every transport, and tells the peers:
+  // they may wait for this rank on the other device type, where nothing has failed yet. Any thread.
   void fail(const Error& error);
   // A transport to be told. One that comes when the group has failed is told at once.
   void add(std::shared_ptr<Transport> transport);

@@ -1,6 +1,6 @@
 // The c10d backend "mnnvl". One object serves CPU and CUDA tensors; the transport of a device type is made by the first
-// collective on it (collectively, over the group's store), or by eagerConnectSingleDevice(). Each operation is one line:
-// collectives/ checks its arguments and makes the Call, run() does the rest for all of them.
+// collective on it (collectively, over the group's store), or by eagerConnectSingleDevice(). Each operation is one
+// line: collectives/ checks its arguments and makes the Call, run() does the rest for all of them.
 #pragma once
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
@@ -111,8 +111,8 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   void abort() override;
   // Waits for what was enqueued, then releases all. Idempotent. Later collectives raise.
   void shutdown() override;
-  // For the interpreter's end, when no thread may run Python any more: gives what is in flight `grace` to end, aborts the
-  // rest, shuts down. Throws nothing.
+  // For the interpreter's end, when no thread may run Python any more: gives what is in flight `grace` to end,
+  // aborts the rest, shuts down. Throws nothing.
   void finish(std::chrono::milliseconds grace) noexcept;
   // The same for every group of the process.
   static void finish_all(std::chrono::milliseconds grace);
@@ -124,7 +124,8 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   WorkPtr run(Call call);
   WorkPtr run_on_cuda(const Call& call, const std::shared_ptr<CudaQueue>& queue, int64_t timeout_ms);
 
-  // The transport of a device type, set up if need be. Throws if the group is shut down or has failed on any device type.
+  // The transport of a device type, set up if need be. Throws if the group is shut down or has failed on any device
+  // type.
   std::shared_ptr<Transport> cpu_transport();
   std::shared_ptr<CudaQueue> cuda_queue(at::Device device);
   void check_usable() const;

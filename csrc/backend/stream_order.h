@@ -12,12 +12,12 @@ namespace mnnvl {
 
 // Not thread-safe; the owner calls enter() before and leave() after each collective, in their order.
 //
-// Work inside a capture is chained within that capture; between a captured graph's replays and other calls the order is the
-// user's, who alone knows where the graph is replayed.
+// Work inside a capture is chained within that capture; between a captured graph's replays and other calls the order
+// is the user's, who alone knows where the graph is replayed.
 class StreamOrder {
  public:
-  // Makes `stream` wait for the collectives enqueued before this one. Returns true while `stream` is capturing; throws if
-  // its capture has been invalidated.
+  // Makes `stream` wait for the collectives enqueued before this one. Returns true while `stream` is capturing;
+  // throws if its capture has been invalidated.
   bool enter(c10::Stream stream);
   // `end` has been recorded on `stream` behind the collective.
   void leave(c10::Stream stream, std::shared_ptr<c10::Event> end);

@@ -1,5 +1,5 @@
-// The Work of one call. A Work owes its user: wait(), which orders the caller's stream (GPU) or blocks (CPU) and raises the
-// group's failure; a future, for DDP; isCompleted() that never blocks.
+// The Work of one call. A Work owes its user: wait(), which orders the caller's stream (GPU) or blocks (CPU) and
+// raises the group's failure; a future, for DDP; isCompleted() that never blocks.
 #pragma once
 
 #include <ATen/core/ivalue.h>
@@ -21,7 +21,8 @@ class CpuWork final : public c10d::Work {
  public:
   // `callbacks` runs what users hang on the future; null where the work is completed before its user has it.
   CpuWork(int rank, const Call& call, std::shared_ptr<CallbackThreads> callbacks);
-  // `failure` null: success. Once. Runs no code of a user: waiters are woken first, then the future, if anybody has asked
+  // `failure` null: success. Once. Runs no code of a user: waiters are woken first, then the future, if anybody has
+  // asked
   // for it, is completed on a callback thread. Nothing touches this work once its waiters are awake but what holds it.
   void complete(std::exception_ptr failure);
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
@@ -69,8 +70,8 @@ class CudaWork final : public c10d::Work {
   const Place place_;
   const std::shared_ptr<GroupState> state_;
   const std::shared_ptr<Transport> transport_;
-  // Of an asynchronous call: what its kernels touch, kept until somebody has waited for them. Whoever waits needs no record
-  // of the stream in the allocator, which in a capture would keep the memory from every reuse.
+  // Of an asynchronous call: what its kernels touch, kept until somebody has waited for them. Whoever waits needs no
+  // record of the stream in the allocator, which in a capture would keep the memory from every reuse.
   std::vector<at::Tensor> kept_;
   c10::intrusive_ptr<c10::ivalue::Future> future_;
 };

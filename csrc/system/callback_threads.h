@@ -11,9 +11,9 @@
 
 namespace mnnvl {
 
-// Callbacks begin in the order in which they were posted, one at a time as long as none takes long: one that is kept from
-// its turn for kPatience gets a thread of its own, since the running one may be waiting for it. Threads are made when there
-// is something to do; they share this object, which its owner may leave behind.
+// Callbacks begin in the order in which they were posted, one at a time as long as none takes long: one that is kept
+// from its turn for kPatience gets a thread of its own, since the running one may be waiting for it. Threads are made
+// when there is something to do; they share this object, which its owner may leave behind.
 class CallbackThreads : public std::enable_shared_from_this<CallbackThreads> {
  public:
   static constexpr auto kPatience = std::chrono::milliseconds(1);

@@ -69,8 +69,8 @@ class CudaTransport final : public Transport {
 
   ~CudaTransport() override { close(); }
 
-  // The kernels in flight end by their deadline at the latest. Peers may still store into this rank's memory afterwards: their
-  // mappings keep it alive.
+  // The kernels in flight end by their deadline at the latest. Peers may still store into this rank's memory
+  // afterwards: their mappings keep it alive.
   void close() override {
     std::lock_guard<std::mutex> lock(close_mutex_);
     if (!buffer_) return;
@@ -80,7 +80,8 @@ class CudaTransport final : public Transport {
       buffer_.reset();
       return;
     }
-    // Kernels may still be running on what would be unmapped: a capture elsewhere forbids the wait, or the context is lost.
+    // Kernels may still be running on what would be unmapped: a capture elsewhere forbids the wait, or the context
+    // is lost.
     log("mnnvl: the device could not be waited for; the workspace stays mapped until the process ends");
     (void)buffer_.release();
     (void)mailbox_.release();

@@ -51,7 +51,8 @@ class Transport {
   virtual void close() = 0;
 };
 
-// Collective: what must be the same on every rank and isn't looked at elsewhere. Error(kInvalidArgument) naming two ranks.
+// Collective: what must be the same on every rank and isn't looked at elsewhere. Error(kInvalidArgument) naming two
+// ranks.
 void agree_on_options(Exchange& exchange, const TransportOptions& options);
 
 std::unique_ptr<Transport> make_cpu_transport(Exchange& exchange, const TransportOptions& options);

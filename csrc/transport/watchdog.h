@@ -15,8 +15,8 @@ namespace mnnvl {
 
 class Watchdog {
  public:
-  // `peer_pids` by rank, -1 for those not watched. Sets the dead rank's bit in `mailbox`, which ends waits for that rank;
-  // calls `on_failure` once, from its own thread, when a kernel has recorded a failure.
+  // `peer_pids` by rank, -1 for those not watched. Sets the dead rank's bit in `mailbox`, which ends waits for that
+  // rank; calls `on_failure` once, from its own thread, when a kernel has recorded a failure.
   Watchdog(HostMailbox* mailbox, const std::vector<int>& peer_pids, std::function<void()> on_failure);
   ~Watchdog();
   Watchdog(const Watchdog&) = delete;

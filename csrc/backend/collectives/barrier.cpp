@@ -7,8 +7,8 @@
 namespace mnnvl::collectives {
 namespace {
 
-// Whether a group of this process can have a CUDA side at all. Without one, torch's and its users' habit of naming a GPU
-// for the barrier (device_ids=[local_rank]) means the group's CPU barrier.
+// Whether a group of this process can have a CUDA side at all. Without one, torch's and its users' habit of naming a
+// GPU for the barrier (device_ids=[local_rank]) means the group's CPU barrier.
 bool cuda_possible() {
   if (kernels::find() == nullptr || !c10::impl::hasDeviceGuardImpl(at::kCUDA)) return false;
   return c10::impl::VirtualGuardImpl(at::kCUDA).deviceCount() > 0;

@@ -1,5 +1,7 @@
-// The operations: each checks the arguments of its virtual of c10d::Backend and makes the Call. One file an operation, one
-// row here. They throw ValueError, TypeError or RuntimeError that names operation and argument; then nothing has happened.
+// The operations: each checks the arguments of its virtual of c10d::Backend and makes the Call. One file an
+// operation, one
+// row here. They throw ValueError, TypeError or RuntimeError that names operation and argument; then nothing has
+// happened.
 #pragma once
 
 #include <vector>

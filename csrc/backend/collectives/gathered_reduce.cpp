@@ -9,8 +9,8 @@ namespace {
 using Op = c10d::ReduceOp::RedOpType;
 
 constexpr int64_t kChunkElements = int64_t{1} << 20;  // bounds the gathered copies
-// ATen shares larger CPU tensors among threads, whose flush-to-zero mode is whatever it was when they began; smaller ones
-// are reduced on this thread, in the mode that every rank has here.
+// ATen shares larger CPU tensors among threads, whose flush-to-zero mode is whatever it was when they began; smaller
+// ones are reduced on this thread, in the mode that every rank has here.
 constexpr int64_t kCpuPieceElements = 32767;
 
 const char* name(Op op) {

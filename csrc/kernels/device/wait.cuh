@@ -13,8 +13,8 @@ __device__ __forceinline__ DeviceControl* control_of(const DeviceGroup& g, int r
   return reinterpret_cast<DeviceControl*>(g.peers[rank] + g.layout.control_offset);
 }
 
-// Ends this rank's part in the group, once: the first to come writes the record and tells every peer: what it was `told`
-// (an abort word), or else what it found itself. Returns false.
+// Ends this rank's part in the group, once: the first to come writes the record and tells every peer: what it was
+// `told` (an abort word), or else what it found itself. Returns false.
 __device__ inline bool give_up(const DeviceGroup& g, FailureCause cause, int peer, Operation operation, uint32_t stage,
                                uint64_t sequence, uint64_t expected, uint64_t seen, uint32_t told = 0) {
   if (atomicCAS(&control_of(g, g.rank)->failed, 0u, 1u) != 0u) return false;
