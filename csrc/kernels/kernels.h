@@ -17,8 +17,8 @@ struct Launch {
   void* stream = nullptr;  // cudaStream_t
 };
 
-// numel within the layout's capacity for the algorithm. `blocks` is the same on every rank, and at most
-// kMaxBlocksPerMultiprocessor for each, so that kernels of several groups fit together.
+// numel within the layout's capacity for the algorithm. `blocks` is the same on every rank, and at most one a
+// multiprocessor, so that kernels of several groups fit together.
 struct AllReduceParams {
   DeviceGroup group;
   const void* in = nullptr;

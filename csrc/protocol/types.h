@@ -11,12 +11,9 @@ constexpr int kMaxWorldSize = 72;     // one NVL72 rack
 constexpr int kMaxFastWorldSize = 8;  // world sizes with a specialised kernel; larger ones take the loop
 constexpr int kPackBytes = 16;        // one vector access; the unit of every Lamport protocol
 
-// What tuning/ may ask for, and what kernels/ compiles for (launch bounds). An all-reduce takes at most half of each
-// multiprocessor: its blocks all have a quarter of the registers at most, and a grid has at most two blocks for each
-// multiprocessor, so that the kernels of two groups find room beside each other wherever their blocks were put.
-// Those of larger worlds need more registers a thread.
-MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 5 ? 256 : 128; }
-constexpr int kMaxBlocksPerMultiprocessor = 2;
+// Most threads a block of the kernels: what tuning/ may ask for, and what kernels/ compiles for (launch bounds). The
+// all-reduces of larger worlds need more registers a thread.
+MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 5 ? 512 : 256; }
 constexpr int kMaxGatherThreads = 256;
 
 enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };

@@ -13,13 +13,14 @@ constexpr Crossover kCrossovers[] = {
 };
 static_assert(complete(kCrossovers));
 
-// One thread a pack, in small blocks up to half a block a multiprocessor (the more blocks, the sooner the first packs
-// leave); from a full grid on, threads take several packs.
+// One thread a pack. Few packs go to as few threads a block as still give every multiprocessor work (the more blocks,
+// the sooner the first packs leave); of a two-shot's middle sizes full blocks on half the multiprocessors are faster.
+// From one full block a multiprocessor on, threads take several packs.
 void shape_lamport(AllReduceChoice& choice, int64_t packs, const GroupShape& group) {
-  choice.threads = max_all_reduce_threads(group.world_size);
-  if (packs <= int64_t{64} * group.multiprocessors) choice.threads = 128;
-  choice.blocks = int(std::clamp<int64_t>(ceil_div(packs, choice.threads), 1,
-                                          int64_t{kMaxBlocksPerMultiprocessor} * group.multiprocessors));
+  const int most = max_all_reduce_threads(group.world_size);
+  const bool middle = choice.algorithm == Algorithm::kOneShotLamport && packs <= int64_t{256} * group.multiprocessors;
+  choice.threads = packs <= int64_t{128} * group.multiprocessors ? 128 : middle ? 256 : most;
+  choice.blocks = int(std::clamp<int64_t>(ceil_div(packs, choice.threads), 1, group.multiprocessors));
 }
 
 }  // namespace

@@ -33,8 +33,7 @@ TEST(tuning_every_choice_can_be_run) {
         for (Strategy strategy : {Strategy::kOneShot, Strategy::kTwoShot, Strategy::kAuto}) {
           for_sizes(int64_t{1} << 32, [&](int64_t numel) {
             const AllReduceChoice c = choose_all_reduce(group, numel, dtype, strategy);
-            CHECK(c.blocks >= 1 && c.blocks <= kMaxBlocksPerMultiprocessor * group.multiprocessors, c.blocks,
-                  " blocks for ", numel);
+            CHECK(c.blocks >= 1 && c.blocks <= group.multiprocessors, c.blocks, " blocks for ", numel);
             CHECK(c.threads >= 32 && c.threads % 32 == 0 && c.threads <= max_all_reduce_threads(world_size), c.threads);
             const bool oneshot = c.algorithm == Algorithm::kOneShotLamport;
             CHECK(strategy == Strategy::kAuto || oneshot == (strategy == Strategy::kOneShot), "asked, not given");

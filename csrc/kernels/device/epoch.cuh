@@ -30,7 +30,7 @@ class EpochPipe {
       const uint32_t abort = ld_relaxed_sys_u32(&own_->abort);
       aborted = abort != 0;
       if (aborted) {
-        give_up(g_, FailureCause::kPeerFailed, abort_rank(abort), operation_, /*stage=*/0, epoch_, 0, 0, abort);
+        give_up(g_, FailureCause::kPeerFailed, abort_rank(abort), operation_, /*stage=*/0, epoch_, 0, 0);
       }
     }
     return __syncthreads_or(aborted);

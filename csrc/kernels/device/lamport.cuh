@@ -14,7 +14,7 @@
 // pack.
 //
 // Progress: a block waits only for packs that the blocks of the same index publish, and those publish before they
-// wait. The grid is two blocks a multiprocessor at most (kernels of several groups must find room beside each other),
+// wait. The grid is one block a multiprocessor at most (kernels of several groups must find room beside each other),
 // and the same on every rank.
 #pragma once
 
@@ -37,8 +37,7 @@ class LamportCall {
   // True when the group has failed before, which then is recorded here too: this rank may not have waited for anybody.
   __device__ __forceinline__ bool aborted() const {
     if (abort_ == 0) return false;
-    give_up(g_, FailureCause::kPeerFailed, abort_rank(abort_), Operation::kAllReduce, /*stage=*/0, calls_, 0, 0,
-            abort_);
+    give_up(g_, FailureCause::kPeerFailed, abort_rank(abort_), Operation::kAllReduce, /*stage=*/0, calls_, 0, 0);
     return true;
   }
   __device__ __forceinline__ uint32_t sequence() const { return calls_; }
@@ -99,7 +98,9 @@ constexpr int kNoRank = -1;
 
 // Takes the packs of all ranks, the one of rank r from the slot `first + r * stride`, and sums them in rank order.
 // Only the pack of rank `kept` (or of kNoRank) has been through no slot: it is `own`. False if the wait gave up.
-template <typename T, int kWorld>
+// `kClearFirst`: the slots are cleared before the sum, which costs registers and is faster where more is to be stored
+// behind it (docs/notes.md).
+template <typename T, int kWorld, bool kClearFirst>
 __device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, std::byte* first, int64_t stride, int kept,
                                              uint4 own, Wait wait, uint64_t pack_index, Accumulator<T>& acc) {
   if constexpr (kWorld != 0) {
@@ -117,13 +118,17 @@ __device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, std::byte* fi
       }
       if (missing != 0 && !wait.keep_on(__ffs(missing) - 1, pack_index, kLamportSentinel, missing)) return false;
     } while (missing != 0);
+    const auto clear_all = [&] {
+#pragma unroll
+      for (int r = 0; r < kWorld; ++r) {
+        if (r != kept) clear(first + r * stride);
+      }
+    };
+    if constexpr (kClearFirst) clear_all();
     acc.begin(packs[0]);
 #pragma unroll
     for (int r = 1; r < kWorld; ++r) acc.add(packs[r]);
-#pragma unroll
-    for (int r = 0; r < kWorld; ++r) {
-      if (r != kept) clear(first + r * stride);
-    }
+    if constexpr (!kClearFirst) clear_all();
   } else {
     for (int r = 0; r < g.world_size; ++r) {
       uint4 pack = own;

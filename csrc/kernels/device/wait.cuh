@@ -16,7 +16,7 @@ __device__ __forceinline__ DeviceControl* control_of(const DeviceGroup& g, int r
 // Ends this rank's part in the group, once: the first to come writes the record and tells every peer: what it was
 // `told` (an abort word), or else what it found itself. Returns false.
 __device__ inline bool give_up(const DeviceGroup& g, FailureCause cause, int peer, Operation operation, uint32_t stage,
-                               uint64_t sequence, uint64_t expected, uint64_t seen, uint32_t told = 0) {
+                               uint64_t sequence, uint64_t expected, uint64_t seen) {
   if (atomicCAS(&control_of(g, g.rank)->failed, 0u, 1u) != 0u) return false;
   FailureRecord* record = &g.mailbox->record;
   record->cause = cause;
@@ -27,6 +27,8 @@ __device__ inline bool give_up(const DeviceGroup& g, FailureCause cause, int pee
   record->sequence = sequence;
   record->expected = expected;
   record->seen = seen;
+  // Read again here: kept by every wait, it would cost the kernels' loops a register.
+  const uint32_t told = cause == FailureCause::kPeerFailed ? ld_relaxed_sys_u32(&control_of(g, g.rank)->abort) : 0u;
   record->told = told;
   __threadfence_system();
   st_relaxed_sys_u32(&record->valid, 1u);
@@ -69,13 +71,12 @@ class Wait {
         peer = g_.rank;
       }
     }
-    const uint32_t abort = ld_relaxed_sys_u32(&control_of(g_, g_.rank)->abort);
-    if (abort != 0) {
+    if (const uint32_t abort = ld_relaxed_sys_u32(&control_of(g_, g_.rank)->abort); abort != 0) {
       cause = FailureCause::kPeerFailed;
       peer = abort_rank(abort);
     }
     if (cause == FailureCause::kNone) return true;
-    return give_up(g_, cause, peer, operation_, stage_, sequence_, expected, seen, abort);
+    return give_up(g_, cause, peer, operation_, stage_, sequence_, expected, seen);
   }
 
  private:

@@ -6,7 +6,7 @@ namespace mnnvl::kernels {
 namespace {
 
 template <typename Unit>
-__global__ void __launch_bounds__(kMaxGatherThreads, 2) epoch_gather(const __grid_constant__ GatherParams p) {
+__global__ void __launch_bounds__(kMaxGatherThreads, kMinBlocks) epoch_gather(const __grid_constant__ GatherParams p) {
   grid_dependency_wait();
   const DeviceGroup& g = p.group;
   EpochPipe pipe(g, p.operation);

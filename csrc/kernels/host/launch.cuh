@@ -15,7 +15,7 @@
 
 namespace mnnvl::kernels {
 
-constexpr int kMinBlocks = 2 * kMaxBlocksPerMultiprocessor;  // that a multiprocessor has room for: two groups' kernels
+constexpr int kMinBlocks = 2;  // so that a multiprocessor has room for the kernels of two groups
 
 inline void check(cudaError_t result, const char* what) {
   if (result == cudaSuccess) return;

@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
 
   // Phase 2, reduce and broadcast: the rounded sum can be -0 again, which finish() turns into +0 before it is
   // published.
+  constexpr bool kClearFirst = kWorld >= 2 && kWorld <= 4;  // larger worlds would spill
   const float divisor = p.op == ReduceOp::kAvg ? float(world) : 1.0f;
   for (int64_t j = begin; j < slice; j += step) {
     const int64_t at = (g.rank * slice + j) * kPackBytes;
@@ -46,7 +47,8 @@ __global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
     Accumulator<T> acc;
     Wait wait(g, Operation::kAllReduce, /*stage=*/0, call.sequence());
     std::byte* first = g.peers[g.rank] + call.stage(0) + j * kPackBytes;
-    if (!take_and_sum<T, kWorld>(g, first, slice * kPackBytes, g.rank, load_own(at), wait, at / kPackBytes, acc))
+    if (!take_and_sum<T, kWorld, kClearFirst>(g, first, slice * kPackBytes, g.rank, load_own(at), wait, at / kPackBytes,
+                                              acc))
       return;
     const uint4 sum = acc.finish(divisor);
     publish<kWorld>(g, call.stage(1) + at, sum);
