@@ -1,5 +1,6 @@
 // The CPU communicator's collectives: every byte against the definition. Threads as ranks; several processes are
 // tested from Python.
+#include <algorithm>
 #include <cstring>
 
 #include "native/cpu_group.h"
@@ -73,8 +74,9 @@ void check_all_gather(CpuRank& rank, int world_size, uint64_t call, int64_t byte
   rank.all_gather(in.data(), pointers.data(), bytes);
   for (int peer = 0; peer < world_size; ++peer) {
     const Bytes expected = contribution(call, peer, bytes);
-    const bool equal = std::memcmp(pointers[static_cast<size_t>(peer)], expected.data(), expected.size()) == 0;
-    CHECK(bytes == 0 || equal, "call ", call, ", ", bytes, " bytes of rank ", peer, " at rank ", rank.rank());
+    const auto* seen = static_cast<const std::byte*>(pointers[static_cast<size_t>(peer)]);
+    CHECK(std::equal(expected.begin(), expected.end(), seen), "call ", call, ", ", bytes, " bytes of rank ", peer,
+          " at rank ", rank.rank());
   }
 }
 

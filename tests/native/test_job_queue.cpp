@@ -240,12 +240,16 @@ TEST(callbacks_begin_in_order) {
   CHECK(in_place > 250, in_place);
 }
 
-TEST(callbacks_after_leave_run_at_once) {
+TEST(callbacks_are_served_after_the_owner_has_left) {
   OwnedCallbacks callbacks;
+  std::promise<void> before;
+  callbacks->post([&] { before.get_future().wait(); });
   callbacks->leave();
-  std::thread::id ran;
-  callbacks->post([&] { ran = std::this_thread::get_id(); });
-  CHECK(ran == std::this_thread::get_id());
+  std::promise<std::thread::id> ran;
+  callbacks->post([&] { ran.set_value(std::this_thread::get_id()); });  // must not wait for the one before
+  CHECK(ran.get_future().get() != std::this_thread::get_id());
+  before.set_value();
+  CHECK(callbacks->wait_idle(seconds(60)));
 }
 
 // Each completion starts the next operation: 20,000 deep without a stack that grows, and without a pile of threads.
