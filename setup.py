@@ -227,7 +227,9 @@ setup(
             sources=files("*.cpp"),
             depends=files("*.h"),
             include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args={"cxx": ["-O2", "-g0", "-Wall", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections"]},
+            extra_compile_args={
+                "cxx": ["-O2", "-g0", "-Wall", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections"]
+            },
             # Copies of static libraries stay ours: the CUDA runtime must not meet that of torch, nor a C++ runtime that
             # some compilers link statically that of the process.
             extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,--gc-sections"],
