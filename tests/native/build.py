@@ -110,7 +110,8 @@ def build_module() -> Path:
     includes = ["-isystem", sysconfig.get_paths()["include"], "-isystem", os.path.join(folders[0], "include")]
     flags = [*WARNINGS, *includes, "-O1", "-g", "-fPIC", "-fvisibility=hidden"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    link = ["-shared", "-ldl", "-lpthread"]
+    # As in setup.py: a C++ runtime that some compilers link statically must not meet that of the process.
+    link = ["-shared", "-Wl,--exclude-libs,ALL", "-ldl", "-lpthread"]
     return build(f"module{suffix.removesuffix('.so')}", f"mnnvl_native{suffix}",
                  layer_sources() + native_sources(of_tests=False), flags, link)  # fmt: skip
 
