@@ -163,7 +163,7 @@ def build_kernels(toolkit: Toolkit) -> list[str]:
     """Compiles csrc/kernels/**/*.cu, only those whose source, headers or flags changed. Returns the objects."""
     sources = kernel_sources()
     # fmt: off
-    flags = ["-std=c++17", "-O3", "-lineinfo", "-cudart", "static", "-DMNNVL_WITH_CUDA=1",
+    flags = ["-std=c++17", "-O3", "-cudart", "static", "-DMNNVL_WITH_CUDA=1",
              f'-DMNNVL_ARCHITECTURES="{";".join(toolkit.archs)}"', f"-I{ROOT / 'csrc'}",
              *(f"-I{d}" for d in toolkit.include_dirs), "-Xcompiler", "-fPIC,-Wall",
              *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in toolkit.archs)]
@@ -227,12 +227,10 @@ setup(
             sources=files("*.cpp"),
             depends=files("*.h"),
             include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args={
-                "cxx": ["-O2", "-g0", "-Wall", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections"]
-            },
+            extra_compile_args={"cxx": ["-O2", "-g0", "-Wall", "-fvisibility=hidden"]},
             # Copies of static libraries stay ours: the CUDA runtime must not meet that of torch, nor a C++ runtime that
             # some compilers link statically that of the process.
-            extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,--gc-sections"],
+            extra_link_args=["-Wl,--exclude-libs,ALL"],
         )
     ],
     cmdclass={"build_ext": Build.with_options(use_ninja=True)},
