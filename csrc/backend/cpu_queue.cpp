@@ -3,6 +3,7 @@
 #include <ATen/ThreadLocalState.h>
 
 #include <optional>
+#include <system_error>
 
 #include "backend/errors.h"
 #include "system/float_environment.h"
@@ -43,8 +44,15 @@ c10::intrusive_ptr<CpuWork> CpuQueue::submit(Call call, std::shared_ptr<Transpor
     run_call(*call, *state, *transport, timeout_ms);
   };
   job.complete = [work](std::exception_ptr failure) { work->complete(failure); };
-  TORCH_CHECK_WITH(DistBackendError, jobs_->submit(std::move(job), /*here=*/!async),
-                   "mnnvl: this process group has been shut down");
+  bool taken = false;
+  try {
+    taken = jobs_->submit(std::move(job), /*here=*/!async);
+  } catch (const std::system_error& error) {  // the peers make this call without us
+    state_->fail(Error(ErrorKind::kSystem,
+                       str("mnnvl: rank ", state_->rank(), " got no thread for its collectives: ", error.what())));
+    at_torch_boundary([this] { state_->check(); });
+  }
+  TORCH_CHECK_WITH(DistBackendError, taken, "mnnvl: this process group has been shut down");
   return work;
 }
 

@@ -31,19 +31,28 @@ void CudaQueue::enqueue(bool async, const Work& work, const Then& then) {
   const c10::StreamGuard stream_guard(stream);
   const bool capturing = order_.enter(stream);
   captured_ = captured_ || capturing;
-  work(stream.native_handle());
+  // What was launched before a failure is in flight like any other: later calls come behind it, and `then` holds its
+  // memory.
+  std::exception_ptr failure;
+  try {
+    work(stream.native_handle());
+  } catch (...) {
+    failure = std::current_exception();
+  }
   auto end = std::make_shared<c10::Event>(device_.type());
   end->record(stream);
   order_.leave(stream, end);
-  then({stream, std::move(end), capturing});
+  then({stream, current, std::move(end), capturing});
+  if (failure) std::rethrow_exception(failure);
 }
 
 bool CudaQueue::wait_idle(std::chrono::milliseconds timeout) {
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   for (;;) {
     {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (closed_ || order_.idle()) return true;
+      // Whoever launches may be held up by a full queue of the device.
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (lock && (closed_ || order_.idle())) return true;
     }
     if (std::chrono::steady_clock::now() >= deadline) return false;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));

@@ -29,13 +29,14 @@ class CudaQueue {
 
   struct Enqueued {
     c10::Stream stream;
+    c10::Stream submitted;            // the caller's current stream
     std::shared_ptr<c10::Event> end;  // recorded on `stream` behind the work
     bool capturing;
   };
-  // Calls `work(stream's native handle)`, which enqueues on the caller's current stream or, if `async`, on one of
-  // the group's
-  // own that waits for it; behind what was enqueued here before. Throws if closed, or if the stream's capture is
-  // invalidated, before anything is enqueued. `then` runs under a guard of the stream, behind the work.
+  // Calls `work(stream's native handle)`, which enqueues on the caller's current stream or, if `async`, on one of the
+  // group's own that waits for it; behind what was enqueued here before. Throws if closed, or if the stream's capture
+  // is invalidated, before anything is enqueued. `then` runs under a guard of the stream, behind the work, also if that
+  // failed.
   using Work = std::function<void(void* stream)>;
   using Then = std::function<void(const Enqueued&)>;
   void enqueue(bool async, const Work& work, const Then& then);

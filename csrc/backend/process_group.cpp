@@ -109,8 +109,8 @@ void ProcessGroupMNNVL::set_up(at::Device device) {
   }
   // A group that was aborted or shut down meanwhile tells the peers, who believe in it.
   state_->add(made);
-  if (closed_) made->abort(FailureCause::kLocalAbort);
   std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_) made->abort(FailureCause::kLocalAbort);
   check_usable();
   if (on_cpu) {
     cpu_ = std::move(made);
@@ -120,16 +120,7 @@ void ProcessGroupMNNVL::set_up(at::Device device) {
 }
 
 ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run(Call call) {
-  if (!call.body) {
-    // Nothing to send: the call is over as soon as it begins.
-    auto work = c10::make_intrusive<CpuWork>(rank_, call, nullptr);
-    if (call.epilogue) {
-      const c10::DeviceGuard guard(call.device);
-      run_below_autograd(call.epilogue);
-    }
-    work->complete(nullptr);
-    return work;
-  }
+  if (!call.body) return run_here(call);
   return at_torch_boundary([&]() -> WorkPtr {
     const int64_t own_ms = call.timeout.count();
     const int64_t timeout_ms = own_ms > 0 ? own_ms : timeout_ms_.load();
@@ -144,6 +135,25 @@ ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run(Call call) {
   });
 }
 
+// Nothing to send: on the CPU the call is over as soon as it begins, on a GPU it is the current stream's.
+ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_here(const Call& call) {
+  if (call.device.is_cpu()) {
+    auto work = c10::make_intrusive<CpuWork>(rank_, call, nullptr);
+    if (call.epilogue) run_below_autograd(call.epilogue);
+    work->complete(nullptr);
+    return work;
+  }
+  const c10::DeviceGuard guard(call.device);
+  if (call.epilogue) run_below_autograd(call.epilogue);
+  const c10::Stream stream = current_stream(call.device);
+  CudaWork::Place place{stream, stream, std::make_shared<c10::Event>(call.device.type())};
+  place.end->record(stream);
+  place.capturing = kernels::find() != nullptr && at_torch_boundary([&] {
+                      return kernels::table().host.capture_id(stream.native_handle()).has_value();
+                    });
+  return c10::make_intrusive<CudaWork>(call, std::move(place), state_, nullptr);
+}
+
 ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_on_cuda(const Call& call, const std::shared_ptr<CudaQueue>& queue,
                                                           int64_t timeout_ms) {
   WorkPtr made;
@@ -155,7 +165,7 @@ ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_on_cuda(const Call& call, cons
     if (call.epilogue) run_below_autograd(call.epilogue);
   };
   const auto then = [&](const CudaQueue::Enqueued& enqueued) {
-    CudaWork::Place place{enqueued.stream, enqueued.end};
+    CudaWork::Place place{enqueued.stream, enqueued.submitted, enqueued.end};
     place.capturing = enqueued.capturing;
     place.blocking = options_->blocking_wait || call.type == c10d::OpType::BARRIER;
     place.timeout_ms = timeout_ms;
@@ -227,10 +237,11 @@ void ProcessGroupMNNVL::shutdown() {
     cpu.swap(cpu_);
     cuda.swap(cuda_);
   }
-  (void)state_->take_transports();
   // Works still held by the user keep the objects, to ask them about failures, but not their memory.
   if (cpu) cpu->close();
   if (cuda) cuda->close();
+  // Not before: a kernel may be waiting for a late peer, and abort() must find it.
+  (void)state_->take_transports();
 }
 
 void ProcessGroupMNNVL::finish(std::chrono::milliseconds grace) noexcept {
@@ -240,6 +251,7 @@ void ProcessGroupMNNVL::finish(std::chrono::milliseconds grace) noexcept {
       std::lock_guard<std::mutex> lock(mutex_);
       cuda = cuda_;
     }
+    closed_ = true;  // nothing begins any more
     if (!cpu_queue_.wait_idle(grace) || (cuda && !cuda->wait_idle(grace))) abort();
     shutdown();
     cpu_queue_.wait_idle(grace);  // callbacks of what was aborted

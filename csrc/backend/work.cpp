@@ -2,6 +2,7 @@
 
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Logging.h>
 
 #include <thread>
 
@@ -50,7 +51,13 @@ void CpuWork::complete(std::exception_ptr failure) {
     if (!future_ || std::exchange(settled_, true)) return;
     future = future_;
   }
-  callbacks_->post([future, outputs = outputs_, failure] { settle(*future, outputs, failure); });
+  callbacks_->post([future, outputs = outputs_, failure, name = name_] {
+    try {
+      settle(*future, outputs, failure);
+    } catch (const std::exception& error) {  // a callback's, or somebody completed the future himself
+      LOG(ERROR) << "mnnvl: the future of " << name << " could not be completed: " << error.what();
+    }
+  });
 }
 
 c10::intrusive_ptr<Future> CpuWork::getFuture() {
@@ -102,11 +109,15 @@ CudaWork::CudaWork(const Call& call, Place place, std::shared_ptr<GroupState> st
 CudaWork::~CudaWork() {
   if (kept_.empty()) return;
   try {
-    const c10::impl::VirtualGuardImpl guard(place_.stream.device_type());
-    for (const at::Tensor& tensor : kept_) guard.recordDataPtrOnStream(tensor.storage().data_ptr(), place_.stream);
+    record_memory(kept_);
   } catch (const std::exception& error) {
     TORCH_WARN("mnnvl: cannot record the memory of ", name_, " on its stream: ", error.what());
   }
+}
+
+void CudaWork::record_memory(const std::vector<at::Tensor>& tensors) const {
+  const c10::impl::VirtualGuardImpl guard(place_.stream.device_type());
+  for (const at::Tensor& tensor : tensors) guard.recordDataPtrOnStream(tensor.storage().data_ptr(), place_.stream);
 }
 
 bool CudaWork::isCompleted() { return !place_.capturing && place_.end->query(); }
@@ -117,7 +128,7 @@ bool CudaWork::isSuccess() const { return exception() == nullptr; }
 void CudaWork::check() const {
   at_torch_boundary([this] {
     state_->check();
-    transport_->check();
+    if (transport_) transport_->check();
   });
 }
 
@@ -134,8 +145,12 @@ void CudaWork::synchronize() {
   const c10::Stream current = current_stream(place_.stream.device());
   if (current != place_.stream) current.wait(*place_.end);
   std::vector<at::Tensor> done;
-  std::lock_guard<std::mutex> lock(mutex_);
-  done.swap(kept_);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    done.swap(kept_);
+  }
+  // The stream that the memory goes back to hasn't waited.
+  if (current != place_.submitted) record_memory(done);
 }
 
 bool CudaWork::wait(std::chrono::milliseconds timeout) {

@@ -16,7 +16,7 @@
 
 namespace mnnvl {
 
-// A call on CPU tensors, completed by the thread that ran it; or one with nothing to send, on any device.
+// A call on CPU tensors, completed by the thread that ran it.
 class CpuWork final : public c10d::Work {
  public:
   // `callbacks` runs what users hang on the future; null where the work is completed before its user has it.
@@ -43,13 +43,14 @@ class CudaWork final : public c10d::Work {
   // Where and how the call was enqueued.
   struct Place {
     c10::Stream stream;
+    c10::Stream submitted;            // the caller's, on which the memory was allocated
     std::shared_ptr<c10::Event> end;  // recorded on `stream` behind the call
     bool capturing = false;
     bool blocking = false;  // wait() also holds the host until the end
     int64_t timeout_ms = 0;
   };
 
-  // Made right after the launch, under a guard of the stream.
+  // Made right after the launch, under a guard of the stream. `transport` is null for a call with nothing to send.
   CudaWork(const Call& call, Place place, std::shared_ptr<GroupState> state, std::shared_ptr<Transport> transport);
   ~CudaWork() override;
   bool isCompleted() override;
@@ -57,12 +58,15 @@ class CudaWork final : public c10d::Work {
   std::exception_ptr exception() const override;
   bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
   void synchronize() override;
-  void abort() override { transport_->abort(FailureCause::kLocalAbort); }
+  void abort() override {
+    if (transport_) transport_->abort(FailureCause::kLocalAbort);
+  }
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return future_; }
   std::vector<at::Tensor> result() override { return outputs_; }
 
  private:
   void check() const;
+  void record_memory(const std::vector<at::Tensor>& tensors) const;
   void wait_on_host(std::chrono::milliseconds timeout);
 
   const char* const name_;
@@ -70,8 +74,9 @@ class CudaWork final : public c10d::Work {
   const Place place_;
   const std::shared_ptr<GroupState> state_;
   const std::shared_ptr<Transport> transport_;
-  // Of an asynchronous call: what its kernels touch, kept until somebody has waited for them. Whoever waits needs no
-  // record of the stream in the allocator, which in a capture would keep the memory from every reuse.
+  // Of an asynchronous call: what its kernels touch, kept until somebody has waited for them. Who waits on the stream
+  // that the call was made on needs no record of the other in the allocator, which in a capture would keep the memory
+  // from every reuse.
   std::vector<at::Tensor> kept_;
   c10::intrusive_ptr<c10::ivalue::Future> future_;
 };

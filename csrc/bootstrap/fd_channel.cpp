@@ -141,7 +141,7 @@ class Session {
       fail(ErrorKind::kSystem, "rank ", peer, "'s socket belongs to another user (this rank's uid is ", geteuid(),
            "); descriptors are passed only between processes of one user");
     }
-    send_fd_message(connection.get(), peer, rank_, addresses_[rank_], fd);
+    if (!send_fd_message(connection.get(), peer, rank_, addresses_[rank_], fd)) return false;
     peers_[peer].outgoing = std::move(connection);
     peers_[peer].sent = true;
     return true;

@@ -35,7 +35,7 @@ std::vector<UniqueFd> take_descriptors(msghdr* header) {
 
 }  // namespace
 
-void send_fd_message(int connection, int peer, int rank, const std::string& sender, int fd) {
+bool send_fd_message(int connection, int peer, int rank, const std::string& sender, int fd) {
   Wire wire{};
   std::memcpy(wire.magic, kMagic, sizeof(kMagic));
   wire.rank = rank;
@@ -62,7 +62,10 @@ void send_fd_message(int connection, int peer, int rank, const std::string& send
   if (sent < 0 && (errno == EPIPE || errno == ECONNRESET)) {
     fail(ErrorKind::kPeerFailed, "rank ", peer, " closed its socket early");
   }
+  // Linux lets a user have as many descriptors on their way as a process may have open; large worlds send more at once.
+  if (sent < 0 && errno == ETOOMANYREFS) return false;
   if (sent < 0) fail_errno(errno, "sendmsg of a descriptor to rank ", peer);
+  return true;
 }
 
 Received receive_fd_message(int connection, FdMessage* message) {

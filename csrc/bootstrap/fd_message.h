@@ -18,9 +18,10 @@ struct FdMessage {
   bool truncated = false;     // descriptors were lost on the way
 };
 
-// Sends a message of `rank` with `fd` (-1: none), which stays the caller's. Never blocks. Throws Error: kPeerFailed
-// when the connection is closed, kSystem otherwise; `peer` is for its text.
-void send_fd_message(int connection, int peer, int rank, const std::string& sender, int fd);
+// Sends a message of `rank` with `fd` (-1: none), which stays the caller's. Never blocks. False: nothing was sent, as
+// the user has too many descriptors on their way; try again on a fresh connection. Throws Error: kPeerFailed when the
+// connection is closed, kSystem otherwise; `peer` is for its text.
+bool send_fd_message(int connection, int peer, int rank, const std::string& sender, int fd);
 
 enum class Received { kNothingYet, kMessage, kRubbish };
 

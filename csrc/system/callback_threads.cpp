@@ -46,6 +46,7 @@ void CallbackThreads::loop() {
   while (next(lock)) {
     std::function<void()> callback = std::move(pending_.front());
     pending_.pop_front();
+    if (!pending_.empty()) posted_.notify_one();  // the word of a post may have come to a thread that was being patient
     ++taken_;
     ++running_;
     // Somebody must be there to see that this one takes long.

@@ -11,11 +11,11 @@ bool JobQueue::submit(Job job, bool here) {
     run(lock, std::move(job));  // no hand-over to pay for
     return true;
   }
-  jobs_.push_back(std::move(job));
   if (!worker_.joinable()) {
     worker_ = std::thread([self = shared_from_this()] { self->loop(); });
     worker_id_ = worker_.get_id();
   }
+  jobs_.push_back(std::move(job));
   lock.unlock();
   changed_.notify_all();
   return true;

@@ -28,7 +28,8 @@ class JobQueue : public std::enable_shared_from_this<JobQueue> {
     std::function<void(std::exception_ptr)> complete;
   };
 
-  // With `here` the job may have run on return. False: the queue is stopped, and the job was not taken.
+  // With `here` the job may have run on return. False: the queue is stopped, and the job was not taken. Throws
+  // std::system_error where the system gives no thread; then it was not taken either.
   bool submit(Job job, bool here);
   // True once nothing runs or is queued; false after `timeout`.
   bool wait_idle(std::chrono::milliseconds timeout);

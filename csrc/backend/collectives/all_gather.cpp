@@ -95,7 +95,7 @@ Call all_gather(GroupView group, std::vector<Tensors>& outputs, Tensors& inputs,
   call.inputs = inputs;
   call.outputs = wanted;
   if (group.size == 1) {
-    call.epilogue = [output = wanted[0], input] { output.copy_(input.view_as(output)); };
+    call.epilogue = [output = wanted[0], input] { output.copy_(input.reshape(output.sizes())); };
     return call;
   }
   if (input.numel() == 0) return call;

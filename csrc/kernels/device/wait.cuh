@@ -30,6 +30,7 @@ __device__ inline bool give_up(const DeviceGroup& g, FailureCause cause, int pee
   // Read again here: kept by every wait, it would cost the kernels' loops a register.
   const uint32_t told = cause == FailureCause::kPeerFailed ? ld_relaxed_sys_u32(&control_of(g, g.rank)->abort) : 0u;
   record->told = told;
+  if (told != 0) record->peer = abort_rank(told);  // of the same word: another may have come since the first look
   __threadfence_system();
   st_relaxed_sys_u32(&record->valid, 1u);
   // Peers hear of the rank where it began: the one that is dead or late, or, after abort(), this one.
