@@ -314,6 +314,9 @@ def _run(job: Job) -> Any:
     timeout = timedelta(seconds=job.group_timeout)
     store = dist.PrefixStore(job.prefix, dist.TCPStore("127.0.0.1", job.port, is_master=False, timeout=timeout))
     rank = Rank(job.rank, job.world_size, device, store, timeout)
+    # A client of TCPStore now and then takes 5 s to connect: bodies that time their calls begin together.
+    store.set(f"connected/{job.rank}", "")
+    store.wait([f"connected/{r}" for r in range(job.world_size)], timedelta(seconds=60))
     dist.set_debug_level_from_env()
     try:
         if job.backend:
