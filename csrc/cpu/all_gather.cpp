@@ -6,7 +6,7 @@ namespace mnnvl::cpu {
 void run(Steps& steps, const AllGatherRequest& request, int64_t timeout_ms) {
   const int64_t bytes = request.bytes;
   if (bytes < 0) fail(ErrorKind::kInvalidArgument, "mnnvl: all_gather of ", bytes, " bytes");
-  steps.begin(descriptor_of(request), timeout_ms);
+  steps.begin(descriptor_of(request, steps.world_size()), timeout_ms);
   if (bytes == 0) return;
   const int rank = steps.rank();
   const auto* in = static_cast<const std::byte*>(request.in);

@@ -10,8 +10,23 @@ const char* name(Dtype dtype) {
     case Dtype::kFloat32: return "float32";
     case Dtype::kFloat16: return "float16";
     case Dtype::kBFloat16: return "bfloat16";
+    case Dtype::kFloat64: return "float64";
+    case Dtype::kInt8: return "int8";
+    case Dtype::kUInt8: return "uint8";
+    case Dtype::kInt16: return "int16";
+    case Dtype::kUInt16: return "uint16";
+    case Dtype::kInt32: return "int32";
+    case Dtype::kUInt32: return "uint32";
+    case Dtype::kInt64: return "int64";
+    case Dtype::kUInt64: return "uint64";
+    case Dtype::kBool: return "bool";
+    case Dtype::kComplex64: return "complex64";
+    case Dtype::kComplex128: return "complex128";
+    case Dtype::kFloat8E4M3: return "float8_e4m3fn";
+    case Dtype::kFloat8E5M2: return "float8_e5m2";
+    case Dtype::kOther: break;
   }
-  return "unknown dtype";
+  return "of another dtype";
 }
 
 const char* name(ReduceOp op) {
@@ -97,8 +112,12 @@ std::string describe(const CallDescriptor& call) {
     case Operation::kAllReduce:
       return str(operation, " of ", call.bytes, " bytes ", name(call.dtype), " ", name(call.op),
                  call.strategy == Strategy::kOneShot ? " (one-shot)" : " (two-shot)");
-    case Operation::kAllGather: return str(operation, " of ", call.bytes, " bytes a rank");
+    case Operation::kAllGather:
+      return str(operation, " of ", call.bytes, call.root == 0 ? " bytes a rank" : " bytes in all, uneven");
     case Operation::kBroadcast: return str(operation, " of ", call.bytes, " bytes from root ", call.root);
+    case Operation::kSend:
+    case Operation::kRecv:
+      return str("message of ", call.bytes, " bytes ", name(call.dtype), " with tag ", call.tag);
     case Operation::kBarrier: break;
   }
   return operation;

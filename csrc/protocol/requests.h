@@ -32,11 +32,14 @@ struct AllReduceRequest {
 
 // outs[r] = in of rank r.
 struct AllGatherRequest {
-  const void* in = nullptr;  // [bytes]
-  // [world_size] pointers to [bytes] each; no two overlap. outs[rank] may equal `in`; no other may overlap it. The
-  // array itself is read during the call only.
+  const void* in = nullptr;  // [bytes of this rank]
+  // [world_size] pointers to [bytes of that rank] each; no two overlap. outs[rank] may equal `in`; no other may overlap
+  // it. The arrays themselves are read during the call only.
   void* const* outs = nullptr;
   int64_t bytes = 0;  // of one contribution; the same on every rank
+  const int64_t* sizes = nullptr;  // [world_size], the same on every rank: contributions of their own sizes instead
+
+  constexpr int64_t bytes_of(int rank) const { return sizes != nullptr ? sizes[rank] : bytes; }
 };
 
 // data of every rank = data of rank `root`.
@@ -49,6 +52,29 @@ struct BroadcastRequest {
 // No rank passes before every rank has come.
 struct BarrierRequest {};
 
+// One message of a pair of ranks. What it is must be the same at both ends: bytes, dtype, tag.
+struct Message {
+  void* data = nullptr;  // [bytes]; read by a send, written by a receive
+  int64_t bytes = 0;
+  int peer = 0;  // another rank; kAnySource for a receive on the CPU
+  int32_t tag = 0;
+  Dtype dtype = Dtype::kOther;
+
+  static constexpr int kAnySource = -1;
+};
+
+// Messages sent and received as one: it is over when all are, and the order of the lists doesn't matter but for those of
+// one pair and direction. Not collective: only those ranks take part that the messages name, and it may be under way
+// while they go through collectives. The messages of one pair and direction arrive in the order in which they were
+// sent; a receive on the CPU takes the first with its tag, on a GPU the first, whose tag must be its own.
+struct ExchangeRequest {
+  const Message* sends = nullptr;  // [send_count]; the arrays are read during the call only
+  int send_count = 0;
+  const Message* receives = nullptr;  // [receive_count]
+  int receive_count = 0;
+};
+
+// The collectives.
 using Request = std::variant<AllReduceRequest, AllGatherRequest, BroadcastRequest, BarrierRequest>;
 
 // The operation is the request's type: there is no second place where the two could differ.
@@ -60,21 +86,38 @@ inline Operation operation_of(const Request& request) {
   return std::visit([](const auto& r) { return operation_of(r); }, request);
 }
 
-// What all ranks' calls must have in common, in a form that they can show each other and that errors can name.
+// What all ranks' calls, or both ends of a message, must have in common, in a form that they can show each other and
+// that errors can name.
 struct CallDescriptor {
-  Operation operation = Operation::kBarrier;
-  int64_t bytes = 0;  // of the tensor; all_gather: of one contribution; barrier: 0
-  int root = 0;  // broadcast
-  Dtype dtype = Dtype::kFloat32;  // all_reduce, as are the two below
-  ReduceOp op = ReduceOp::kSum;
+  Operation operation = Operation::kBarrier;  // of a message: kSend at both ends
+  int64_t bytes = 0;  // of the tensor; all_gather: of one contribution, or of all if they differ; barrier: 0
+  int root = 0;  // broadcast; all_gather: 0, or a digest of the sizes if they differ
+  Dtype dtype = Dtype::kFloat32;  // all_reduce and messages
+  ReduceOp op = ReduceOp::kSum;  // all_reduce, as is the next
   Strategy strategy = Strategy::kOneShot;
+  int32_t tag = 0;  // messages
 };
 
 constexpr CallDescriptor descriptor_of(const AllReduceRequest& r) {
   return {operation_of(r), r.numel * element_size(r.dtype), 0, r.dtype, r.op, r.strategy};
 }
-constexpr CallDescriptor descriptor_of(const AllGatherRequest& r) { return {operation_of(r), r.bytes}; }
+constexpr CallDescriptor descriptor_of(const AllGatherRequest& r, int world_size) {
+  if (r.sizes == nullptr) return {operation_of(r), r.bytes};
+  int64_t bytes = 0;
+  uint64_t digest = 0;
+  for (int i = 0; i < world_size; ++i) {
+    bytes += r.sizes[i];
+    digest = (digest ^ static_cast<uint64_t>(r.sizes[i])) * 0x9e3779b97f4a7c15u;
+  }
+  return {operation_of(r), bytes, 1 + static_cast<int>((digest >> 32) % 251)};
+}
 constexpr CallDescriptor descriptor_of(const BroadcastRequest& r) { return {operation_of(r), r.bytes, r.root}; }
 constexpr CallDescriptor descriptor_of(const BarrierRequest& r) { return {operation_of(r)}; }
+constexpr CallDescriptor descriptor_of(const Message& m) {
+  CallDescriptor call{Operation::kSend, m.bytes};
+  call.dtype = m.dtype;
+  call.tag = m.tag;
+  return call;
+}
 
 }  // namespace mnnvl

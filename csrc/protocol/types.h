@@ -16,12 +16,33 @@ constexpr int kPackBytes = 16;        // one vector access; the unit of every La
 MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 5 ? 512 : 256; }
 constexpr int kMaxGatherThreads = 256;
 
-enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// What the Lamport kernels add comes first; of the others a message or a descriptor only needs the name.
+enum class Dtype : int {
+  kFloat32 = 0,
+  kFloat16 = 1,
+  kBFloat16 = 2,
+  kFloat64 = 3,
+  kInt8 = 4,
+  kUInt8 = 5,
+  kInt16 = 6,
+  kUInt16 = 7,
+  kInt32 = 8,
+  kUInt32 = 9,
+  kInt64 = 10,
+  kUInt64 = 11,
+  kBool = 12,
+  kComplex64 = 13,
+  kComplex128 = 14,
+  kFloat8E4M3 = 15,
+  kFloat8E5M2 = 16,
+  kOther = 31,  // some other: its bytes can be moved
+};
 enum class ReduceOp : int { kSum = 0, kAvg = 1 };
 // The values are FlashInfer's MNNVLAllreduceFusionStrategy.
 enum class Strategy : int { kOneShot = 0, kTwoShot = 1, kAuto = 99 };
-enum class Operation : int { kAllReduce = 0, kAllGather = 1, kBroadcast = 2, kBarrier = 3 };
+enum class Operation : int { kAllReduce = 0, kAllGather = 1, kBroadcast = 2, kBarrier = 3, kSend = 4, kRecv = 5 };
 
+// Of the dtypes that the kernels add.
 constexpr int element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 constexpr const char* name(Operation op) {
@@ -30,6 +51,8 @@ constexpr const char* name(Operation op) {
     case Operation::kAllGather: return "all_gather";
     case Operation::kBroadcast: return "broadcast";
     case Operation::kBarrier: return "barrier";
+    case Operation::kSend: return "send";
+    case Operation::kRecv: return "recv";
   }
   return "?";
 }
