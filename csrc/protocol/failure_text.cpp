@@ -67,6 +67,7 @@ std::string found(const FailureRecord& record) {
     case FailureCause::kLocalError: return str(", in another of its calls");
     case FailureCause::kMismatch:
       return str(": its call differs from that of rank ", finder, ", whose error names both");
+    case FailureCause::kConcurrent: return str(", in two sends or receives at once");
     case FailureCause::kNone:
     case FailureCause::kPeerFailed: break;
   }
@@ -148,6 +149,10 @@ Error to_error(const FailureRecord& record, double waited_seconds, const Failure
     case FailureCause::kLocalAbort: return aborted(record, place);
     case FailureCause::kLocalError: return local_error(record, place);
     case FailureCause::kMismatch: return Error(ErrorKind::kPeerFailed, mismatch_text(record, details));
+    case FailureCause::kConcurrent:
+      return Error(ErrorKind::kAborted,
+                   str("mnnvl: rank ", record.rank, " stopped", place, " with rank ", record.peer,
+                       ": a captured graph that holds one was replayed while another was under way; wait for it first"));
     case FailureCause::kDeadline:
     case FailureCause::kNone: break;
   }

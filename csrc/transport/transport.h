@@ -42,6 +42,10 @@ class Transport {
   // On the CPU it returns with the result in place; on a GPU it enqueues.
   virtual void run(const Request& request, const Run& run) = 0;
 
+  // Point-to-point on a GPU: enqueues. Not collective, and free to be under way beside collectives; the caller orders
+  // those requests that send to, or receive from, the same rank. On the CPU: messenger().
+  virtual void exchange(const ExchangeRequest& request, const Run& run) = 0;
+
   // Throws the failure of this transport, if it has one by now. Any thread.
   virtual void check() = 0;
   // From any thread: ends all waits here, and tells the peers that the failure began here: kLocalAbort or kLocalError.

@@ -49,6 +49,48 @@ __device__ __forceinline__ uint32_t ld_acquire_sys_u32(const uint32_t* address) 
   return v;
 }
 
+__device__ __forceinline__ void st_relaxed_sys_u64(void* address, uint64_t v) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(v) : "memory");
+}
+
+__device__ __forceinline__ void st_release_sys_u64(void* address, uint64_t v) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(v) : "memory");
+}
+
+__device__ __forceinline__ uint64_t ld_acquire_sys_u64(const void* address) {
+  uint64_t v;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(address) : "memory");
+  return v;
+}
+
+// One access of 16 bytes: whoever sees one half sees the other (a v4.u32 is four accesses).
+__device__ __forceinline__ void st_relaxed_sys_b128(void* address, uint64_t low, uint64_t high) {
+  asm volatile(
+      "{ .reg .b128 v;\n\t"
+      "mov.b128 v, {%1, %2};\n\t"
+      "st.relaxed.sys.global.b128 [%0], v; }" ::"l"(address),
+      "l"(low), "l"(high)
+      : "memory");
+}
+
+__device__ __forceinline__ void ld_relaxed_sys_b128(const void* address, uint64_t& low, uint64_t& high) {
+  asm volatile(
+      "{ .reg .b128 v;\n\t"
+      "ld.relaxed.sys.global.b128 v, [%2];\n\t"
+      "mov.b128 {%0, %1}, v; }"
+      : "=l"(low), "=l"(high)
+      : "l"(address)
+      : "memory");
+}
+
+// Named barriers of a block, of which 0 is __syncthreads(). Whoever only arrives goes on at once; both order memory.
+__device__ __forceinline__ void bar_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void bar_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // Counts up to `wrap` and back to 0; relaxed, device scope.
 __device__ __forceinline__ uint32_t atom_inc_relaxed_gpu_u32(uint32_t* address, uint32_t wrap) {
   uint32_t old;

@@ -11,7 +11,7 @@ namespace mnnvl::kernels {
 #define MNNVL_FOR_EACH_KERNEL(X) \
   X(oneshot_allreduce) \
   X(twoshot_allreduce) \
-  X(epoch_gather)
+  X(exchange)
 
 namespace rows {
 #define MNNVL_DECLARE(row) extern const decltype(KernelTable::row) row;
@@ -22,7 +22,7 @@ MNNVL_FOR_EACH_KERNEL(MNNVL_DECLARE)
 namespace {
 
 #define MNNVL_COUNT(row) +1
-static_assert(offsetof(KernelTable, host) == (0 MNNVL_FOR_EACH_KERNEL(MNNVL_COUNT)) * sizeof(KernelTable::epoch_gather),
+static_assert(offsetof(KernelTable, host) == (0 MNNVL_FOR_EACH_KERNEL(MNNVL_COUNT)) * sizeof(KernelTable::exchange),
               "a row of KernelTable is missing from MNNVL_FOR_EACH_KERNEL");
 #undef MNNVL_COUNT
 

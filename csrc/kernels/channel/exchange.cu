@@ -1,0 +1,413 @@
+// Messages between pairs of ranks: any list of sends and receives in one launch, and copies of this rank beside them.
+//
+// Blocks have one of three roles: send, receive, copy. A block of the first two serves some lanes of some channels. Its
+// signal warp has a thread for each of them: it looks which can move, hands pieces to the data warps through a queue of
+// two in shared memory, and posts or credits a piece when they have done with it, while they are at the next one. So
+// the fences that publish wait for no other piece's stores, and the block never stands still at one lane while another
+// could move.
+#include <algorithm>
+
+#include "kernels/device/channel.cuh"
+#include "kernels/host/launch.cuh"
+
+namespace mnnvl::kernels {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllThreads = 0xffffffffu;
+
+struct DeviceMessage {
+  std::byte* data;
+  int64_t bytes;
+  uint64_t call;  // pack()ed
+  int32_t tag;
+};
+
+// The messages of one channel, in their order.
+struct DeviceChannel {
+  int16_t peer;
+  int16_t first;
+  int16_t count;
+};
+
+struct Role {
+  RoleShape shape;
+  Operation operation;
+  int first_channel;
+  int channels;
+};
+
+template <int kMessages, int kChannels>
+struct DeviceParams {
+  DeviceGroup group;
+  ChannelKind kind;
+  Role sends, receives;
+  LocalCopy copy;
+  DeviceChannel channels[kChannels];
+  DeviceMessage messages[kMessages];
+};
+
+enum class Mode : int { kSendLines, kTakeLines, kCopy, kStop };
+
+struct Piece {
+  Mode mode;
+  int peer;
+  const std::byte* from;
+  std::byte* to;
+  int64_t bytes;
+  uint64_t flag;
+};
+
+struct Shared {
+  Piece pieces[2];
+  int failed;
+};
+
+constexpr int kFull = 1, kDone = 3;  // named barriers, two each
+
+// One thread of a signal warp: one end of one lane of a channel, and where in its messages it is.
+template <bool kSends, typename Params>
+struct Lane {
+  const Params& p;
+  const LaneWords words;
+  const int peer;
+  int message, end;  // the current one, and behind the last, in p.messages
+  int64_t i = 0, pieces = 0;  // of the current message in this lane
+  Cut cut{};
+  bool begun = false;  // of the current message: a source has room for it, a destination has seen its header
+  uint64_t messages = 0;
+  uint32_t slots = 0;
+  uint64_t credit = 0;  // sources: last seen
+  uint32_t posted = 0;  // destinations: last seen
+  uint64_t opening_credit = 0;  // destinations: for what earlier kernels took
+
+  __device__ __forceinline__ Lane(const Params& params, const DeviceChannel& channel, int lane, bool serves)
+      : p(params),
+        words(params.group, params.kind, channel.peer, lane, !kSends),
+        peer(channel.peer),
+        message(channel.first),
+        end(serves ? channel.first + channel.count : channel.first) {}
+
+  // Where the lane's last kernel left off. False if that one isn't over.
+  __device__ __forceinline__ bool load_state(Operation operation) {
+    const LaneState state = *words.state;
+    messages = state.messages;
+    slots = state.slots;
+    posted = slots;  // none seen
+    opening_credit = taken();
+    credit = taken() - kChannelMessages - (uint64_t(kChannelSlots) << 32);  // no room seen
+    if (state.busy != 0) {
+      return give_up(p.group, FailureCause::kConcurrent, peer, operation, kStageMessage, messages, 0, 0);
+    }
+    words.state->busy = 1;
+    open();
+    return true;
+  }
+  __device__ __forceinline__ void store_state() const { *words.state = {messages, slots, /*busy=*/0}; }
+  __device__ __forceinline__ uint64_t taken() const { return uint64_t(slots) << 32 | uint32_t(messages); }
+
+  // The next message that has a piece for this lane.
+  __device__ __forceinline__ void open() {
+    for (; message < end; ++message) {
+      cut = Cut::make(p.group.layout.channel, p.messages[message].bytes);
+      pieces = cut.pieces_of(words.lane);
+      i = 0;
+      begun = false;
+      if (pieces > 0) return;
+    }
+  }
+  __device__ __forceinline__ bool active() const { return message < end; }
+
+  // Whether a piece can move now. `alone`: no other channel of this block has anything left, so that lines may be waited
+  // for by the data warps.
+  __device__ __forceinline__ bool ready(bool alone) {
+    const auto look = [&] { return kSends ? has_room() : has_data(alone); };
+    if (look()) return true;
+    if (kSends) {
+      credit = ld_acquire_sys_u64(words.credit);
+    } else {
+      posted = ld_acquire_sys_u32(words.posted);
+    }
+    return look();
+  }
+  __device__ __forceinline__ bool has_room() {
+    begun = begun || uint32_t(messages) - uint32_t(credit) < kChannelMessages;
+    return begun && (cut.lines || slots - uint32_t(credit >> 32) < kChannelSlots);
+  }
+  __device__ __forceinline__ bool has_data(bool alone) const {
+    if (cut.lines) return alone || (words.lane == 0 ? begun : line_is_there(words.lines(p.group, messages), flag()));
+    return (words.lane != 0 || begun) && posted != slots;
+  }
+  __device__ __forceinline__ uint64_t flag() const { return flag_of(messages); }
+
+  // Looks for the header of message `number` of the lane, p.messages[of]; false after a mismatch.
+  __device__ __forceinline__ bool check_header(Operation operation, uint64_t number, int of, bool& seen) const {
+    uint64_t call;
+    int32_t tag;
+    seen = load_header(words.header(p.group, number), number, call, tag);
+    const DeviceMessage& mine = p.messages[of];
+    if (!seen || (call == mine.call && tag == mine.tag)) return true;
+    const RecordedCalls calls{mine.call, call, mine.tag, tag};
+    return give_up(p.group, FailureCause::kMismatch, peer, operation, kStageMessage, number, 0, 0, &calls);
+  }
+
+  // The next piece, which this channel then counts as moved.
+  __device__ __forceinline__ Piece take_piece() {
+    const DeviceMessage& m = p.messages[message];
+    Piece piece;
+    piece.peer = peer;
+    piece.flag = flag();
+    std::byte* data = m.data + cut.begin(words.lane, i);
+    std::byte* ring = cut.lines ? words.lines(p.group, messages) : words.slot(p.group, slots);
+    piece.mode = !cut.lines ? Mode::kCopy : kSends ? Mode::kSendLines : Mode::kTakeLines;
+    piece.from = kSends ? data : ring;
+    piece.to = kSends ? ring : data;
+    piece.bytes = cut.bytes_of(words.lane, i);
+    if (kSends && words.lane == 0 && i == 0) store_header(words.header(p.group, messages), messages, m.call, m.tag);
+    if (!cut.lines) ++slots;
+    if (++i == pieces) {
+      ++messages;
+      ++message;
+      open();
+    }
+    return piece;
+  }
+};
+
+// What a signal warp says to the peer when the data warps have done with a piece.
+struct Notice {
+  uint64_t value = 0;
+  bool due = false;
+};
+
+// Of lines that were handed out before their header was there. False after a mismatch or when the wait gave up.
+template <typename Params>
+__device__ __forceinline__ bool await_header(Lane<false, Params>& lane, const Role& role, uint64_t number,
+                                             int message) {
+  Wait wait(lane.p.group, role.operation, kStageMessage, number);
+  for (;;) {
+    bool seen = false;
+    if (!lane.check_header(role.operation, number, message, seen)) return false;
+    if (seen) return true;
+    if (!wait.keep_on(lane.peer, number + 1, number)) return false;
+  }
+}
+
+template <bool kSends, typename Params>
+__device__ __forceinline__ void signal_warp(const Params& p, const Role& role, int block, Shared& shared) {
+  const int thread = threadIdx.x, index = block + thread * role.shape.blocks;
+  const bool serves = index < role.channels * role.shape.lanes;
+  const DeviceChannel& channel = p.channels[role.first_channel + (serves ? index % role.channels : 0)];
+  Lane<kSends, Params> lane(p, channel, serves ? index / role.channels : 0, serves);
+  const uint32_t stage = kSends ? kStageCredit : kStageMessage;
+  Wait wait(p.group, role.operation, stage, 0);
+
+  bool ok = true;
+  const uint32_t abort = ld_relaxed_sys_u32(&control_of(p.group, p.group.rank)->abort);
+  if (serves) ok = lane.load_state(role.operation);
+  if (abort != 0 && thread == 0) {
+    ok = give_up(p.group, FailureCause::kPeerFailed, abort_rank(abort), role.operation, stage, lane.messages, 0, 0);
+  }
+  bool failed = __any_sync(kAllThreads, !ok);
+  bool owes_credit = !kSends && serves;  // for what the lane's last kernel took
+  wait.restart(lane.messages);
+
+  uint32_t handed = 0, finished = 0;  // pieces
+  int last = 0, finishing = 0;        // whose piece was handed out last, and before that
+  Notice notice, before;              // of these two pieces, in the threads that they belong to
+  const auto finish = [&](const Notice& due, int whose) {
+    __syncwarp();
+    bar_sync(kDone + int(finished % 2), int(blockDim.x));
+    ++finished;
+    if (*static_cast<volatile int*>(&shared.failed) != 0) failed = true;
+    if (thread == whose && due.due && !failed) {
+      if (kSends) {
+        st_release_sys_u32(lane.words.posted, uint32_t(due.value));
+      } else {
+        st_release_sys_u64(lane.words.credit, due.value);
+      }
+    }
+    __syncwarp();
+  };
+
+  while (!failed) {
+    const unsigned active = __ballot_sync(kAllThreads, lane.active());
+    if (active == 0) break;
+    const bool alone = !kSends && __popc(active) == 1;
+    bool ready = false;
+    if (lane.active()) {
+      if (!kSends && lane.words.lane == 0 && !lane.begun) {
+        ok = lane.check_header(role.operation, lane.messages, lane.message, lane.begun);
+      }
+      ready = ok && lane.ready(alone);
+    }
+    if (__any_sync(kAllThreads, !ok)) {
+      failed = true;
+      break;
+    }
+    const unsigned can = __ballot_sync(kAllThreads, ready);
+    bool header_due = false;
+    uint64_t number = 0;
+    int of = 0;
+    if (can != 0) {
+      // The next in turn.
+      const unsigned behind = can & ~((2u << last) - 1);
+      const int next = __ffs(behind != 0 ? behind : can) - 1;
+      before = notice;
+      finishing = last;
+      notice.due = false;
+      if (thread == next) {
+        header_due = !kSends && lane.words.lane == 0 && !lane.begun;
+        number = lane.messages;
+        of = lane.message;
+        const bool lines = lane.cut.lines;
+        shared.pieces[handed % 2] = lane.take_piece();
+        // The credit of a kernel's last lines is left to the lane's next kernel, which has no stores to wait for.
+        notice.due = kSends ? !lines : !lines || lane.active();
+        notice.value = kSends ? lane.slots : lane.taken();
+        wait.restart(lane.messages);
+      }
+      last = next;
+      __syncwarp();
+      bar_arrive(kFull + int(handed % 2), int(blockDim.x));
+      ++handed;
+    }
+    if (owes_credit) {
+      st_release_sys_u64(lane.words.credit, lane.opening_credit);
+      owes_credit = false;
+    }
+    if (can != 0) {
+      if constexpr (!kSends) {
+        if (header_due) ok = await_header(lane, role, number, of);
+      }
+      failed = __any_sync(kAllThreads, !ok);
+      if (handed - finished == 2) finish(before, finishing);
+    } else if (finished != handed) {
+      finish(notice, last);
+    } else {
+      if (lane.active()) {
+        ok = wait.keep_on(lane.peer, kSends ? lane.messages : lane.slots + 1, kSends ? lane.credit : lane.posted);
+      }
+      failed = __any_sync(kAllThreads, !ok);
+    }
+  }
+  while (finished != handed) finish(notice, last);
+  if (thread == 0) shared.pieces[handed % 2].mode = Mode::kStop;
+  __syncwarp();
+  bar_arrive(kFull + int(handed % 2), int(blockDim.x));
+  if (serves && !failed) lane.store_state();
+}
+
+template <typename Unit>
+__device__ __forceinline__ bool move_lines(const Piece& piece, int thread, int threads, Wait& wait) {
+  if (piece.mode == Mode::kTakeLines) {
+    return take_lines<Unit>(piece.from, piece.to, piece.bytes, piece.flag, thread, threads, wait, piece.peer);
+  }
+  send_lines<Unit>(piece.to, piece.from, piece.bytes, piece.flag, thread, threads);
+  return true;
+}
+
+template <typename Params>
+__device__ __forceinline__ void data_warps(const Params& p, Operation operation, Shared& shared) {
+  const int thread = int(threadIdx.x) - kWarp, threads = int(blockDim.x) - kWarp;
+  for (uint32_t k = 0;; ++k) {
+    bar_sync(kFull + int(k % 2), int(blockDim.x));
+    const Piece piece = shared.pieces[k % 2];
+    if (piece.mode == Mode::kStop) return;
+    if (piece.mode == Mode::kCopy) {
+      copy_bytes(piece.to, piece.from, piece.bytes, thread, threads);
+    } else {
+      const std::byte* users = piece.mode == Mode::kTakeLines ? piece.to : piece.from;
+      Wait wait(p.group, operation, kStageMessage, piece.flag - 1);
+      const bool moved = reinterpret_cast<uintptr_t>(users) % kLineData == 0
+                             ? move_lines<uint64_t>(piece, thread, threads, wait)
+                             : move_lines<uint8_t>(piece, thread, threads, wait);
+      if (!moved) shared.failed = 1;
+    }
+    bar_arrive(kDone + int(k % 2), int(blockDim.x));
+  }
+}
+
+template <typename Params>
+__global__ void __launch_bounds__(kMaxExchangeThreads, kMinBlocks) exchange(const __grid_constant__ Params p) {
+  __shared__ Shared shared;
+  grid_dependency_wait();
+  const int block = int(blockIdx.x), sends = p.sends.shape.blocks, moves = sends + p.receives.shape.blocks;
+  if (block >= moves) {
+    constexpr int64_t kStep = 32 << 10;
+    for (int64_t at = int64_t(block - moves) * kStep; at < p.copy.bytes; at += int64_t(gridDim.x - moves) * kStep) {
+      copy_bytes(static_cast<std::byte*>(p.copy.to) + at, static_cast<const std::byte*>(p.copy.from) + at,
+                 min64(kStep, p.copy.bytes - at), int(threadIdx.x), int(blockDim.x));
+    }
+    return;
+  }
+  if (threadIdx.x == 0) shared.failed = 0;
+  __syncthreads();
+  const bool sending = block < sends;
+  if (threadIdx.x >= kWarp) return data_warps(p, sending ? p.sends.operation : p.receives.operation, shared);
+  if (sending) {
+    signal_warp<true>(p, p.sends, block, shared);
+  } else {
+    signal_warp<false>(p, p.receives, block - sends, shared);
+  }
+}
+
+constexpr int kFewMessages = 16;
+using FewMessages = DeviceParams<kFewMessages, kFewMessages>;
+using ManyMessages = DeviceParams<kMaxExchangeMessages, 2 * (kMaxWorldSize - 1)>;
+
+// Appends the messages of one role, those of each peer together, the next rank's first.
+template <typename Params>
+void add_role(Params& p, Role& role, const ChannelMessage* messages, int count, int& channels, int& filled) {
+  role.first_channel = channels;
+  const int world = p.group.world_size;
+  for (int distance = 1; distance < world; ++distance) {
+    const int peer = (p.group.rank + distance) % world;
+    DeviceChannel channel{int16_t(peer), int16_t(filled), 0};
+    for (int i = 0; i < count; ++i) {
+      if (messages[i].peer != peer) continue;
+      p.messages[filled++] = {static_cast<std::byte*>(messages[i].data), messages[i].bytes, messages[i].call,
+                              messages[i].tag};
+      ++channel.count;
+    }
+    if (channel.count > 0) p.channels[channels++] = channel;
+  }
+  role.channels = channels - role.first_channel;
+}
+
+template <typename Params>
+void launch_as(const ExchangeParams& params, const Launch& shape) {
+  Params p;
+  p.group = params.group;
+  p.kind = params.kind;
+  p.copy = params.copy;
+  p.sends.shape = params.send_shape;
+  p.sends.operation = params.send_operation;
+  p.receives.shape = params.receive_shape;
+  p.receives.operation = params.receive_operation;
+  int channels = 0, filled = 0;
+  add_role(p, p.sends, params.sends, params.send_count, channels, filled);
+  add_role(p, p.receives, params.receives, params.receive_count, channels, filled);
+  const int blocks = params.send_shape.blocks + params.receive_shape.blocks + params.copy.blocks;
+  launch(exchange<Params>, p, blocks, shape);
+}
+
+void launch_instance(const ExchangeParams& params, const Launch& shape) {
+  if (params.send_count + params.receive_count <= kFewMessages) {
+    return launch_as<FewMessages>(params, shape);
+  }
+  launch_as<ManyMessages>(params, shape);
+}
+
+void load_instances() {
+  load(exchange<FewMessages>);
+  load(exchange<ManyMessages>);
+}
+
+}  // namespace
+
+namespace rows {
+extern constexpr KernelTable::Row<ExchangeParams> exchange{"exchange", launch_instance, load_instances};
+}
+
+}  // namespace mnnvl::kernels
