@@ -78,6 +78,10 @@ struct HostFunctions {
   void (*free_mailbox)(HostMailbox* mailbox) noexcept;
   // Waits for all work of the device. False if the context is lost.
   bool (*synchronize_device)(int device) noexcept;
+  // A stream that nothing else is on and that doesn't wait for the default stream, of the highest priority. Streams are
+  // never destroyed, since torch's allocator may remember them, but given back and taken again.
+  void* (*take_stream)(int device);
+  void (*give_back_stream)(int device, void* stream);
   // Id of the capture that `stream` is part of, nothing if it isn't capturing. Error(kUnsupported) if its capture has
   // been invalidated: what is enqueued now would neither run nor be captured.
   std::optional<uint64_t> (*capture_id)(void* stream);

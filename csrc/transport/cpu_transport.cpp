@@ -38,9 +38,6 @@ class CpuTransport final : public Transport {
     }
     communicator_->run(request, run.timeout_ms);
   }
-  void exchange(const ExchangeRequest& /*request*/, const Run& /*run*/) override {
-    fail(ErrorKind::kUnsupported, "mnnvl: messages on the CPU go through the messenger");
-  }
   void check() override { communicator_->check(); }
   void abort(FailureCause cause) override { communicator_->abort(cause); }
   void close() override {}  // requests return when they are done, and the destructor waits for nobody

@@ -9,6 +9,7 @@
 #include "bootstrap/exchange.h"
 #include "memory/options.h"
 #include "protocol/failure.h"
+#include "protocol/messenger.h"
 #include "protocol/requests.h"
 #include "protocol/types.h"
 
@@ -43,8 +44,10 @@ class Transport {
   virtual void run(const Request& request, const Run& run) = 0;
 
   // Point-to-point on a GPU: enqueues. Not collective, and free to be under way beside collectives; the caller orders
-  // those requests that send to, or receive from, the same rank. On the CPU: messenger().
-  virtual void exchange(const ExchangeRequest& request, const Run& run) = 0;
+  // those requests that send to, or receive from, the same rank.
+  virtual void exchange(const ExchangeRequest& request, const Run& run);
+  // Point-to-point on the CPU, beside run(); lives as long as this. Null on a GPU.
+  virtual Messenger* messenger() { return nullptr; }
 
   // Throws the failure of this transport, if it has one by now. Any thread.
   virtual void check() = 0;
