@@ -14,13 +14,13 @@ constexpr int kChannelKinds = 2;
 
 constexpr int kMaxLanes = 32;
 constexpr int kChannelMessages = 4;  // of each lane under way: entries of its line ring, and of lane 0's headers
-constexpr int kChannelSlots = 4;     // slots of each lane
+constexpr int kChannelSlots = 8;     // slots of each lane
 static_assert((kChannelMessages & (kChannelMessages - 1)) == 0 && (kChannelSlots & (kChannelSlots - 1)) == 0,
               "indices must not jump where counters wrap");
 
 // A line carries 8 bytes of data and 8 of flag in one access.
 constexpr int kLineData = 8;
-constexpr int kLineBytes = 16;
+constexpr int kLineBytes = 16;  // lines are written in pairs
 constexpr int kHeaderLines = 2;  // CallDescriptor packed; tag
 
 constexpr int64_t kMaxLineMessage = int64_t{256} << 10;  // larger messages go through slots, in large worlds sooner
@@ -62,7 +62,7 @@ struct Cut {
       cut.piece = min64(layout.line_bytes, align_up(ceil_div(bytes, lanes), 16));
     } else {
       cut.lines = false;
-      // Four pieces a lane, so that one is copied out while the next comes in.
+      // Several pieces a lane, so that one is copied out while the next comes in.
       const int64_t even = align_up(ceil_div(bytes, int64_t{layout.lanes} * kChannelSlots), 128);
       cut.piece = min64(layout.slot_bytes, max64(kLeastPiece, even));
     }

@@ -91,11 +91,11 @@ struct Lane {
   // Where the lane's last kernel left off. False if that one isn't over.
   __device__ __forceinline__ bool load_state(Operation operation) {
     const LaneState state = *words.state;
+    if (kSends) credit = ld_acquire_sys_u64(words.credit);  // in flight beside the load above
     messages = state.messages;
     slots = state.slots;
     posted = slots;  // none seen
     opening_credit = taken();
-    credit = taken() - kChannelMessages - (uint64_t(kChannelSlots) << 32);  // no room seen
     if (state.busy != 0) {
       return give_up(p.group, FailureCause::kConcurrent, peer, operation, kStageMessage, messages, 0, 0);
     }
@@ -319,8 +319,8 @@ __device__ __forceinline__ void data_warps(const Params& p, Operation operation,
     } else {
       const std::byte* users = piece.mode == Mode::kTakeLines ? piece.to : piece.from;
       Wait wait(p.group, operation, kStageMessage, piece.flag - 1);
-      const bool moved = reinterpret_cast<uintptr_t>(users) % kLineData == 0
-                             ? move_lines<uint64_t>(piece, thread, threads, wait)
+      const bool moved = is_vector_aligned(users)
+                             ? move_lines<uint4>(piece, thread, threads, wait)
                              : move_lines<uint8_t>(piece, thread, threads, wait);
       if (!moved) shared.failed = 1;
     }

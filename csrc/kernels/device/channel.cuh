@@ -65,39 +65,51 @@ __device__ __forceinline__ bool line_is_there(const std::byte* line, uint64_t fl
   return seen == flag;
 }
 
-// 8 bytes, or the `valid` (1..8) that there are, from memory of any alignment.
+// Two lines' data from memory that allows accesses of a Unit; beyond `valid` (1..16) zero.
 template <typename Unit>
-__device__ __forceinline__ uint64_t load_line_data(const std::byte* from, int64_t valid) {
-  if (sizeof(Unit) == kLineData && valid >= kLineData) return *reinterpret_cast<const uint64_t*>(from);
-  uint64_t data = 0;
+__device__ __forceinline__ ulonglong2 load_line_pair(const std::byte* from, int64_t valid) {
+  if (sizeof(Unit) == 2 * kLineData && valid >= 2 * kLineData) return *reinterpret_cast<const ulonglong2*>(from);
+  uint64_t data[2] = {0, 0};
 #pragma unroll
-  for (int i = 0; i < kLineData; ++i) {
-    if (i < valid) data |= uint64_t(from[i]) << (8 * i);
+  for (int i = 0; i < 2 * kLineData; ++i) {
+    if (i < valid) data[i / kLineData] |= uint64_t(from[i]) << (8 * (i % kLineData));
   }
-  return data;
+  return {data[0], data[1]};
 }
 
 template <typename Unit>
-__device__ __forceinline__ void store_line_data(std::byte* to, int64_t valid, uint64_t data) {
-  if (sizeof(Unit) == kLineData && valid >= kLineData) {
-    *reinterpret_cast<uint64_t*>(to) = data;
+__device__ __forceinline__ void store_line_pair(std::byte* to, int64_t valid, ulonglong2 pair) {
+  if (sizeof(Unit) == 2 * kLineData && valid >= 2 * kLineData) {
+    *reinterpret_cast<ulonglong2*>(to) = pair;
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kLineData; ++i) {
-    if (i < valid) to[i] = std::byte(data >> (8 * i));
+  for (int i = 0; i < 2 * kLineData; ++i) {
+    if (i < valid) to[i] = std::byte((i < kLineData ? pair.x : pair.y) >> (8 * (i % kLineData)));
   }
 }
 
-// Thread `thread` of `threads` does its part of sending `bytes` as lines.
+constexpr int kPairsInFlight = 4;
+
+// Thread `thread` of `threads` does its part of sending `bytes` as lines, two at a time: the last line may be empty.
 template <typename Unit>
 __device__ __forceinline__ void send_lines(std::byte* lines, const std::byte* from, int64_t bytes, uint64_t flag,
                                            int thread, int threads) {
-  const int count = int(ceil_div(bytes, kLineData));
-#pragma unroll 4
-  for (int i = thread; i < count; i += threads) {
-    const int64_t at = int64_t(i) * kLineData;
-    st_relaxed_sys_b128(lines + 2 * at, load_line_data<Unit>(from + at, bytes - at), flag);
+  const int count = int(ceil_div(bytes, 2 * kLineData));
+  for (int first = thread; first < count; first += kPairsInFlight * threads) {
+    ulonglong2 data[kPairsInFlight];
+#pragma unroll
+    for (int k = 0; k < kPairsInFlight; ++k) {
+      const int64_t at = int64_t(first + k * threads) * 2 * kLineData;
+      if (at < bytes) data[k] = load_line_pair<Unit>(from + at, bytes - at);
+    }
+#pragma unroll
+    for (int k = 0; k < kPairsInFlight; ++k) {
+      const int64_t at = int64_t(first + k * threads) * 2 * kLineData;
+      if (at >= bytes) continue;
+      st_relaxed_sys_b128(lines + 2 * at, data[k].x, flag);
+      st_relaxed_sys_b128(lines + 2 * at + kLineBytes, data[k].y, flag);
+    }
   }
 }
 
@@ -105,47 +117,51 @@ __device__ __forceinline__ void send_lines(std::byte* lines, const std::byte* fr
 template <typename Unit>
 __device__ __forceinline__ bool take_lines(const std::byte* lines, std::byte* to, int64_t bytes, uint64_t flag,
                                            int thread, int threads, Wait& wait, int peer) {
-  constexpr int kInFlight = 4;
-  const int count = int(ceil_div(bytes, kLineData));
-  for (int first = thread; first < count; first += kInFlight * threads) {
-    uint64_t data[kInFlight];
+  const int count = int(ceil_div(bytes, 2 * kLineData));
+  for (int first = thread; first < count; first += kPairsInFlight * threads) {
+    ulonglong2 data[kPairsInFlight];
     bool complete;
     do {
       complete = true;
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
-        const int i = first + k * threads;
-        if (i >= count) continue;
-        uint64_t seen;
-        ld_relaxed_sys_b128(lines + int64_t(i) * kLineBytes, data[k], seen);
-        complete = complete && seen == flag;
+      for (int k = 0; k < kPairsInFlight; ++k) {
+        const int64_t at = int64_t(first + k * threads) * 2 * kLineData;
+        if (at >= bytes) continue;
+        uint64_t low, high, seen_low, seen_high;
+        ld_relaxed_sys_b128(lines + 2 * at, low, seen_low);
+        ld_relaxed_sys_b128(lines + 2 * at + kLineBytes, high, seen_high);
+        data[k] = {low, high};
+        complete = complete && seen_low == flag && seen_high == flag;
       }
     } while (!complete && wait.keep_on(peer, flag, flag - 1));
     if (!complete) return false;
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int64_t at = int64_t(first + k * threads) * kLineData;
-      if (at < bytes) store_line_data<Unit>(to + at, bytes - at, data[k]);
+    for (int k = 0; k < kPairsInFlight; ++k) {
+      const int64_t at = int64_t(first + k * threads) * 2 * kLineData;
+      if (at < bytes) store_line_pair<Unit>(to + at, bytes - at, data[k]);
     }
   }
   return true;
 }
 
+// Several loads in flight, also of a piece that gives a thread only a few.
 template <typename Unit>
 __device__ __forceinline__ void copy_by(std::byte* to, const std::byte* from, int64_t bytes, int thread, int threads) {
   constexpr int kInFlight = 8;
   const int64_t count = bytes / int64_t(sizeof(Unit));
   auto* out = reinterpret_cast<Unit*>(to);
   const auto* in = reinterpret_cast<const Unit*>(from);
-  int64_t i = thread;
-  for (; i + int64_t(kInFlight - 1) * threads < count; i += int64_t(kInFlight) * threads) {
+  for (int64_t first = thread; first < count; first += int64_t(kInFlight) * threads) {
     Unit units[kInFlight];
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) units[k] = in[i + int64_t(k) * threads];
+    for (int k = 0; k < kInFlight; ++k) {
+      if (first + int64_t(k) * threads < count) units[k] = in[first + int64_t(k) * threads];
+    }
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) out[i + int64_t(k) * threads] = units[k];
+    for (int k = 0; k < kInFlight; ++k) {
+      if (first + int64_t(k) * threads < count) out[first + int64_t(k) * threads] = units[k];
+    }
   }
-  for (; i < count; i += threads) out[i] = in[i];
   for (int64_t at = count * int64_t(sizeof(Unit)) + thread; at < bytes; at += threads) to[at] = from[at];
 }
 
