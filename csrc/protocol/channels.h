@@ -14,18 +14,18 @@ constexpr int kChannelKinds = 2;
 
 constexpr int kMaxLanes = 32;
 constexpr int kChannelMessages = 4;  // of each lane under way: entries of its line ring, and of lane 0's headers
-constexpr int kChannelSlots = 8;     // slots of each lane
+constexpr int kChannelSlots = 4;     // slots of each lane
 static_assert((kChannelMessages & (kChannelMessages - 1)) == 0 && (kChannelSlots & (kChannelSlots - 1)) == 0,
               "indices must not jump where counters wrap");
 
 // A line carries 8 bytes of data and 8 of flag in one access.
 constexpr int kLineData = 8;
-constexpr int kLineBytes = 16;  // lines are written in pairs
+constexpr int kLineBytes = 16;
 constexpr int kHeaderLines = 2;  // CallDescriptor packed; tag
 
 constexpr int64_t kMaxLineMessage = int64_t{256} << 10;  // larger messages go through slots, in large worlds sooner
 constexpr int64_t kLineLaneBytes = 4096;                 // lines: from so many bytes on another lane takes part
-constexpr int64_t kLeastPiece = 8192;                    // slots: pieces shrink no further
+constexpr int64_t kLeastPiece = 16 << 10;                // slots: pieces shrink no further
 
 // A channel's share of the workspace.
 struct ChannelLayout {
@@ -50,32 +50,33 @@ struct ChannelLayout {
 // without bytes is one empty piece of lane 0.
 struct Cut {
   int64_t bytes;
-  int64_t piece;
-  int32_t lanes;
+  int32_t piece;
+  int32_t pieces;
+  int16_t lanes;
   bool lines;  // one piece a lane, through its lines; else through slots
 
   MNNVL_HOST_DEVICE static constexpr Cut make(const ChannelLayout& layout, int64_t bytes) {
-    Cut cut{bytes, 0, 1, true};
+    Cut cut{bytes, 0, 1, 1, true};
     if (bytes == 0) return cut;
     if (bytes <= min64(kMaxLineMessage, int64_t{layout.lanes} * layout.line_bytes)) {
       const int64_t lanes = min64(layout.lanes, ceil_div(bytes, min64(kLineLaneBytes, layout.line_bytes)));
-      cut.piece = min64(layout.line_bytes, align_up(ceil_div(bytes, lanes), 16));
+      cut.piece = int32_t(min64(layout.line_bytes, align_up(ceil_div(bytes, lanes), 16)));
     } else {
       cut.lines = false;
       // Several pieces a lane, so that one is copied out while the next comes in.
       const int64_t even = align_up(ceil_div(bytes, int64_t{layout.lanes} * kChannelSlots), 128);
-      cut.piece = min64(layout.slot_bytes, max64(kLeastPiece, even));
+      cut.piece = int32_t(min64(layout.slot_bytes, max64(kLeastPiece, even)));
     }
-    cut.lanes = int32_t(min64(layout.lanes, ceil_div(bytes, cut.piece)));
+    cut.pieces = int32_t(ceil_div(bytes, cut.piece));
+    cut.lanes = int16_t(min64(layout.lanes, cut.pieces));
     return cut;
   }
 
-  MNNVL_HOST_DEVICE constexpr int64_t pieces_of(int lane) const {
-    if (lane >= lanes) return 0;
-    return bytes == 0 ? 1 : ceil_div(ceil_div(bytes, piece) - lane, lanes);
+  MNNVL_HOST_DEVICE constexpr int32_t pieces_of(int lane) const {
+    return lane >= lanes ? 0 : (pieces - lane + lanes - 1) / lanes;
   }
-  MNNVL_HOST_DEVICE constexpr int64_t begin(int lane, int64_t i) const { return (i * lanes + lane) * piece; }
-  MNNVL_HOST_DEVICE constexpr int64_t bytes_of(int lane, int64_t i) const {
+  MNNVL_HOST_DEVICE constexpr int64_t begin(int lane, int32_t i) const { return (int64_t{i} * lanes + lane) * piece; }
+  MNNVL_HOST_DEVICE constexpr int64_t bytes_of(int lane, int32_t i) const {
     return min64(piece, bytes - begin(lane, i));
   }
 };

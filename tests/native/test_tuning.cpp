@@ -76,15 +76,16 @@ TEST(tuning_messages_are_cut_whole) {
         const Cut cut = Cut::make(layout, bytes);
         CHECK(cut.lanes >= 1 && cut.lanes <= layout.lanes);
         CHECK(cut.piece <= (cut.lines ? layout.line_bytes : layout.slot_bytes), cut.piece, " bytes a piece");
-        int64_t pieces = 0, ends = 0;
+        int64_t pieces = 0;
+        int ends = 0;
         for (int lane = 0; lane < cut.lanes; ++lane) {
-          const int64_t count = cut.pieces_of(lane);
+          const int32_t count = cut.pieces_of(lane);
           CHECK(count >= 1 && (!cut.lines || count == 1), "lane ", lane, " of ", cut.lanes);
           pieces += count;
           const int64_t last = cut.begin(lane, count - 1);
           CHECK(cut.bytes_of(lane, count - 1) > 0 || bytes == 0);
           ends += last + cut.bytes_of(lane, count - 1) == bytes;
-          for (int64_t i = 0; i < count - 1; ++i) {
+          for (int32_t i = 0; i < count - 1; ++i) {
             if (cut.bytes_of(lane, i) != cut.piece) CHECK(false, "a piece in the middle is short");
             if (i > 1000) break;
           }

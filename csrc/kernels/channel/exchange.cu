@@ -1,10 +1,9 @@
 // Messages between pairs of ranks: any list of sends and receives in one launch, and copies of this rank beside them.
 //
 // Blocks have one of three roles: send, receive, copy. A block of the first two serves some lanes of some channels. Its
-// signal warp has a thread for each of them: it looks which can move, hands pieces to the data warps through a queue of
-// two in shared memory, and posts or credits a piece when they have done with it, while they are at the next one. So
-// the fences that publish wait for no other piece's stores, and the block never stands still at one lane while another
-// could move.
+// signal warp has a thread for each of them: it looks which can move, hands pieces to the data warps through a queue in
+// shared memory, and posts or credits them when the data warps have done with them, those of all its threads behind one
+// fence, while the data warps are at the next ones. The block never stands still at one lane while another could move.
 #include <algorithm>
 
 #include "kernels/device/channel.cuh"
@@ -18,7 +17,7 @@ constexpr unsigned kAllThreads = 0xffffffffu;
 
 struct DeviceMessage {
   std::byte* data;
-  int64_t bytes;
+  Cut cut;
   uint64_t call;  // pack()ed
   int32_t tag;
 };
@@ -54,16 +53,23 @@ struct Piece {
   int peer;
   const std::byte* from;
   std::byte* to;
-  int64_t bytes;
+  int bytes;
   uint64_t flag;
+  // What the signal warp then says to the peer, and which of its threads; -1: none.
+  uint64_t notice;
+  int notifier;
 };
+
+constexpr int kDataWarps = kMaxExchangeThreads / kWarp - 1;
+constexpr int kQueue = 4;  // pieces handed out and not yet posted
 
 struct Shared {
-  Piece pieces[2];
-  int failed;
+  Piece pieces[kQueue];
+  uint32_t done[kDataWarps];  // pieces that each data warp has done with
+  uint32_t failed;
 };
 
-constexpr int kFull = 1, kDone = 3;  // named barriers, two each
+constexpr int kHanded = 1;  // named barriers, one for each place in the queue: its piece is there
 
 // One thread of a signal warp: one end of one lane of a channel, and where in its messages it is.
 template <bool kSends, typename Params>
@@ -72,14 +78,12 @@ struct Lane {
   const LaneWords words;
   const int peer;
   int message, end;  // the current one, and behind the last, in p.messages
-  int64_t i = 0, pieces = 0;  // of the current message in this lane
-  Cut cut{};
+  int32_t i = 0, pieces = 0;  // of the current message in this lane
   bool begun = false;  // of the current message: a source has room for it, a destination has seen its header
   uint64_t messages = 0;
   uint32_t slots = 0;
-  uint64_t credit = 0;  // sources: last seen
+  uint64_t credit = 0;  // sources: last seen; destinations, at first: what earlier kernels took
   uint32_t posted = 0;  // destinations: last seen
-  uint64_t opening_credit = 0;  // destinations: for what earlier kernels took
 
   __device__ __forceinline__ Lane(const Params& params, const DeviceChannel& channel, int lane, bool serves)
       : p(params),
@@ -90,33 +94,37 @@ struct Lane {
 
   // Where the lane's last kernel left off. False if that one isn't over.
   __device__ __forceinline__ bool load_state(Operation operation) {
-    const LaneState state = *words.state;
+    LaneState* own = LaneWords::state(p.group, p.kind, peer, words.lane, !kSends);
+    const LaneState state = *own;
     if (kSends) credit = ld_acquire_sys_u64(words.credit);  // in flight beside the load above
     messages = state.messages;
     slots = state.slots;
     posted = slots;  // none seen
-    opening_credit = taken();
+    if (!kSends) credit = taken();
     if (state.busy != 0) {
       return give_up(p.group, FailureCause::kConcurrent, peer, operation, kStageMessage, messages, 0, 0);
     }
-    words.state->busy = 1;
+    own->busy = 1;
     open();
     return true;
   }
-  __device__ __forceinline__ void store_state() const { *words.state = {messages, slots, /*busy=*/0}; }
+  __device__ __forceinline__ void store_state() const {
+    *LaneWords::state(p.group, p.kind, peer, words.lane, !kSends) = {messages, slots, /*busy=*/0};
+  }
   __device__ __forceinline__ uint64_t taken() const { return uint64_t(slots) << 32 | uint32_t(messages); }
 
   // The next message that has a piece for this lane.
   __device__ __forceinline__ void open() {
     for (; message < end; ++message) {
-      cut = Cut::make(p.group.layout.channel, p.messages[message].bytes);
-      pieces = cut.pieces_of(words.lane);
+      pieces = cut().pieces_of(words.lane);
       i = 0;
       begun = false;
       if (pieces > 0) return;
     }
   }
   __device__ __forceinline__ bool active() const { return message < end; }
+  // Read where it stands, the kernel's parameters: registers are few.
+  __device__ __forceinline__ const Cut& cut() const { return p.messages[message].cut; }
 
   // Whether a piece can move now. `alone`: no other channel of this block has anything left, so that lines may be waited
   // for by the data warps.
@@ -132,10 +140,10 @@ struct Lane {
   }
   __device__ __forceinline__ bool has_room() {
     begun = begun || uint32_t(messages) - uint32_t(credit) < kChannelMessages;
-    return begun && (cut.lines || slots - uint32_t(credit >> 32) < kChannelSlots);
+    return begun && (cut().lines || slots - uint32_t(credit >> 32) < kChannelSlots);
   }
   __device__ __forceinline__ bool has_data(bool alone) const {
-    if (cut.lines) return alone || (words.lane == 0 ? begun : line_is_there(words.lines(p.group, messages), flag()));
+    if (cut().lines) return alone || (words.lane == 0 ? begun : line_is_there(words.lines(p.group, messages), flag()));
     return (words.lane != 0 || begun) && posted != slots;
   }
   __device__ __forceinline__ uint64_t flag() const { return flag_of(messages); }
@@ -157,14 +165,14 @@ struct Lane {
     Piece piece;
     piece.peer = peer;
     piece.flag = flag();
-    std::byte* data = m.data + cut.begin(words.lane, i);
-    std::byte* ring = cut.lines ? words.lines(p.group, messages) : words.slot(p.group, slots);
-    piece.mode = !cut.lines ? Mode::kCopy : kSends ? Mode::kSendLines : Mode::kTakeLines;
+    std::byte* data = m.data + m.cut.begin(words.lane, i);
+    std::byte* ring = m.cut.lines ? words.lines(p.group, messages) : words.slot(p.group, slots);
+    piece.mode = !m.cut.lines ? Mode::kCopy : kSends ? Mode::kSendLines : Mode::kTakeLines;
     piece.from = kSends ? data : ring;
     piece.to = kSends ? ring : data;
-    piece.bytes = cut.bytes_of(words.lane, i);
+    piece.bytes = int(m.cut.bytes_of(words.lane, i));
     if (kSends && words.lane == 0 && i == 0) store_header(words.header(p.group, messages), messages, m.call, m.tag);
-    if (!cut.lines) ++slots;
+    if (!m.cut.lines) ++slots;
     if (++i == pieces) {
       ++messages;
       ++message;
@@ -174,23 +182,10 @@ struct Lane {
   }
 };
 
-// What a signal warp says to the peer when the data warps have done with a piece.
-struct Notice {
-  uint64_t value = 0;
-  bool due = false;
-};
-
-// Of lines that were handed out before their header was there. False after a mismatch or when the wait gave up.
-template <typename Params>
-__device__ __forceinline__ bool await_header(Lane<false, Params>& lane, const Role& role, uint64_t number,
-                                             int message) {
-  Wait wait(lane.p.group, role.operation, kStageMessage, number);
-  for (;;) {
-    bool seen = false;
-    if (!lane.check_header(role.operation, number, message, seen)) return false;
-    if (seen) return true;
-    if (!wait.keep_on(lane.peer, number + 1, number)) return false;
-  }
+// How many pieces all data warps have done with. Whole signal warp.
+__device__ __forceinline__ uint32_t pieces_done(const Shared& shared, uint32_t handed) {
+  const uint32_t mine = threadIdx.x < kDataWarps ? handed - ld_acquire_cta_u32(&shared.done[threadIdx.x]) : 0;
+  return handed - __reduce_max_sync(kAllThreads, mine);
 }
 
 template <bool kSends, typename Params>
@@ -213,88 +208,82 @@ __device__ __forceinline__ void signal_warp(const Params& p, const Role& role, i
   wait.restart(lane.messages);
 
   uint32_t handed = 0, finished = 0;  // pieces
-  int last = 0, finishing = 0;        // whose piece was handed out last, and before that
-  Notice notice, before;              // of these two pieces, in the threads that they belong to
-  const auto finish = [&](const Notice& due, int whose) {
-    __syncwarp();
-    bar_sync(kDone + int(finished % 2), int(blockDim.x));
-    ++finished;
-    if (*static_cast<volatile int*>(&shared.failed) != 0) failed = true;
-    if (thread == whose && due.due && !failed) {
-      if (kSends) {
-        st_release_sys_u32(lane.words.posted, uint32_t(due.value));
-      } else {
-        st_release_sys_u64(lane.words.credit, due.value);
-      }
-    }
-    __syncwarp();
-  };
-
+  int last = 0;                       // whose was handed out last
+  bool header_due = false;            // of the last message, whose lines were handed out before it was there
   while (!failed) {
+    const uint32_t done = pieces_done(shared, handed);
+    if (ld_acquire_cta_u32(&shared.failed) != 0) {
+      failed = true;
+      break;
+    }
+    if (done != finished) {
+      uint64_t notice = 0;
+      bool due = false;
+      for (; finished != done; ++finished) {
+        if (shared.pieces[finished % kQueue].notifier != thread) continue;
+        notice = shared.pieces[finished % kQueue].notice;
+        due = true;
+      }
+      if (due && kSends) st_release_sys_u32(lane.words.posted, uint32_t(notice));
+      if (due && !kSends) st_release_sys_u64(lane.words.credit, notice);
+      __syncwarp();
+    }
     const unsigned active = __ballot_sync(kAllThreads, lane.active());
-    if (active == 0) break;
-    const bool alone = !kSends && __popc(active) == 1;
+    if (active == 0 && finished == handed && !__any_sync(kAllThreads, header_due)) break;
+
     bool ready = false;
-    if (lane.active()) {
-      if (!kSends && lane.words.lane == 0 && !lane.begun) {
+    if constexpr (!kSends) {
+      if (header_due) {
+        bool seen = false;
+        ok = lane.check_header(role.operation, lane.messages - 1, lane.message - 1, seen);
+        header_due = !seen;
+      } else if (lane.active() && lane.words.lane == 0 && !lane.begun) {
         ok = lane.check_header(role.operation, lane.messages, lane.message, lane.begun);
       }
-      ready = ok && lane.ready(alone);
+    }
+    if (ok && lane.active() && !header_due && handed - finished < kQueue) {
+      ready = lane.ready(/*alone=*/!kSends && __popc(active) == 1);
     }
     if (__any_sync(kAllThreads, !ok)) {
       failed = true;
       break;
     }
     const unsigned can = __ballot_sync(kAllThreads, ready);
-    bool header_due = false;
-    uint64_t number = 0;
-    int of = 0;
     if (can != 0) {
       // The next in turn.
       const unsigned behind = can & ~((2u << last) - 1);
-      const int next = __ffs(behind != 0 ? behind : can) - 1;
-      before = notice;
-      finishing = last;
-      notice.due = false;
-      if (thread == next) {
+      last = __ffs(behind != 0 ? behind : can) - 1;
+      if (thread == last) {
         header_due = !kSends && lane.words.lane == 0 && !lane.begun;
-        number = lane.messages;
-        of = lane.message;
-        const bool lines = lane.cut.lines;
-        shared.pieces[handed % 2] = lane.take_piece();
+        const bool lines = lane.cut().lines;
+        Piece piece = lane.take_piece();
         // The credit of a kernel's last lines is left to the lane's next kernel, which has no stores to wait for.
-        notice.due = kSends ? !lines : !lines || lane.active();
-        notice.value = kSends ? lane.slots : lane.taken();
+        piece.notifier = (kSends ? !lines : !lines || lane.active()) ? thread : -1;
+        piece.notice = kSends ? lane.slots : lane.taken();
+        shared.pieces[handed % kQueue] = piece;
         wait.restart(lane.messages);
       }
-      last = next;
       __syncwarp();
-      bar_arrive(kFull + int(handed % 2), int(blockDim.x));
+      bar_arrive(kHanded + int(handed % kQueue), int(blockDim.x));
       ++handed;
     }
     if (owes_credit) {
-      st_release_sys_u64(lane.words.credit, lane.opening_credit);
+      st_release_sys_u64(lane.words.credit, lane.credit);
       owes_credit = false;
     }
-    if (can != 0) {
-      if constexpr (!kSends) {
-        if (header_due) ok = await_header(lane, role, number, of);
-      }
-      failed = __any_sync(kAllThreads, !ok);
-      if (handed - finished == 2) finish(before, finishing);
-    } else if (finished != handed) {
-      finish(notice, last);
-    } else {
-      if (lane.active()) {
+    if (can == 0 && finished == handed) {
+      if (lane.active() || header_due) {
         ok = wait.keep_on(lane.peer, kSends ? lane.messages : lane.slots + 1, kSends ? lane.credit : lane.posted);
       }
       failed = __any_sync(kAllThreads, !ok);
     }
   }
-  while (finished != handed) finish(notice, last);
-  if (thread == 0) shared.pieces[handed % 2].mode = Mode::kStop;
+  // Whatever is under way ends by its own waits; nothing of it is posted after a failure.
+  while (pieces_done(shared, handed) != handed) {
+  }
+  if (thread == 0) shared.pieces[handed % kQueue].mode = Mode::kStop;
   __syncwarp();
-  bar_arrive(kFull + int(handed % 2), int(blockDim.x));
+  bar_arrive(kHanded + int(handed % kQueue), int(blockDim.x));
   if (serves && !failed) lane.store_state();
 }
 
@@ -311,20 +300,21 @@ template <typename Params>
 __device__ __forceinline__ void data_warps(const Params& p, Operation operation, Shared& shared) {
   const int thread = int(threadIdx.x) - kWarp, threads = int(blockDim.x) - kWarp;
   for (uint32_t k = 0;; ++k) {
-    bar_sync(kFull + int(k % 2), int(blockDim.x));
-    const Piece piece = shared.pieces[k % 2];
+    bar_sync(kHanded + int(k % kQueue), int(blockDim.x));
+    const Piece piece = shared.pieces[k % kQueue];
     if (piece.mode == Mode::kStop) return;
     if (piece.mode == Mode::kCopy) {
       copy_bytes(piece.to, piece.from, piece.bytes, thread, threads);
     } else {
       const std::byte* users = piece.mode == Mode::kTakeLines ? piece.to : piece.from;
       Wait wait(p.group, operation, kStageMessage, piece.flag - 1);
-      const bool moved = is_vector_aligned(users)
-                             ? move_lines<uint4>(piece, thread, threads, wait)
+      const bool moved = reinterpret_cast<uintptr_t>(users) % kLineData == 0
+                             ? move_lines<uint64_t>(piece, thread, threads, wait)
                              : move_lines<uint8_t>(piece, thread, threads, wait);
-      if (!moved) shared.failed = 1;
+      if (!moved) st_release_cta_u32(&shared.failed, 1);
     }
-    bar_arrive(kDone + int(k % 2), int(blockDim.x));
+    __syncwarp();
+    if (thread % kWarp == 0) st_release_cta_u32(&shared.done[thread / kWarp], k + 1);
   }
 }
 
@@ -337,10 +327,11 @@ __global__ void __launch_bounds__(kMaxExchangeThreads, kMinBlocks) exchange(cons
     constexpr int64_t kStep = 32 << 10;
     for (int64_t at = int64_t(block - moves) * kStep; at < p.copy.bytes; at += int64_t(gridDim.x - moves) * kStep) {
       copy_bytes(static_cast<std::byte*>(p.copy.to) + at, static_cast<const std::byte*>(p.copy.from) + at,
-                 min64(kStep, p.copy.bytes - at), int(threadIdx.x), int(blockDim.x));
+                 int(min64(kStep, p.copy.bytes - at)), int(threadIdx.x), int(blockDim.x));
     }
     return;
   }
+  if (threadIdx.x < kDataWarps) shared.done[threadIdx.x] = 0;
   if (threadIdx.x == 0) shared.failed = 0;
   __syncthreads();
   const bool sending = block < sends;
@@ -366,8 +357,8 @@ void add_role(Params& p, Role& role, const ChannelMessage* messages, int count, 
     DeviceChannel channel{int16_t(peer), int16_t(filled), 0};
     for (int i = 0; i < count; ++i) {
       if (messages[i].peer != peer) continue;
-      p.messages[filled++] = {static_cast<std::byte*>(messages[i].data), messages[i].bytes, messages[i].call,
-                              messages[i].tag};
+      const Cut cut = Cut::make(p.group.layout.channel, messages[i].bytes);
+      p.messages[filled++] = {static_cast<std::byte*>(messages[i].data), cut, messages[i].call, messages[i].tag};
       ++channel.count;
     }
     if (channel.count > 0) p.channels[channels++] = channel;

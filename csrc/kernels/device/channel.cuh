@@ -14,7 +14,6 @@ struct LaneWords {
   std::byte* rings;
   uint32_t* posted;
   uint64_t* credit;
-  LaneState* state;
   int64_t channel;  // index where the rings are
   int lane;
 
@@ -27,10 +26,14 @@ struct LaneWords {
     rings = g.peers[destination];
     posted = reinterpret_cast<uint32_t*>(rings + l.posted(channel, lane));
     credit = reinterpret_cast<uint64_t*>(g.peers[source] + l.credit(outgoing, lane));
-    state = reinterpret_cast<LaneState*>(g.peers[g.rank] +
-                                         l.state(incoming, incoming ? channel : outgoing, lane, g.world_size));
   }
 
+  // Of the rank itself; found anew each time, for it is wanted but twice.
+  static __device__ __forceinline__ LaneState* state(const DeviceGroup& g, ChannelKind kind, int peer, int lane,
+                                                     bool incoming) {
+    const int64_t own = g.layout.channel_index(kind, g.rank, peer, g.world_size);
+    return reinterpret_cast<LaneState*>(g.peers[g.rank] + g.layout.state(incoming, own, lane, g.world_size));
+  }
   __device__ __forceinline__ std::byte* slot(const DeviceGroup& g, uint32_t n) const {
     return rings + g.layout.slot(channel, lane, n);
   }
@@ -65,80 +68,80 @@ __device__ __forceinline__ bool line_is_there(const std::byte* line, uint64_t fl
   return seen == flag;
 }
 
-// Two lines' data from memory that allows accesses of a Unit; beyond `valid` (1..16) zero.
+// 8 bytes, or the `valid` (1..8) that there are, from memory that allows accesses of a Unit.
 template <typename Unit>
-__device__ __forceinline__ ulonglong2 load_line_pair(const std::byte* from, int64_t valid) {
-  if (sizeof(Unit) == 2 * kLineData && valid >= 2 * kLineData) return *reinterpret_cast<const ulonglong2*>(from);
-  uint64_t data[2] = {0, 0};
+__device__ __forceinline__ uint64_t load_line_data(const std::byte* from, int valid) {
+  if (sizeof(Unit) == kLineData && valid >= kLineData) return *reinterpret_cast<const uint64_t*>(from);
+  uint64_t data = 0;
 #pragma unroll
-  for (int i = 0; i < 2 * kLineData; ++i) {
-    if (i < valid) data[i / kLineData] |= uint64_t(from[i]) << (8 * (i % kLineData));
+  for (int i = 0; i < kLineData; ++i) {
+    if (i < valid) data |= uint64_t(from[i]) << (8 * i);
   }
-  return {data[0], data[1]};
+  return data;
 }
 
 template <typename Unit>
-__device__ __forceinline__ void store_line_pair(std::byte* to, int64_t valid, ulonglong2 pair) {
-  if (sizeof(Unit) == 2 * kLineData && valid >= 2 * kLineData) {
-    *reinterpret_cast<ulonglong2*>(to) = pair;
+__device__ __forceinline__ void store_line_data(std::byte* to, int valid, uint64_t data) {
+  if (sizeof(Unit) == kLineData && valid >= kLineData) {
+    *reinterpret_cast<uint64_t*>(to) = data;
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 2 * kLineData; ++i) {
-    if (i < valid) to[i] = std::byte((i < kLineData ? pair.x : pair.y) >> (8 * (i % kLineData)));
+  for (int i = 0; i < kLineData; ++i) {
+    if (i < valid) to[i] = std::byte(data >> (8 * i));
   }
 }
 
-constexpr int kPairsInFlight = 4;
-
-// Thread `thread` of `threads` does its part of sending `bytes` as lines, two at a time: the last line may be empty.
+// Of a thread: what a lane carries of one message at most, among seven warps. Single bytes cost registers, and nobody
+// is in a hurry with them.
 template <typename Unit>
-__device__ __forceinline__ void send_lines(std::byte* lines, const std::byte* from, int64_t bytes, uint64_t flag,
+constexpr int kLinesInFlight = sizeof(Unit) == kLineData ? 5 : 1;
+
+// Thread `thread` of `threads` does its part of sending `bytes` as lines. A warp's stores stand side by side: a line
+// each of 32 threads fills whole packets.
+template <typename Unit>
+__device__ __forceinline__ void send_lines(std::byte* lines, const std::byte* from, int bytes, uint64_t flag,
                                            int thread, int threads) {
-  const int count = int(ceil_div(bytes, 2 * kLineData));
-  for (int first = thread; first < count; first += kPairsInFlight * threads) {
-    ulonglong2 data[kPairsInFlight];
+  const int count = (bytes + kLineData - 1) / kLineData;
+  for (int first = thread; first < count; first += kLinesInFlight<Unit> * threads) {
+    uint64_t data[kLinesInFlight<Unit>];
 #pragma unroll
-    for (int k = 0; k < kPairsInFlight; ++k) {
-      const int64_t at = int64_t(first + k * threads) * 2 * kLineData;
-      if (at < bytes) data[k] = load_line_pair<Unit>(from + at, bytes - at);
+    for (int k = 0; k < kLinesInFlight<Unit>; ++k) {
+      const int at = (first + k * threads) * kLineData;
+      if (at < bytes) data[k] = load_line_data<Unit>(from + at, bytes - at);
     }
 #pragma unroll
-    for (int k = 0; k < kPairsInFlight; ++k) {
-      const int64_t at = int64_t(first + k * threads) * 2 * kLineData;
-      if (at >= bytes) continue;
-      st_relaxed_sys_b128(lines + 2 * at, data[k].x, flag);
-      st_relaxed_sys_b128(lines + 2 * at + kLineBytes, data[k].y, flag);
+    for (int k = 0; k < kLinesInFlight<Unit>; ++k) {
+      const int at = (first + k * threads) * kLineData;
+      if (at < bytes) st_relaxed_sys_b128(lines + 2 * at, data[k], flag);
     }
   }
 }
 
 // The same of receiving. False if the wait gave up.
 template <typename Unit>
-__device__ __forceinline__ bool take_lines(const std::byte* lines, std::byte* to, int64_t bytes, uint64_t flag,
+__device__ __forceinline__ bool take_lines(const std::byte* lines, std::byte* to, int bytes, uint64_t flag,
                                            int thread, int threads, Wait& wait, int peer) {
-  const int count = int(ceil_div(bytes, 2 * kLineData));
-  for (int first = thread; first < count; first += kPairsInFlight * threads) {
-    ulonglong2 data[kPairsInFlight];
+  const int count = (bytes + kLineData - 1) / kLineData;
+  for (int first = thread; first < count; first += kLinesInFlight<Unit> * threads) {
+    uint64_t data[kLinesInFlight<Unit>];
     bool complete;
     do {
       complete = true;
 #pragma unroll
-      for (int k = 0; k < kPairsInFlight; ++k) {
-        const int64_t at = int64_t(first + k * threads) * 2 * kLineData;
+      for (int k = 0; k < kLinesInFlight<Unit>; ++k) {
+        const int at = (first + k * threads) * kLineData;
         if (at >= bytes) continue;
-        uint64_t low, high, seen_low, seen_high;
-        ld_relaxed_sys_b128(lines + 2 * at, low, seen_low);
-        ld_relaxed_sys_b128(lines + 2 * at + kLineBytes, high, seen_high);
-        data[k] = {low, high};
-        complete = complete && seen_low == flag && seen_high == flag;
+        uint64_t seen;
+        ld_relaxed_sys_b128(lines + 2 * at, data[k], seen);
+        complete = complete && seen == flag;
       }
     } while (!complete && wait.keep_on(peer, flag, flag - 1));
     if (!complete) return false;
 #pragma unroll
-    for (int k = 0; k < kPairsInFlight; ++k) {
-      const int64_t at = int64_t(first + k * threads) * 2 * kLineData;
-      if (at < bytes) store_line_pair<Unit>(to + at, bytes - at, data[k]);
+    for (int k = 0; k < kLinesInFlight<Unit>; ++k) {
+      const int at = (first + k * threads) * kLineData;
+      if (at < bytes) store_line_data<Unit>(to + at, bytes - at, data[k]);
     }
   }
   return true;
@@ -146,27 +149,27 @@ __device__ __forceinline__ bool take_lines(const std::byte* lines, std::byte* to
 
 // Several loads in flight, also of a piece that gives a thread only a few.
 template <typename Unit>
-__device__ __forceinline__ void copy_by(std::byte* to, const std::byte* from, int64_t bytes, int thread, int threads) {
-  constexpr int kInFlight = 8;
-  const int64_t count = bytes / int64_t(sizeof(Unit));
+__device__ __forceinline__ void copy_by(std::byte* to, const std::byte* from, int bytes, int thread, int threads) {
+  constexpr int kInFlight = sizeof(Unit) == 16 ? 8 : 4;
+  const int count = bytes / int(sizeof(Unit));
   auto* out = reinterpret_cast<Unit*>(to);
   const auto* in = reinterpret_cast<const Unit*>(from);
-  for (int64_t first = thread; first < count; first += int64_t(kInFlight) * threads) {
+  for (int first = thread; first < count; first += kInFlight * threads) {
     Unit units[kInFlight];
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      if (first + int64_t(k) * threads < count) units[k] = in[first + int64_t(k) * threads];
+      if (first + k * threads < count) units[k] = in[first + k * threads];
     }
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      if (first + int64_t(k) * threads < count) out[first + int64_t(k) * threads] = units[k];
+      if (first + k * threads < count) out[first + k * threads] = units[k];
     }
   }
-  for (int64_t at = count * int64_t(sizeof(Unit)) + thread; at < bytes; at += threads) to[at] = from[at];
+  for (int at = count * int(sizeof(Unit)) + thread; at < bytes; at += threads) to[at] = from[at];
 }
 
 // Thread `thread` of `threads` does its part of a copy between any addresses, in the largest unit that both allow.
-__device__ __forceinline__ void copy_bytes(std::byte* to, const std::byte* from, int64_t bytes, int thread,
+__device__ __forceinline__ void copy_bytes(std::byte* to, const std::byte* from, int bytes, int thread,
                                            int threads) {
   const uintptr_t both = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
   if (both % 16 == 0) return copy_by<uint4>(to, from, bytes, thread, threads);

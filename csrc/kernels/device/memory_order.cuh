@@ -91,6 +91,20 @@ __device__ __forceinline__ void bar_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Among the warps of a block, in shared memory.
+__device__ __forceinline__ void st_release_cta_u32(uint32_t* shared, uint32_t v) {
+  asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))), "r"(v)
+               : "memory");
+}
+__device__ __forceinline__ uint32_t ld_acquire_cta_u32(const uint32_t* shared) {
+  uint32_t v;
+  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];"
+               : "=r"(v)
+               : "r"(uint32_t(__cvta_generic_to_shared(shared)))
+               : "memory");
+  return v;
+}
+
 // Counts up to `wrap` and back to 0; relaxed, device scope.
 __device__ __forceinline__ uint32_t atom_inc_relaxed_gpu_u32(uint32_t* address, uint32_t wrap) {
   uint32_t old;
