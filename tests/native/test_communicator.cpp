@@ -10,8 +10,8 @@ namespace mnnvl::test {
 namespace {
 
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
-constexpr size_t kSmallSegment = cpu::kControlBytes + cpu::kSlots * 256;  // slots of 256 bytes: many steps
-constexpr size_t kLargeSegment = cpu::kControlBytes + cpu::kSlots * (64 << 10);
+constexpr int64_t kSmallSlots = 256;  // many steps
+constexpr int64_t kLargeSlots = 64 << 10;
 
 using Bytes = std::vector<std::byte>;
 
@@ -89,7 +89,7 @@ void check_broadcast(CpuRank& rank, uint64_t call, int64_t bytes, int root) {
 TEST(communicator_all_reduce_sizes) {
   const int64_t sizes[] = {0, 1, 3, 31, 64, 1000, 4099, 20000};
   for (int world_size : {1, 2, 3, 4}) {
-    const Segments segments(world_size, kLargeSegment);
+    const Segments segments(world_size, kLargeSlots);
     run_group(segments, [&](CpuRank& rank) {
       uint64_t call = 0;
       for (int64_t numel : sizes) {
@@ -107,7 +107,7 @@ TEST(communicator_all_reduce_sizes) {
 
 TEST(communicator_moves) {
   for (int world_size : {1, 2, 3, 4}) {
-    const Segments segments(world_size, kSmallSegment);
+    const Segments segments(world_size, kSmallSlots);
     run_group(segments, [&](CpuRank& rank) {
       for (int64_t bytes : {0, 1, 63, 64, 65, 256, 257, 5000}) {
         check_all_gather(rank, world_size, static_cast<uint64_t>(bytes), bytes, /*in_place=*/bytes % 2 == 0);
@@ -120,7 +120,7 @@ TEST(communicator_moves) {
 // Nobody leaves a barrier before all have come.
 TEST(communicator_barrier) {
   for (int world_size : {2, 3, 4}) {
-    const Segments segments(world_size, kSmallSegment);
+    const Segments segments(world_size, kSmallSlots);
     std::atomic<int> come{0};
     run_group(segments, [&](CpuRank& rank) {
       for (int round = 1; round <= iterations(50); ++round) {
@@ -151,8 +151,8 @@ void random_call(CpuRank& rank, int world_size, uint64_t call, Random random) {
   check_all_reduce(rank, world_size, r);
 }
 
-void random_calls(int world_size, size_t segment_bytes, uint32_t first_epoch, int count) {
-  Segments segments(world_size, segment_bytes);
+void random_calls(int world_size, int64_t slot_bytes, uint32_t first_epoch, int count) {
+  Segments segments(world_size, slot_bytes);
   segments.start_from(first_epoch);
   run_group(segments, [&](CpuRank& rank) {
     for (int call = 0; call < count; ++call) {
@@ -162,12 +162,12 @@ void random_calls(int world_size, size_t segment_bytes, uint32_t first_epoch, in
   });
 }
 
-TEST(communicator_random_calls_2) { random_calls(2, kLargeSegment, 0, iterations(200)); }
-TEST(communicator_random_calls_3) { random_calls(3, kLargeSegment, 0, iterations(200)); }
-TEST(communicator_random_calls_4) { random_calls(4, kLargeSegment, 0, iterations(200)); }
-TEST(communicator_random_calls_in_many_steps) { random_calls(3, kSmallSegment, 0, iterations(200)); }
+TEST(communicator_random_calls_2) { random_calls(2, kLargeSlots, 0, iterations(200)); }
+TEST(communicator_random_calls_3) { random_calls(3, kLargeSlots, 0, iterations(200)); }
+TEST(communicator_random_calls_4) { random_calls(4, kLargeSlots, 0, iterations(200)); }
+TEST(communicator_random_calls_in_many_steps) { random_calls(3, kSmallSlots, 0, iterations(200)); }
 // 32-bit epochs pass zero on the way.
-TEST(communicator_random_calls_around_the_wrap) { random_calls(3, kSmallSegment, 0xffffff80u, iterations(200)); }
+TEST(communicator_random_calls_around_the_wrap) { random_calls(3, kSmallSlots, 0xffffff80u, iterations(200)); }
 
 }  // namespace
 }  // namespace mnnvl::test
