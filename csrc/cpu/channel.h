@@ -1,6 +1,7 @@
 // The channels of messages between pairs of ranks, and why they are safe.
 //
-// A rank's segment (layout.h) ends in one ring for each peer: the channel from that source to this rank, the destination.
+// A rank's segment (layout.h) ends in one ring for each peer: the channel from that source to this rank, the
+// destination. segment.h says how large they are.
 //
 //   ring of distance 1, 2, ... world_size - 1:   [posted][taken][slot 0] ... [slot R - 1]       R = kRingSlots
 //   the source is rank destination + distance, modulo the world's size
@@ -32,9 +33,9 @@
 // the sleeper's addition in the total order, and with it every load of that look: the sleeper sees the store and
 // doesn't sleep. Otherwise the writer adds to rings after the sleeper's addition. If that precedes the sleeper's load
 // of rings, so does the store precede the look, and is seen; else the kernel's compare finds a changed word, or the
-// sleeper is queued by then and woken. A channel that the sleeper leaves out of its look, because it had nothing to move
-// there, is looked at by the thread that gives it something to move. Each sleep is bounded by kMaxSleepMs all the same,
-// for deadlines and dead peers.
+// sleeper is queued by then and woken. A channel that the sleeper leaves out of its look, because it had nothing to
+// move there, is looked at by the thread that gives it something to move. Each sleep is bounded by kMaxSleepMs all the
+// same, for deadlines and dead peers.
 #pragma once
 
 #include <atomic>

@@ -1,5 +1,5 @@
 // Messages under way: which receive gets which message, and the moving of their bytes through the channels. All of one
-// rank's sends and receives, as a state that any thread may drive, one at a time; threads and waiting are messenger.h's.
+// rank's sends and receives, as a state that any thread may drive, one at a time: threads and waiting are messenger.h.
 //
 // Matching. A receive takes the earliest message of its source with its tag, one from any source the first with its tag
 // of anybody. The message at the head of a ring goes to the earliest posted receive that fits; if none does, while some
@@ -54,7 +54,8 @@ class MessageFlow {
   // `failure` must outlive it.
   MessageFlow(const CommunicatorOptions& options, GroupFailure& failure);
 
-  // Takes the request up and moves of it what can be moved at once. Throws, with nothing taken up, if the group is broken.
+  // Takes the request up and moves of it what can be moved at once. Throws, with nothing taken up, if the group is
+  // broken.
   void post(const ExchangeRequest& request, const std::shared_ptr<TransferState>& transfer);
   // Moves what can be moved, and ends everything if the group has been broken. True if anything changed.
   bool advance();

@@ -117,6 +117,37 @@ TEST(communicator_moves) {
   }
 }
 
+// Contributions of their own sizes: some none, some many steps, alone or all.
+TEST(communicator_uneven_all_gather) {
+  for (int world_size : {1, 2, 3, 4}) {
+    const Segments segments(world_size, kSmallSlots);
+    run_group(segments, [&](CpuRank& rank) {
+      for (uint64_t call = 0; call < static_cast<uint64_t>(iterations(60)); ++call) {
+        Random random(call);
+        std::vector<int64_t> sizes;
+        std::vector<Bytes> outs;
+        std::vector<void*> pointers;
+        for (int r = 0; r < world_size; ++r) {
+          sizes.push_back(random.below(3) == 0 ? 0 : random.below(int64_t{1} << random.below(13)));
+          outs.emplace_back(static_cast<size_t>(sizes.back()), std::byte{0x5a});
+        }
+        Bytes in = contribution(call, rank.rank(), sizes[static_cast<size_t>(rank.rank())]);
+        for (Bytes& out : outs) pointers.push_back(out.empty() ? nullptr : out.data());
+        if (call % 2 == 0) pointers[static_cast<size_t>(rank.rank())] = in.data();
+        AllGatherRequest request{in.empty() ? nullptr : in.data(), pointers.data()};
+        request.sizes = sizes.data();
+        rank.run(request);
+        for (int r = 0; r < world_size; ++r) {
+          const auto index = static_cast<size_t>(r);
+          const Bytes expected = contribution(call, r, sizes[index]);
+          const auto* seen = static_cast<const std::byte*>(pointers[index]);
+          CHECK(std::equal(expected.begin(), expected.end(), seen), "call ", call, ", rank ", r, " at ", rank.rank());
+        }
+      }
+    });
+  }
+}
+
 // Nobody leaves a barrier before all have come.
 TEST(communicator_barrier) {
   for (int world_size : {2, 3, 4}) {

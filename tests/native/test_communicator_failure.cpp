@@ -103,7 +103,12 @@ TEST(communicator_ranks_that_call_different_things) {
     return AllReduceRequest{data, others, numel, dtype, op, strategy};
   };
   const AllReduceRequest plain = reduction(16, Dtype::kFloat32, ReduceOp::kSum, Strategy::kOneShot);
+  const int64_t sizes[] = {16, 48}, others_sizes[] = {48, 16};
+  AllGatherRequest uneven{data, outs}, otherwise_uneven{data, outs};
+  uneven.sizes = sizes;
+  otherwise_uneven.sizes = others_sizes;
   const std::pair<Request, Request> pairs[] = {
+      {uneven, otherwise_uneven},
       {plain, reduction(15, Dtype::kFloat32, ReduceOp::kSum, Strategy::kOneShot)},
       {plain, reduction(16, Dtype::kFloat32, ReduceOp::kAvg, Strategy::kOneShot)},
       {plain, reduction(32, Dtype::kBFloat16, ReduceOp::kSum, Strategy::kOneShot)},
@@ -111,6 +116,7 @@ TEST(communicator_ranks_that_call_different_things) {
       {plain, BarrierRequest{}},
       {BroadcastRequest{data, 64, 0}, BroadcastRequest{data, 64, 1}},
       {BroadcastRequest{data, 64, 0}, AllGatherRequest{data, outs, 64}},
+      {uneven, AllGatherRequest{data, outs, 64}},
   };
   for (const auto& [first, second] : pairs) {
     const Segments segments(2, kSlotBytes);
