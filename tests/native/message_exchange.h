@@ -23,9 +23,14 @@ inline Bytes content(uint64_t id, int64_t bytes) {
   return data;
 }
 
-// One request. Stays where it is while it is under way.
+// One request. Stays where it is while it is under way, also where a test has failed.
 class Exchange {
  public:
+  Exchange() = default;
+  Exchange(const Exchange&) = delete;
+  ~Exchange() {
+    if (transfer_) transfer_->wait(std::chrono::steady_clock::time_point::max());
+  }
   void send(uint64_t id, int64_t bytes, int peer, int32_t tag, Dtype dtype = Dtype::kUInt8) {
     memory_.push_back(content(id, bytes));
     sends_.push_back({memory_.back().data(), bytes, peer, tag, dtype});

@@ -121,9 +121,9 @@ TEST(messenger_mismatches_name_both_ends) {
 }
 
 TEST(messenger_abort_ends_all) {
-  const Segments segments(2, kStepSlots, kSlots);
+  const Segments segments(3, kStepSlots, kSlots);
   CpuRank rank(segments, 0), other(segments, 1);
-  const auto in = irecv(rank, 0, 10, 1), any = irecv(rank, 0, 10, kAny, 3), out = isend(rank, 0, 5000, 1);
+  const auto in = irecv(rank, 0, 10, 1), any = irecv(rank, 0, 10, kAny, 3), out = isend(rank, 0, 5000, 2);
   const auto theirs = irecv(other, 0, 1, 0, 5);
   std::thread aborter([&] {
     segments.await_messenger_asleep(0);
