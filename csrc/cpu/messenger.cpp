@@ -36,6 +36,7 @@ Messenger::Messenger(const CommunicatorOptions& options, GroupFailure& failure)
     : rank_(options.rank),
       world_size_(options.world_size),
       own_core_(enough_cores(options.peer_pids)),
+      max_sleep_(options.max_sleep_ms),
       failure_(failure),
       bell_(&control_of(options.segments[options.rank])->bell),
       flow_(options, failure) {}
@@ -73,7 +74,12 @@ std::shared_ptr<mnnvl::Messenger::Transfer> Messenger::post(const ExchangeReques
   transfer->deadline = transfer->started + std::chrono::milliseconds(clamp_timeout_ms(timeout_ms));
   Lock lock = enter();
   if (stopped_) fail(ErrorKind::kAborted, "mnnvl: rank ", rank_, " has left the group: it takes no more messages");
-  flow_.post(request, transfer);
+  try {
+    flow_.post(request, transfer);
+  } catch (const Error&) {
+    settle(lock);  // what was under way has ended too
+    throw;
+  }
   ++unsettled_;
   if (!transfer->finished) arm();
   settle(lock);
@@ -83,7 +89,8 @@ std::shared_ptr<mnnvl::Messenger::Transfer> Messenger::post(const ExchangeReques
 // Sees to it that the background thread will look.
 void Messenger::arm() {
   if (background_.joinable()) {
-    if (std::exchange(asleep_, false)) armed_.notify_one();
+    if (asleep_ || (napping_ && driver_ == Driver::kNobody)) armed_.notify_one();
+    asleep_ = false;
     return;
   }
   try {
@@ -126,9 +133,11 @@ bool Messenger::wait(Posted& transfer, Clock::time_point deadline) {
     if (driver_ == Driver::kBackground) ring(*bell_);
     driver_ = Driver::kWaiter;
     driver_id_ = std::this_thread::get_id();
+    ++waits_;
     drive(lock, [&] { return transfer.over.load(std::memory_order_relaxed); }, deadline);
     driver_ = Driver::kNobody;
     wake_blocked();
+    if (napping_ && flow_.outstanding()) armed_.notify_one();
   }
   return true;
 }
@@ -197,8 +206,7 @@ void Messenger::sleep(Lock& lock, Over over, Clock::time_point deadline) {
     const Clock::time_point now = Clock::now();
     flow_.look_around(now);
     if (flow_.advance() || flow_.has_finished() || over() || stopped_ || now >= deadline) break;
-    const Clock::time_point until =
-        std::min({now + std::chrono::milliseconds(kMaxSleepMs), deadline, flow_.next_deadline()});
+    const Clock::time_point until = std::min({now + max_sleep_, deadline, flow_.next_deadline()});
     lock.unlock();
     futex_wait(bell_->rings, seen, std::max(until - now, Clock::duration(std::chrono::microseconds(1))));
     lock = enter();
@@ -209,14 +217,22 @@ void Messenger::sleep(Lock& lock, Over over, Clock::time_point deadline) {
 void Messenger::background() {
   const auto needed = [this] { return driver_ == Driver::kBackground && flow_.outstanding(); };
   Lock lock = enter();
+  Clock::duration nap = kArmedSleep;
+  uint64_t waits = 0;
   for (int quiet = 0; !stopped_;) {
     if (quiet == kQuietSleeps) {
       asleep_ = true;
       armed_.wait(lock, [this] { return !asleep_ || stopped_; });
       quiet = 0;
     }
-    armed_.wait_for(lock, kArmedSleep);
+    napping_ = nap > kArmedSleep;
+    armed_.wait_for(lock, nap);
+    napping_ = false;
     if (stopped_) break;
+    // Still the same wait: that is a long one, and tells when it ends.
+    const bool long_wait = driver_ == Driver::kWaiter && waits_ == waits;
+    nap = long_wait ? std::min<Clock::duration>(2 * nap, std::chrono::milliseconds(kMaxSleepMs)) : kArmedSleep;
+    waits = waits_;
     quiet = flow_.outstanding() ? 0 : quiet + 1;
     if (quiet > 0 || driver_ != Driver::kNobody) continue;
     driver_ = Driver::kBackground;

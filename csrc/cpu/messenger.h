@@ -7,8 +7,9 @@
 //     While one drives, other waiters block, and one of them takes over when it leaves.
 //   - While messages are under way and nobody waits, the background thread drives. It is no part of a message that
 //     somebody waits for: it looks whether it is needed every kArmedSleep only, so that nobody has to wake it, and
-//     hands the driving back at once. When nothing has been under way for a while it sleeps until a post that leaves
-//     something to do. It is made by the first such post: a rank that sends no messages has none.
+//     hands the driving back at once. Beside a long wait it looks less often. When nothing has been under way for a
+//     while it sleeps until a post that leaves something to do. It is made by the first such post: a rank that sends
+//     no messages has none.
 #pragma once
 
 #include <atomic>
@@ -60,6 +61,7 @@ class Messenger final : public mnnvl::Messenger, public std::enable_shared_from_
   const int rank_;
   const int world_size_;
   const bool own_core_;
+  const std::chrono::milliseconds max_sleep_;
   GroupFailure& failure_;
   Bell* const bell_;  // own
 
@@ -77,6 +79,8 @@ class Messenger final : public mnnvl::Messenger, public std::enable_shared_from_
   std::thread background_;
   std::condition_variable armed_;  // of the background thread
   bool asleep_ = false;  // it sleeps until it is told
+  bool napping_ = false;  // it sleeps longer than usual, beside a long wait
+  uint64_t waits_ = 0;  // that have driven
 };
 
 }  // namespace mnnvl::cpu

@@ -20,6 +20,7 @@ struct CommunicatorOptions {
   std::vector<std::byte*> segments;
   size_t segment_bytes = 0;  // the same on all ranks
   std::vector<int> peer_pids;  // [world_size]; -1: not watched (own process, or not visible)
+  int max_sleep_ms = kMaxSleepMs;  // of messages; tests make it so long that a lost wake-up can't hide
 };
 
 inline void copy_bytes(void* to, const void* from, int64_t bytes) {

@@ -34,6 +34,13 @@ class Segments {
     }
   }
 
+  // Threads that move messages then sleep until they are woken: a lost wake-up ends the test, by its time.
+  Segments& with_unbounded_sleep() {
+    max_sleep_ms_ = 3600 * 1000;
+    return *this;
+  }
+  int max_sleep_ms() const { return max_sleep_ms_; }
+
   int world_size() const { return static_cast<int>(memory_.size()); }
   size_t bytes() const { return bytes_; }
   std::vector<std::byte*> addresses() const {
@@ -76,6 +83,7 @@ class Segments {
 
  private:
   size_t bytes_;
+  int max_sleep_ms_ = cpu::kMaxSleepMs;
   std::vector<std::unique_ptr<std::byte, FreeMemory>> memory_;
 };
 
@@ -90,6 +98,7 @@ class CpuRank {
     options.segments = segments.addresses();
     options.segment_bytes = segments.bytes();
     options.peer_pids = std::move(peer_pids);
+    options.max_sleep_ms = segments.max_sleep_ms();
     options.peer_pids.resize(static_cast<size_t>(segments.world_size()), -1);
     communicator_ = std::make_unique<cpu::Communicator>(options);
   }

@@ -14,7 +14,8 @@ constexpr int64_t kLargeSlots = 1024;
 constexpr int kAny = Message::kAnySource;
 
 TEST(messenger_sizes) {
-  const Segments segments(2, kStepSlots, kLargeSlots);
+  Segments segments(2, kStepSlots, kLargeSlots);
+  segments.with_unbounded_sleep();
   run_group(segments, [&](CpuRank& rank) {
     for (int64_t bytes : {0, 1, 31, 32, 33, 992, 993, 5000, 8192, 100000}) {
       for (int from : {0, 1}) {
@@ -27,7 +28,8 @@ TEST(messenger_sizes) {
 
 // Both directions at once, larger than the rings; in one request, and in two whose sends are waited for first.
 TEST(messenger_both_directions) {
-  const Segments segments(2, kStepSlots, kSmallSlots);
+  Segments segments(2, kStepSlots, kSmallSlots);
+  segments.with_unbounded_sleep();
   run_group(segments, [&](CpuRank& rank) {
     const int peer = 1 - rank.rank();
     const auto mine = static_cast<uint64_t>(rank.rank()), theirs = static_cast<uint64_t>(peer);
@@ -48,7 +50,8 @@ TEST(messenger_both_directions) {
 // Each rank sends to all, and only then receives from all, waiting in any order.
 TEST(messenger_sends_to_all_before_receives_from_all) {
   for (int world_size : {2, 3, 5, 8}) {
-    const Segments segments(world_size, kStepSlots, kSmallSlots);
+    Segments segments(world_size, kStepSlots, kSmallSlots);
+    segments.with_unbounded_sleep();
     run_group(segments, [&](CpuRank& rank) {
       for (int64_t bytes : {0, 100, 20000}) {
         std::vector<std::unique_ptr<Exchange>> all;
@@ -68,7 +71,8 @@ TEST(messenger_sends_to_all_before_receives_from_all) {
 
 // A receive takes the first message with its tag, whatever came before; the rest waits, also half-arrived.
 TEST(messenger_tags_out_of_order) {
-  const Segments segments(2, kStepSlots, kSmallSlots);
+  Segments segments(2, kStepSlots, kSmallSlots);
+  segments.with_unbounded_sleep();
   run_group(segments, [&](CpuRank& rank) {
     std::vector<std::unique_ptr<Exchange>> all;
     if (rank.rank() == 0) {
@@ -85,7 +89,8 @@ TEST(messenger_tags_out_of_order) {
 
 TEST(messenger_takes_any_source) {
   constexpr int kWorld = 4, kEach = 20;
-  const Segments segments(kWorld, kStepSlots, kSmallSlots);
+  Segments segments(kWorld, kStepSlots, kSmallSlots);
+  segments.with_unbounded_sleep();
   run_group(segments, [&](CpuRank& rank) {
     const auto id = [](int from, int i) { return static_cast<uint64_t>(from * 1000 + i); };
     if (rank.rank() != 0) {
@@ -107,7 +112,8 @@ TEST(messenger_takes_any_source) {
 
 // Nobody waits: the background threads move it. Then they sleep, and are woken for more.
 TEST(messenger_moves_what_nobody_waits_for) {
-  const Segments segments(2, kStepSlots, kSmallSlots);
+  Segments segments(2, kStepSlots, kSmallSlots);
+  segments.with_unbounded_sleep();
   run_group(segments, [&](CpuRank& rank) {
     for (uint64_t round = 0; round < 3; ++round) {
       const auto message = rank.rank() == 0 ? isend(rank, round, 100000, 1) : irecv(rank, round, 100000, 0);
@@ -121,7 +127,8 @@ TEST(messenger_moves_what_nobody_waits_for) {
 // Several threads of one rank wait for messages of their own, and take over from each other.
 TEST(messenger_waiters_of_one_rank) {
   constexpr int kThreads = 4;
-  const Segments segments(2, kStepSlots, kSmallSlots);
+  Segments segments(2, kStepSlots, kSmallSlots);
+  segments.with_unbounded_sleep();
   CpuRank ranks[] = {CpuRank(segments, 0), CpuRank(segments, 1)};
   run_threads(2 * kThreads, [&](int i) {
     CpuRank& rank = ranks[i % 2];
@@ -140,7 +147,8 @@ TEST(messenger_waiters_of_one_rank) {
 
 // Most of these waits sleep: what wakes them is a message, or credit.
 TEST(messenger_ping_pong_asleep) {
-  const Segments segments(2, kStepSlots, kSmallSlots);
+  Segments segments(2, kStepSlots, kSmallSlots);
+  segments.with_unbounded_sleep();
   run_group(segments, [&](CpuRank& rank) {
     Random random(static_cast<uint64_t>(rank.rank()));
     for (int round = 0; round < iterations(300); ++round) {
@@ -231,6 +239,7 @@ std::vector<std::unique_ptr<Exchange>> post_all(CpuRank& rank, const std::vector
 
 void random_messages(int world_size, int64_t slot_bytes, uint32_t first, int rounds) {
   Segments segments(world_size, kStepSlots, slot_bytes);
+  segments.with_unbounded_sleep();
   segments.start_from(first);
   run_group(segments, [&](CpuRank& rank) {
     for (int round = 0; round < rounds; ++round) {
@@ -261,7 +270,8 @@ TEST(messenger_random_around_the_wrap) { random_messages(3, kSmallSlots, 0xfffff
 // Each rank's second thread goes through collectives all the time.
 TEST(messenger_beside_collectives) {
   constexpr int kWorld = 3;
-  const Segments segments(kWorld, kStepSlots, kSmallSlots);
+  Segments segments(kWorld, kStepSlots, kSmallSlots);
+  segments.with_unbounded_sleep();
   std::vector<std::unique_ptr<CpuRank>> ranks;
   for (int r = 0; r < kWorld; ++r) ranks.push_back(std::make_unique<CpuRank>(segments, r));
   run_threads(2 * kWorld, [&](int i) {

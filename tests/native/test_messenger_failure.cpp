@@ -137,6 +137,21 @@ TEST(messenger_abort_ends_all) {
   check_broken(rank, error);
 }
 
+// Who posts may be the first to hear; what was under way ends all the same.
+TEST(messenger_a_post_hears_of_a_failure) {
+  for (int round = 0; round < iterations(50); ++round) {
+    const Segments segments(2, kStepSlots, kSlots);
+    CpuRank rank(segments, 0), other(segments, 1);
+    const auto in = irecv(rank, 0, 10, 1);
+    other.abort();
+    const Error error = error_of([&] { isend(rank, 0, 10, 1); });
+    CHECK(error.kind() == ErrorKind::kPeerFailed, error.what());
+    while (!in->over()) std::this_thread::yield();
+    CHECK(std::string(in->error().what()) == error.what(), in->error().what());
+    CHECK(rank.messenger().wait_idle(std::chrono::milliseconds(kLongMs)));
+  }
+}
+
 // Collectives and messages of a group break together, whichever fails.
 TEST(messenger_breaks_with_the_collectives) {
   const Segments segments(2, kStepSlots, kSlots);
