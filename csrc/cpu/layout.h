@@ -1,6 +1,6 @@
 // The layout of one rank's shared segment, and why the CPU protocol is safe.
 //
-//   [control area: kControlBytes][slot 0][slot 1] ... [slot kSlots - 1]           S = kSlots
+//   [control area: kControlBytes][slot 0][slot 1] ... [slot kSlots - 1][a ring for each peer: channel.h]    S = kSlots
 //
 // Shared words. All lie in the segment of the rank that the table calls r; each has a cache line of its own, and no
 // line has two writing ranks except the counters and the abort word, which nobody touches in a normal fast step.
@@ -92,11 +92,17 @@ struct Signal {
   alignas(kCacheLine) std::atomic<uint32_t> sleepers;
 };
 
+struct Bell {  // channel.h
+  alignas(kCacheLine) std::atomic<uint32_t> rings;
+  std::atomic<uint32_t> sleepers;
+};
+
 struct Control {
   Signal posted;
   Signal reduced;
   Signal done;
   alignas(kCacheLine) std::atomic<uint32_t> abort;
+  Bell bell;
 };
 
 static_assert(sizeof(Control) <= kControlBytes);
@@ -117,13 +123,6 @@ constexpr uint32_t tag_of(uint64_t digest, uint32_t epoch) {
 }
 
 inline Control* control_of(std::byte* segment) { return reinterpret_cast<Control*>(segment); }
-
-// Bytes of one slot: whole cache lines.
-constexpr int64_t slot_bytes(size_t segment_bytes) {
-  return segment_bytes <= kControlBytes
-             ? 0
-             : static_cast<int64_t>((segment_bytes - kControlBytes) / kSlots / kCacheLine * kCacheLine);
-}
 
 inline std::byte* slot_of(std::byte* segment, int64_t slot_size, uint32_t epoch) {
   return segment + kControlBytes + static_cast<int64_t>(epoch % kSlots) * slot_size;

@@ -30,7 +30,7 @@ struct FailureRecord {
   uint32_t valid;     // written last (release), 1 when the rest can be read
   FailureCause cause;
   int32_t rank;       // who waited
-  int32_t peer;       // for whom; for kPeerFailed, where it began: abort_rank() of what was told
+  int32_t peer;       // for whom; -1: for any; for kPeerFailed, where it began: abort_rank() of what was told
   Operation operation;
   uint32_t stage;     // GPU: one of the stages below. The CPU names the word instead
   uint64_t sequence;  // collective number in the group, counted where the wait ran; of a channel: its message number

@@ -127,6 +127,7 @@ class CudaTransport final : public Transport {
     const FailureRecord& record = mailbox()->record;
     FailureDetails details;
     Mismatch mismatch{Mismatch::Kind::kCalls, unpack(record.calls.mine), unpack(record.calls.theirs)};
+    if (mismatch.mine.operation == Operation::kSend) mismatch.kind = Mismatch::Kind::kMessage;
     mismatch.mine.tag = record.calls.my_tag;
     mismatch.theirs.tag = record.calls.their_tag;
     if (record.cause == FailureCause::kMismatch) details.mismatch = &mismatch;
