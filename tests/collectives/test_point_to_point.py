@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
-from datetime import timedelta
 
 import pytest
 import torch
