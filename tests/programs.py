@@ -13,7 +13,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-ANY_SOURCE_TAG = 1000  # and up: a tag of its own for each such message, or it could get another's
+
+def any_source_tag(seed: int, number: int) -> int:
+    """Of this message alone: another with its tag, be it of the next program, which a rank may have begun, could be taken
+    in its place."""
+    return 1000 * (seed % 1_000_000 + 1) + number
 
 
 @dataclass
@@ -98,7 +102,7 @@ class Program:
     def _message(self, source: int, destination: int) -> Message:
         self._numbers += 1
         any_source = not self.in_order and self._random.random() < 0.1
-        tag = ANY_SOURCE_TAG + self._numbers if any_source else self._random.choice([0, 0, 1, 2, 7])
+        tag = any_source_tag(self.seed, self._numbers) if any_source else self._random.choice([0, 0, 1, 2, 7])
         return Message(self._numbers, source, destination, self._bytes(), tag, any_source)
 
     def _pair(self) -> tuple[int, int]:
