@@ -104,10 +104,10 @@ def bad_messages(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exceptio
     n, me, device = rank.world_size, rank.rank, rank.device
     peer = (me + 1) % n
     x, grid = torch.ones(4, device=device), torch.ones(4, 6, device=device)
-    group = dist.group.WORLD
+    backend = dist.group.WORLD._get_backend(device)  # torch's own checks stop sparse tensors before
     dense = "expected a dense, non-overlapping tensor.*contiguous"
     cases: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {}
-    for name, call, raw, end in (("send", dist.isend, group.send, "dst"), ("recv", dist.irecv, group.recv, "src")):
+    for name, call, raw, end in (("send", dist.isend, backend.send, "dst"), ("recv", dist.irecv, backend.recv, "src")):
         text = f"mnnvl {name}"
         cases |= {
             f"{name} itself": (lambda call=call: call(x, me), ValueError, f"{text}: {end}.*expected.*got {me}"),
@@ -120,7 +120,7 @@ def bad_messages(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exceptio
             ),
             f"{name} columns": (lambda call=call: call(grid[:, ::2], peer), ValueError, f"{text}.*{dense}"),
             f"{name} expanded": (lambda call=call: call(x[:1].expand(5), peer), ValueError, f"{text}.*{dense}"),
-            f"{name} sparse": (lambda call=call: call(grid.to_sparse(), peer), ValueError, f"{text}.*dense.*Sparse"),
+            f"{name} sparse": (lambda raw=raw: raw([grid.to_sparse()], peer, 0), ValueError, f"{text}.*dense.*Sparse"),
             f"{name} two": (lambda raw=raw: raw([x, x], peer, 0), ValueError, f"{text}.*expected.*one tensor.*got 2"),
         }
     return cases

@@ -75,7 +75,7 @@ def all_gather_into_tensor(rank: Rank, numel: int, seed: int) -> Check:
 
 def all_reduce(rank: Rank, numel: int, seed: int) -> Check:
     inputs = [random_input(r, numel, torch.float32, seed) for r in range(rank.world_size)]
-    x = inputs[rank.rank].to(rank.device)
+    x = inputs[rank.rank].clone().to(rank.device)
     dist.all_reduce(x)
     return lambda: assert_bits(x, rank_order_sum(inputs), "all_reduce")
 

@@ -20,7 +20,7 @@ NO_RING_HOLDS = 64 << 20  # bytes
 
 # A message as an end describes it: elements, dtype, and how errors name it.
 ENDS: dict[str, tuple[int, torch.dtype, str]] = {
-    "empty": (0, torch.float32, "0 bytes"),
+    "empty": (0, torch.float32, " 0 bytes"),
     "short": (25, torch.float32, "100 bytes"),
     "48": (48, torch.float32, "192 bytes float32"),
     "half": (96, torch.float16, "192 bytes float16"),
