@@ -137,7 +137,7 @@ def from_anybody(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exceptio
 
 
 @cuda_only
-def test_a_gpu_does_not_receive_from_any_source(ranks):
+def test_cuda_does_not_receive_from_any_source(ranks):
     ranks(refused_body, 2, "cuda", args=(from_anybody,))
 
 

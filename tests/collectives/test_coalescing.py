@@ -314,5 +314,5 @@ def graph_body(rank: Rank) -> None:
 
 
 @cuda_only
-def test_in_a_graph(ranks):
+def test_in_a_cuda_graph(ranks):
     ranks(graph_body, 2, "cuda")

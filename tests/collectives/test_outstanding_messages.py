@@ -212,5 +212,5 @@ def streams_body(rank: Rank) -> None:
 
 
 @cuda_only
-def test_streams(ranks):
+def test_streams_of_cuda(ranks):
     ranks(streams_body, 2, "cuda")

@@ -58,7 +58,7 @@ def test_every_operation_beside_gloo(tmp_path, world_size):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
-def test_every_operation_beside_nccl(tmp_path):
+def test_every_operation_beside_nccl_on_cuda(tmp_path):
     bench_every(tmp_path, "cuda", 2, list(OPERATIONS), "mnnvl,nccl")
 
 
