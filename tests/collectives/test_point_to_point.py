@@ -209,6 +209,7 @@ def test_many_small_messages_ahead_of_the_receiver(ranks, device):
 def tags_body(rank: Rank, numel: int) -> None:
     """Each receive takes the first message with its tag, wherever it stands; posted before and after they come."""
     tags = [3, 1, 2, 1, 0, 3, 2**31 - 1, 1]
+    all_reduce_works(rank)  # sets the group up, for which all ranks have to come
     for early in (False, True):
         rank.meet(f"begin {early}")
         if rank.rank == 0:
@@ -241,6 +242,7 @@ def any_source_body(rank: Rank, members: list[int], numel: int, early: bool) -> 
     group = dist.new_group(members)
     if rank.rank not in members:
         return
+    all_reduce_works(rank, group)
     receiver, senders = members[-1], members[:-1]
     if rank.rank != receiver:
         if early:

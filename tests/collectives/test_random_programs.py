@@ -1,6 +1,6 @@
 """Random programs of sends, receives, batches and collectives (tests/programs.py): every byte is checked.
 
-MNNVL_TEST_PROGRAMS: how many for each world size (default 150, and a quarter of it on GPUs); MNNVL_TEST_SEED: the first one's
+MNNVL_TEST_PROGRAMS: how many for each world size (default 300, and a quarter of it on GPUs); MNNVL_TEST_SEED: the first one's
 seed. A failure shows the program; its seed is enough to run it again, alone: MNNVL_TEST_PROGRAMS=1 MNNVL_TEST_SEED=<seed>.
 """
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from launcher import Rank
 from programs import Collective, Event, Message, Program
 
-PROGRAMS = int(os.environ.get("MNNVL_TEST_PROGRAMS", "150"))
+PROGRAMS = int(os.environ.get("MNNVL_TEST_PROGRAMS", "300"))
 FIRST_SEED = int(os.environ.get("MNNVL_TEST_SEED", "1"))
 SECONDS = 60 + PROGRAMS  # more than enough
 LARGEST = 16 << 20  # bytes of a message
