@@ -52,6 +52,8 @@ memcheck() {
 memcheck "all_reduce" tests/collectives/test_all_reduce.py -k "cuda and (any_alignment or average)"
 memcheck "moves" tests/collectives/test_all_gather.py tests/collectives/test_broadcast.py \
   tests/collectives/test_barrier.py -k "cuda and not large"
+memcheck "messages" tests/collectives/test_point_to_point.py tests/collectives/test_coalescing.py \
+  -k "cuda and (every_dtype or layouts or mixed)"
 memcheck "graphs" tests/collectives/test_graphs.py -k "sizes_replayed or several_graphs"
 memcheck "the function" tests/function -k "cuda and (sums or last_byte or back_to_back)"
 BENCH=$([ "$GPUS" -ge 4 ] && echo 4 || echo "$GPUS")

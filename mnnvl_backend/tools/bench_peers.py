@@ -1,4 +1,4 @@
-"""What `mnnvl bench` compares: each peer sums a tensor over all ranks in its own way.
+"""Whom `mnnvl bench` compares: each peer carries out the operations that it has in its own way.
 
 A peer's time includes the copies that a user with an ordinary tensor would pay, but for NCCL's symmetric windows, where
 the user's tensor has to live in a registered pool.
@@ -6,44 +6,97 @@ the user's tensor has to live in a registered pool.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from mnnvl_backend.options import Options
+from mnnvl_backend.tools.bench_operations import OPERATIONS, Operation
 from mnnvl_backend.tools.launch import Place
 
 Call = Callable[[], Any]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """An operation at one size, ready for graphs and loops: `call` allocates nothing."""
+
+    call: Call
+    source: torch.Tensor  # what this rank contributes; to be filled before a call
+    result: torch.Tensor  # what it has after one; the source itself, if the operation works in place
+
+
 class Peer(Protocol):
     name: str
 
-    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, in memory that no later call touches. May overwrite `tensor`."""
-
-    def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
-        """A function that sums a tensor like this one, for graphs and loops, and the tensor that it reads; allocates
-        nothing when called."""
+    def prepare(self, operation: Operation, like: torch.Tensor) -> Prepared:
+        """For a contribution like this one. Collective."""
 
     def close(self) -> None: ...
 
 
 class Group:
-    """dist.all_reduce on a group of some backend, in place."""
+    """torch.distributed's own functions on a group of some backend."""
 
-    def __init__(self, name: str, backend: str, options: Any = None) -> None:
-        self.name = name
+    def __init__(self, name: str, backend: str, place: Place, options: Any = None) -> None:
+        self.name, self._place = name, place
         self._group = dist.new_group(backend=backend, pg_options=options)
+        self._makers: dict[str, Callable[[torch.Tensor], Prepared]] = {
+            "all_reduce": self._all_reduce,
+            "all_gather": self._all_gather,
+            "broadcast": self._broadcast,
+            "barrier": self._barrier,
+            "send_recv": self._send_recv,
+            "ping_pong": self._ping_pong,
+        }
 
-    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(tensor, group=self._group)
-        return tensor
+    def prepare(self, operation: Operation, like: torch.Tensor) -> Prepared:
+        return self._makers[operation.name](torch.empty_like(like))
 
-    def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
-        return lambda: dist.all_reduce(tensor, group=self._group), tensor
+    def _all_reduce(self, x: torch.Tensor) -> Prepared:
+        return Prepared(lambda: dist.all_reduce(x, group=self._group), x, x)
+
+    def _all_gather(self, x: torch.Tensor) -> Prepared:
+        whole = x.new_empty(self._place.world_size * x.numel())
+        return Prepared(lambda: dist.all_gather_into_tensor(whole, x, group=self._group), x, whole)
+
+    def _broadcast(self, x: torch.Tensor) -> Prepared:
+        return Prepared(lambda: dist.broadcast(x, 0, group=self._group), x, x)
+
+    def _barrier(self, x: torch.Tensor) -> Prepared:
+        ids = [self._place.device.index] if self._place.device.type == "cuda" else None
+        return Prepared(lambda: dist.barrier(self._group, device_ids=ids), x, x)
+
+    def _send_recv(self, x: torch.Tensor) -> Prepared:
+        y, rank, size = torch.empty_like(x), self._place.rank, self._place.world_size
+
+        def call() -> None:
+            send = dist.P2POp(dist.isend, x, (rank + 1) % size, self._group)
+            receive = dist.P2POp(dist.irecv, y, (rank - 1) % size, self._group)
+            for work in dist.batch_isend_irecv([send, receive]):
+                work.wait()
+
+        return Prepared(call, x, y)
+
+    def _ping_pong(self, x: torch.Tensor) -> Prepared:
+        """Rank 1 sends back what it got; the others look on."""
+        y = torch.empty_like(x)
+
+        def begin() -> None:
+            dist.send(x, 1, self._group)
+            dist.recv(y, 1, self._group)
+
+        def answer() -> None:
+            dist.recv(y, 0, self._group)
+            dist.send(y, 0, self._group)
+
+        if self._place.rank == 0:
+            return Prepared(begin, x, y)
+        return Prepared(answer, x, y) if self._place.rank == 1 else Prepared(lambda: None, x, x)
 
     def close(self) -> None:
         dist.destroy_process_group(self._group)
@@ -67,17 +120,15 @@ class Function:
         hidden = 1024 // tensor.dtype.itemsize
         return tensor.view(-1, hidden) if tensor.numel() % hidden == 0 else tensor.view(1, -1)
 
-    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+    def prepare(self, operation: Operation, like: torch.Tensor) -> Prepared:
         from mnnvl_backend import trtllm_mnnvl_allreduce
 
-        return trtllm_mnnvl_allreduce(self._shape(tensor), self._workspace, self._pdl).view_as(tensor)
-
-    def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
-        from mnnvl_backend import trtllm_mnnvl_allreduce
-
-        shaped = self._shape(tensor)
+        x = torch.empty_like(like)
+        shaped = self._shape(x)
         output = torch.empty_like(shaped)
-        return lambda: trtllm_mnnvl_allreduce(shaped, self._workspace, self._pdl, output=output), tensor
+        return Prepared(
+            lambda: trtllm_mnnvl_allreduce(shaped, self._workspace, self._pdl, output=output), x, output.view_as(x)
+        )
 
     def close(self) -> None:
         self._workspace.destroy()
@@ -105,16 +156,9 @@ class NcclWindow:
             self._backend.register_mem_pool(self._pool, symm=True)
         return self._tensors[key]
 
-    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        own = self._like(tensor)
-        own.copy_(tensor)
-        dist.all_reduce(own, group=self._group)
-        return own.clone()
-
-    def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
-        own = self._like(tensor)
-        own.copy_(tensor)
-        return lambda: dist.all_reduce(own, group=self._group), own
+    def prepare(self, operation: Operation, like: torch.Tensor) -> Prepared:
+        own = self._like(like)
+        return Prepared(lambda: dist.all_reduce(own, group=self._group), own, own)
 
     def close(self) -> None:
         self._backend.deregister_mem_pool(self._pool)
@@ -139,12 +183,9 @@ class SymmetricMemory:
             symmetric.rendezvous(self._buffers[key], self._group.group_name)
         return self._buffers[key]
 
-    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.prepare(tensor)[0]()
-        return tensor
-
-    def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
-        buffer, name = self._like(tensor), self._group.group_name
+    def prepare(self, operation: Operation, like: torch.Tensor) -> Prepared:
+        tensor = torch.empty_like(like)
+        buffer, name = self._like(like), self._group.group_name
 
         def one_shot() -> None:
             torch.ops.symm_mem.one_shot_all_reduce_copy_out(buffer, tensor, "sum", name, tensor)
@@ -154,7 +195,7 @@ class SymmetricMemory:
             torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", name)
             tensor.copy_(buffer)
 
-        return two_shot if self._two_shot else one_shot, tensor
+        return Prepared(two_shot if self._two_shot else one_shot, tensor, tensor)
 
     def close(self) -> None:
         self._buffers.clear()
@@ -173,42 +214,44 @@ class Mpi:
         if MPI.COMM_WORLD.Get_size() != dist.get_world_size():
             raise RuntimeError(f"MPI's world has {MPI.COMM_WORLD.Get_size()} ranks; start with mpirun")
 
-    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.prepare(tensor)[0]()
-        return tensor
-
-    def prepare(self, tensor: torch.Tensor) -> tuple[Call, torch.Tensor]:
-        array = tensor.numpy()
-        return lambda: self._mpi.COMM_WORLD.Allreduce(self._mpi.IN_PLACE, array), tensor
+    def prepare(self, operation: Operation, like: torch.Tensor) -> Prepared:
+        x = torch.empty_like(like)
+        array = x.numpy()
+        return Prepared(lambda: self._mpi.COMM_WORLD.Allreduce(self._mpi.IN_PLACE, array), x, x)
 
     def close(self) -> None:
         pass
 
 
 def peers_of(
-    place: Place, max_bytes: int, dtype: torch.dtype, only: list[str] | None, notes: dict[str, str]
+    place: Place,
+    operation: Operation,
+    max_bytes: int,
+    only: list[str] | None,
+    notes: dict[str, str],
 ) -> list[Peer]:
-    """The peers that can be made here; collective. Why one can't goes to `notes`."""
-    makers: dict[str, Callable[[], Peer]] = {
-        "mnnvl": lambda: Group("mnnvl", "mnnvl", Options()),
-        "mnnvl function": lambda: Function("mnnvl function", place, max_bytes, pdl=False),
+    """The peers that have the operation and can be made here; collective. Why one can't goes to `notes`."""
+    every, sums = tuple(OPERATIONS), ("all_reduce",)
+    makers: dict[str, tuple[Collection[str], Callable[[], Peer]]] = {
+        "mnnvl": (every, lambda: Group("mnnvl", "mnnvl", place, Options())),
+        "mnnvl function": (sums, lambda: Function("mnnvl function", place, max_bytes, pdl=False)),
     }
     if place.device.type == "cuda":
-        makers["mnnvl function pdl"] = lambda: Function("mnnvl function pdl", place, max_bytes, pdl=True)
+        makers["mnnvl function pdl"] = (sums, lambda: Function("mnnvl function pdl", place, max_bytes, pdl=True))
         if place.peer_possible:
-            makers["nccl"] = lambda: Group("nccl", "nccl")
-            makers["nccl window"] = lambda: NcclWindow(place)
-            makers["symm_mem one-shot"] = lambda: SymmetricMemory("symm_mem one-shot", two_shot=False)
-            makers["symm_mem two-shot"] = lambda: SymmetricMemory("symm_mem two-shot", two_shot=True)
+            makers["nccl"] = (every, lambda: Group("nccl", "nccl", place))
+            makers["nccl window"] = (sums, lambda: NcclWindow(place))
+            for name, two_shot in (("symm_mem one-shot", False), ("symm_mem two-shot", True)):
+                makers[name] = (sums, partial(SymmetricMemory, name, two_shot))
     else:
-        makers["gloo"] = lambda: Group("gloo", "gloo")
-        makers["mpi4py"] = Mpi
+        makers["gloo"] = (every, lambda: Group("gloo", "gloo", place))
+        makers["mpi4py"] = (sums, Mpi)
     unknown = set(only or ()) - set(makers)
     if unknown:
         raise SystemExit(f"--only: unknown here: {', '.join(sorted(unknown))}; known: {', '.join(makers)}")
     peers = []
-    for name, make in makers.items():
-        if only and name not in only:
+    for name, (serves, make) in makers.items():
+        if operation.name not in serves or (only and name not in only):
             continue
         try:
             peers.append(make())

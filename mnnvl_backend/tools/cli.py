@@ -15,6 +15,16 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected bytes such as 4096, 64K or 1G, got {text!r}") from None
 
 
+def _operations(text: str) -> list[str]:
+    from mnnvl_backend.tools.bench_operations import OPERATIONS
+
+    names = text.split(",")
+    unknown = [name for name in names if name not in OPERATIONS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(OPERATIONS)}")
+    return names
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mnnvl", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
@@ -27,10 +37,16 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     demo.add_argument("--epochs", type=int, default=12)
 
-    bench = commands.add_parser("bench", help="all-reduce beside its peers, in one run; run under torchrun")
+    bench = commands.add_parser("bench", help="operations beside their peers, in one run; run under torchrun")
     bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    bench.add_argument("--min-bytes", type=_size, help="default 2K on CUDA, 1K on CPU")
-    bench.add_argument("--max-bytes", type=_size, default=64 << 20, help="default 64M")
+    bench.add_argument(
+        "--operation",
+        type=_operations,
+        default=["all_reduce"],
+        help="comma-separated: all_reduce (the default), all_gather, broadcast, barrier, send_recv, ping_pong",
+    )
+    bench.add_argument("--min-bytes", type=_size, help="of a rank's contribution; default 1K, of all_reduce on CUDA 2K")
+    bench.add_argument("--max-bytes", type=_size, help="default 64M; on CUDA 256M, but of all_reduce")
     bench.add_argument("--replays", type=int, default=31, help="samples per size and peer")
     bench.add_argument("--only", help="comma-separated peers, e.g. mnnvl,nccl")
     bench.add_argument("--multicast", action="store_true", help="let mnnvl and its peers make multicast objects")
@@ -59,4 +75,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.only.split(",") if arguments.only else None,
         arguments.output,
         arguments.multicast,
+        arguments.operation,
     )

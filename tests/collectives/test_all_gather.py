@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
-from reference import EVERY_DTYPE, all_reduce_works, gather_body, random_input, uneven_objects_body
+from reference import (
+    EVERY_DTYPE,
+    all_reduce_works,
+    gather_body,
+    in_the_middle,
+    random_input,
+    raw_bytes,
+    uneven_objects_body,
+    values,
+)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -49,6 +58,53 @@ def gather_into(rank: Rank, outs: list[torch.Tensor], x: torch.Tensor, async_op:
         work.wait()
     if rank.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def uneven_body(rank: Rank, factors: list[int]) -> None:
+    """Rank r gives r * factor + 1 elements, and then, the other way round, 0 and more."""
+    n = rank.world_size
+    for seed, factor in enumerate(factors):
+        for numels in ([r * factor + 1 for r in range(n)], [(n - 1 - r) * factor for r in range(n)]):
+            for dtype in (torch.uint8, torch.bfloat16, torch.complex64):
+                expected = [values(r, numels[r], dtype, seed) for r in range(n)]
+                x, check_input = in_the_middle(expected[rank.rank], seed % 4, rank.device)
+                for async_op in (False, True):
+                    empty = [values(n, numel, dtype, seed) for numel in numels]
+                    places = [in_the_middle(e, (seed + r) % 4, rank.device) for r, e in enumerate(empty)]
+                    gather_into(rank, [out for out, _ in places], x, async_op)
+                    for r, (out, check) in enumerate(places):
+                        assert torch.equal(raw_bytes(out), raw_bytes(expected[r])), f"{numels} x {dtype}, rank {r}'s"
+                        check()
+                check_input()
+    all_reduce_works(rank)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_uneven_lists(ranks, device, world_size):
+    """Every rank's contribution has a size of its own, as with NCCL; nothing, on some."""
+    ranks(uneven_body, world_size, device, args=([1, 7, 1000, 70_001],), timeout=120)
+
+
+def test_large_uneven_lists(ranks, device):
+    """One rank gives what takes many steps, the others nothing or little."""
+    ranks(uneven_body, 3, device, args=([2_500_001],), options={"workspace_bytes": 1 << 20})
+
+
+def uneven_layouts_body(rank: Rank) -> None:
+    """Outputs and inputs of several dimensions, transposed and strided, of another size from each rank."""
+    n, device = rank.world_size, rank.device
+    contributions = [torch.arange(5.0 * (r + 1)).view(5, r + 1) + 100 * r for r in range(n)]
+    wide = torch.zeros(5, 2 * n, device=device)
+    outs = [torch.zeros(r + 1, 5, device=device).t() for r in range(n)]
+    outs[-1] = wide[:, ::2]
+    gather_into(rank, outs, contributions[rank.rank].to(device))
+    for r in range(n):
+        assert torch.equal(outs[r].cpu(), contributions[r])
+    assert torch.equal(wide[:, 1::2].cpu(), torch.zeros(5, n)), "wrote between the columns"
+
+
+def test_uneven_lists_that_are_not_contiguous(ranks, device):
+    ranks(uneven_layouts_body, 3, device)
 
 
 def modes_body(rank: Rank) -> None:

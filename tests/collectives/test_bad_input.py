@@ -36,8 +36,7 @@ def refused_operations(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Ex
     n, device = rank.world_size, rank.device
     x, whole = torch.ones(4, device=device), torch.ones(4 * n, device=device)
     parts = [torch.ones(4, device=device) for _ in range(n)]
-    root, peer = rank.rank == 0, (rank.rank + 1) % n
-    send_to_peer = dist.P2POp(dist.isend, x, peer)
+    root = rank.rank == 0
     objects: list[Any] = [None] * n
     calls: dict[str, tuple[Callable[[], Any], str]] = {
         "reduce": (lambda: dist.reduce(x, 0), "reduce"),
@@ -51,14 +50,6 @@ def refused_operations(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Ex
         "all_to_all": (lambda: dist.all_to_all(parts, parts), "all_to_all"),
         "all_to_all_single": (lambda: dist.all_to_all_single(whole.clone(), whole), "all_to_all_single"),
         "all_gather_coalesced": (lambda: dist.all_gather_coalesced([parts], [x]), "all_gather_coalesced"),
-        "send": (lambda: dist.send(x, peer), "send"),
-        "isend": (lambda: dist.isend(x, peer), "send"),
-        "recv": (lambda: dist.recv(x, peer), "recv"),
-        "irecv": (lambda: dist.irecv(x, peer), "recv"),
-        "recv from anyone": (lambda: dist.recv(x), "recv"),
-        "send_object_list": (lambda: dist.send_object_list([1], peer), "send"),
-        "recv_object_list": (lambda: dist.recv_object_list([None], peer), "recv"),
-        "batch_isend_irecv": (lambda: dist.batch_isend_irecv([send_to_peer]), "send"),
     }
     # The name stands alone: not as a part of torch's internal ones.
     return {
@@ -92,7 +83,7 @@ def bad_input(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception],
         "broadcast root": (lambda: dist.broadcast(x, n), ValueError, f"root: expected 0 to {n - 1}, got {n}"),
         "gather of columns": (lambda: dist.all_gather(several(4, 3), grid[:, ::2]), ValueError, dense),
         "short list": (lambda: dist.all_gather(several(4)[1:], x), ValueError, f"expected {n} tensors, got {n - 1}"),
-        "list's numel": (lambda: dist.all_gather(several(3), x), ValueError, "4 elements like the input, got 3"),
+        "list's numel": (lambda: dist.all_gather(several(3), x), ValueError, "4 elements.*got 3"),
         "list's dtype": (lambda: dist.all_gather(several(4, dtype=torch.half), x), ValueError, "dtypes"),
         "list on meta": (lambda: dist.all_gather(several(4, device="meta"), x), ValueError, "tensor_list: expected a .*tensor.*meta"),
         "output's numel": (lambda: dist.all_gather_into_tensor(torch.empty(4 * n + 1, device=device), x),
@@ -106,6 +97,48 @@ def bad_input(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception],
 
 def test_bad_input_leaves_the_group_usable(ranks, device):
     ranks(refused_body, 2, device, args=(bad_input,))
+
+
+def bad_messages(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
+    """Each is one end's own mistake: nothing has been sent, and the peer knows nothing of it."""
+    n, me, device = rank.world_size, rank.rank, rank.device
+    peer = (me + 1) % n
+    x, grid = torch.ones(4, device=device), torch.ones(4, 6, device=device)
+    backend = dist.group.WORLD._get_backend(device)  # torch's own checks stop sparse tensors before
+    dense = "expected a dense, non-overlapping tensor.*contiguous"
+    cases: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {}
+    for name, call, raw, end in (("send", dist.isend, backend.send, "dst"), ("recv", dist.irecv, backend.recv, "src")):
+        text = f"mnnvl {name}"
+        cases |= {
+            f"{name} itself": (lambda call=call: call(x, me), ValueError, f"{text}: {end}.*expected.*got {me}"),
+            f"{name} rank n": (lambda call=call: call(x, n), ValueError, f"{text}: {end}.*expected.*got {n}"),
+            f"{name} rank -1": (lambda call=call: call(x, -1), ValueError, f"{text}: {end}.*expected.*got -1"),
+            f"{name} negative tag": (
+                lambda call=call: call(x, peer, tag=-1),
+                ValueError,
+                f"{text}: tag.*expected.*got -1",
+            ),
+            f"{name} columns": (lambda call=call: call(grid[:, ::2], peer), ValueError, f"{text}.*{dense}"),
+            f"{name} expanded": (lambda call=call: call(x[:1].expand(5), peer), ValueError, f"{text}.*{dense}"),
+            f"{name} sparse": (lambda raw=raw: raw([grid.to_sparse()], peer, 0), ValueError, f"{text}.*dense.*Sparse"),
+            f"{name} two": (lambda raw=raw: raw([x, x], peer, 0), ValueError, f"{text}.*expected.*one tensor.*got 2"),
+        }
+    return cases
+
+
+def test_bad_messages_leave_the_group_usable(ranks, device):
+    ranks(refused_body, 2, device, args=(bad_messages,))
+
+
+def from_anybody(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
+    x = torch.ones(4, device=rank.device)
+    refused = (RuntimeError, "mnnvl recv.*any source.*CPU")
+    return {"recv": (lambda: dist.recv(x), *refused), "irecv": (lambda: dist.irecv(x), *refused)}
+
+
+@cuda_only
+def test_cuda_does_not_receive_from_any_source(ranks):
+    ranks(refused_body, 2, "cuda", args=(from_anybody,))
 
 
 def views(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
@@ -129,6 +162,8 @@ def views(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str
             "all_gather: tensor_list": lambda x=x, parts=parts, dense=dense: backend.allgather(
                 [[x, *parts[1:]]], [dense], AllgatherOptions()
             ),
+            "send": lambda x=x: backend.send([x], (rank.rank + 1) % n, 0),
+            "recv": lambda x=x: backend.recv([x], (rank.rank + 1) % n, 0),
             "all_gather_into_tensor: input": lambda x=x, whole=whole: backend._allgather_base(
                 whole, x, AllgatherOptions()
             ),

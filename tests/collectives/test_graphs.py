@@ -59,6 +59,19 @@ class Step:
         assert same_bits(self.result, self.expected[self.chosen]), f"{when}: {self.what}"
 
 
+def exchange(rank: Rank, out: torch.Tensor, into: torch.Tensor, group: dist.ProcessGroup | None, batch: bool) -> None:
+    """To the next rank, from the one before."""
+    after, before = ((rank.rank + step) % rank.world_size for step in (1, -1))
+    if batch:
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, out, after, group), dist.P2POp(dist.irecv, into, before, group)]
+        )
+    else:
+        works = [dist.isend(out, after, group), dist.irecv(into, before, group)]
+    for work in works:
+        work.wait()
+
+
 def make_step(
     rank: Rank, kind: str, numel: int, dtype: torch.dtype, seed: int, group: dist.ProcessGroup | None = None
 ) -> Step:
@@ -69,6 +82,8 @@ def make_step(
         expected = [torch.cat(variant) for variant in inputs]
     elif kind == "broadcast":
         expected = [variant[root] for variant in inputs]
+    elif kind in ("messages", "batch"):
+        expected = [variant[(rank.rank - 1) % n] for variant in inputs]
     else:
         expected = [rank_order_sum(variant) for variant in inputs]
     source = torch.zeros(numel, dtype=dtype, device=rank.device)
@@ -77,6 +92,9 @@ def make_step(
     def run() -> None:
         if kind == "all_gather":
             dist.all_gather_into_tensor(result, source, group=group)
+            return
+        if kind in ("messages", "batch"):
+            exchange(rank, source, result, group, kind == "batch")
             return
         result.copy_(source)
         if kind == "broadcast":
@@ -113,7 +131,7 @@ def capture(steps: list[Step], group: dist.ProcessGroup | None = None) -> torch.
 
 def eager_call(rank: Rank, plan: random.Random, number: int) -> None:
     """Something else in the same workspace."""
-    kind = plan.choice(["all_reduce", "all_reduce", "async", "broadcast", "all_gather"])
+    kind = plan.choice(["all_reduce", "all_reduce", "async", "broadcast", "all_gather", "messages", "batch"])
     numel, dtype = int(2 ** plan.uniform(0, 18)), plan.choice([torch.float32, torch.float16, torch.bfloat16])
     inputs = [random_input(r, numel, dtype, number) for r in range(rank.world_size)]
     x = inputs[rank.rank].to(rank.device)
@@ -121,6 +139,10 @@ def eager_call(rank: Rank, plan: random.Random, number: int) -> None:
         out = torch.empty(rank.world_size * numel, dtype=dtype, device=rank.device)
         dist.all_gather_into_tensor(out, x)
         x, expected = out, torch.cat(inputs)
+    elif kind in ("messages", "batch"):
+        out = torch.empty_like(x)
+        exchange(rank, x, out, None, kind == "batch")
+        x, expected = out, inputs[(rank.rank - 1) % rank.world_size]
     elif kind == "broadcast":
         root = plan.randrange(rank.world_size)
         dist.broadcast(x, root)
@@ -133,9 +155,11 @@ def eager_call(rank: Rank, plan: random.Random, number: int) -> None:
     assert same_bits(x, expected.to(rank.device)), f"eager {kind} of {numel} x {dtype} after replay {number}"
 
 
-def replay_and_check(rank: Rank, graphs: list[tuple[torch.cuda.CUDAGraph, list[Step]]], seed: int) -> None:
+def replay_and_check(
+    rank: Rank, graphs: list[tuple[torch.cuda.CUDAGraph, list[Step]]], seed: int, replays: int = REPLAYS
+) -> None:
     plan = random.Random(seed)
-    for replay in range(REPLAYS):
+    for replay in range(replays):
         graph, steps = plan.choice(graphs)
         for step in steps:
             step.choose(plan.randrange(VARIANTS))
@@ -169,6 +193,20 @@ def kinds_body(rank: Rank) -> None:
 @pytest.mark.parametrize("world_size", world_sizes())
 def test_every_collective_async_and_on_a_side_stream(ranks, world_size):
     ranks(kinds_body, world_size, "cuda", timeout=115)
+
+
+def moves_body(rank: Rank) -> None:
+    """Messages of a few bytes, and more than any ring holds, among collectives that use the same memory."""
+    kinds = [("batch", 1001), ("broadcast", 5000), ("messages", 8), ("all_gather", 70_001), ("batch", 4_000_001),
+             ("messages", 3_000_000), ("broadcast", 1), ("all_gather", 3), ("all_reduce", 1001)]  # fmt: skip
+    steps = [make_step(rank, kind, numel, torch.bfloat16, i) for i, (kind, numel) in enumerate(kinds)]
+    replay_and_check(rank, [(capture(steps), steps)], seed=5, replays=1000)
+
+
+@pytest.mark.timeout(330)
+@pytest.mark.parametrize("world_size", world_sizes())
+def test_messages_broadcasts_and_gathers_replayed_a_thousand_times(ranks, world_size):
+    ranks(moves_body, world_size, "cuda", timeout=300)
 
 
 def several_graphs_body(rank: Rank) -> None:

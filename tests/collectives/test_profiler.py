@@ -58,6 +58,32 @@ def test_every_call_is_one_event(ranks, device, world_size):
     ranks(titles_body, world_size, device)
 
 
+def messages_body(rank: Rank) -> list[list[str]]:
+    """Rank 0 sends, rank 1 receives: alone, and in a batch."""
+    all_reduce_works(rank)
+    x, peer = torch.ones(3, 4, device=rank.device), 1 - rank.rank
+    operation = dist.irecv if rank.rank else dist.isend
+    seen = []
+    for batch in (False, True):
+        with torch.autograd.profiler.profile(record_shapes=True) as profile:
+            works = dist.batch_isend_irecv([dist.P2POp(operation, x, peer)]) if batch else [operation(x, peer)]
+            while works:
+                works.pop().wait()
+        events = [event for event in profile.function_events if event.name.startswith("mnnvl")]
+        assert all(event.is_async and event.count == 1 for event in events)
+        if not batch:
+            assert [event.input_shapes for event in events] == [[[3, 4]]]
+        seen.append([event.name for event in events])
+    return seen
+
+
+def test_messages_are_events(ranks, device):
+    for rank, (single, batched) in enumerate(ranks(messages_body, 2, device)):
+        name = f"mnnvl:{'recv' if rank else 'send'}"
+        assert single == [name]
+        assert name in batched
+
+
 def ddp_body(rank: Rank) -> list[str]:
     """A profiler that starts in mid-training and waits for nothing: DDP's futures end on other threads."""
     model = torch.nn.parallel.DistributedDataParallel(

@@ -192,6 +192,21 @@ def empty_body(rank: Rank) -> None:
     works(rank)
 
 
+def uneven_body(rank: Rank) -> str:
+    """Rank 1 gives 7 elements, where rank 0 has room for 5."""
+    works(rank)
+    return failure(
+        rank, lambda: dist.all_gather([torch.empty(3), torch.empty(5 + 2 * rank.rank)], ones(3 + 4 * rank.rank))
+    )
+
+
+def test_lists_that_disagree_about_a_contribution(ranks):
+    texts = ranks(uneven_body, 2)
+    assert any("came with another call" in text for text in texts), texts
+    for rank, text in enumerate(texts):
+        assert f"rank {1 - rank}" in text
+
+
 def test_empty_tensors_of_different_types_are_one_call(ranks):
     """There is no data to misread."""
     ranks(empty_body, 2)

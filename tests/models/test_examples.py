@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,3 +42,23 @@ def test_ddp_says_when_nothing_was_learned():
     done = torchrun(1, "ddp.py", "--device", "cpu", "--steps", "5")
     assert done.returncode != 0
     assert "the loss did not fall" in done.stderr
+
+
+def test_pipeline(device):
+    """Both ways train alike: the same numbers move."""
+    told = {}
+    for mode in ("1f1b", "send-recv"):
+        done = torchrun(2, "pipeline.py", "--device", device, "--mode", mode)
+        assert done.returncode == 0, done.stderr
+        match = re.fullmatch(rf"2 stages on {device}, {mode}: loss (\S+), then (\S+)\n", done.stdout)
+        assert match, done.stdout
+        told[mode] = [float(loss) for loss in match.groups()]
+        assert told[mode][1] < told[mode][0] / 2
+    assert told["1f1b"] == pytest.approx(told["send-recv"], rel=0.01)
+
+
+def test_pipeline_of_three_stages():
+    """The middle one both receives and sends, either way."""
+    done = torchrun(3, "pipeline.py", "--device", "cpu", "--mode", "send-recv")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 stages on cpu, send-recv: loss ")

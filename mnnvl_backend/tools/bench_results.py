@@ -1,0 +1,90 @@
+"""What `mnnvl bench` leaves behind: a table in markdown, and the same as JSON, for each operation."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnnvl_backend.tools.launch import Place
+
+
+@dataclass
+class Point:
+    """One peer at one size: microseconds per call, of the slowest rank."""
+
+    peer: str
+    size: int
+    median: float
+    least: float
+    most: float
+    samples: int
+
+
+@dataclass
+class Results:
+    machine: dict[str, Any]
+    operation: str
+    points: list[Point] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """Markdown: a row per size; each cell is the median and, in brackets, the least and the most."""
+        names = list(dict.fromkeys(p.peer for p in self.points))
+        cells = {(p.size, p.peer): p for p in self.points}
+        rows = [["bytes", *names, "mnnvl / best peer"], ["---:"] * (len(names) + 2)]
+        for size in sorted({p.size for p in self.points}):
+            row = [cells.get((size, name)) for name in names]
+            texts = [f"{p.median:.1f} ({p.least:.1f}-{p.most:.1f})" if p else "-" for p in row]
+            ours = [p.median for p in row if p and p.peer.startswith("mnnvl")]
+            theirs = [p.median for p in row if p and not p.peer.startswith("mnnvl")]
+            ratio = f"{min(ours) / min(theirs):.2f}" if ours and theirs else "-"
+            rows.append([human(size), *texts, ratio])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+    def markdown(self) -> str:
+        machine = "\n".join(f"- {key}: {value}" for key, value in self.machine.items())
+        notes = "\n".join(f"- {name}: {note}" for name, note in self.notes.items())
+        return f"# {self.operation}, µs: median (least-most), slowest rank\n\n{machine}\n\n{self.table()}\n\n{notes}\n"
+
+    def write(self, folder: Path, place: Place) -> None:
+        """The file's name has the operation, but for all_reduce's, whose files were here first."""
+        folder.mkdir(parents=True, exist_ok=True)
+        suffix = "" if self.operation == "all_reduce" else f"-{self.operation}"
+        stem = folder / f"{self.machine['date']}-{place.device.type}-{place.world_size}{suffix}"
+        stem.with_suffix(".md").write_text(self.markdown())
+        stem.with_suffix(".json").write_text(json.dumps(asdict(self), indent=1))
+        print(f"written: {stem}.md, {stem}.json")
+
+
+def human(size: int) -> str:
+    for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >= 1 << shift and size % (1 << shift) == 0:
+            return f"{size >> shift} {unit}"
+    return f"{size} B"
+
+
+def describe(place: Place, switches: Collection[str]) -> dict[str, Any]:
+    """The machine, the versions, and what of `switches` is set in the environment."""
+    import mnnvl_backend
+
+    machine: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "ranks": f"{place.world_size} x {place.description}",
+        "mnnvl_backend": mnnvl_backend.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "switches": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k in switches),
+    }
+    if place.device.type == "cuda":
+        machine["CUDA"] = torch.version.cuda
+        machine["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return machine

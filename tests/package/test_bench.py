@@ -1,0 +1,129 @@
+"""`mnnvl bench`: every operation beside a peer, verified before it is timed; tables and JSON that others read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from launcher import Rank
+
+from mnnvl_backend.tools import bench, cli
+from mnnvl_backend.tools.bench_operations import OPERATIONS
+from mnnvl_backend.tools.bench_peers import Group, Prepared
+from mnnvl_backend.tools.bench_results import Point, Results
+from mnnvl_backend.tools.launch import Place
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_bench(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+         "-m", "mnnvl_backend", "bench", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=110,
+    )  # fmt: skip
+
+
+def bench_every(tmp_path: Path, device: str, ranks: int, names: list[str], only: str) -> None:
+    done = run_bench(ranks, "--device", device, "--operation", ",".join(names), "--only", only, "--replays", "5",
+                     "--max-bytes", "4K", "--min-bytes", "2K", "--output", str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        suffix = "" if name == "all_reduce" else f"-{name}"
+        (file,) = (f for f in tmp_path.glob("*.json") if re.search(rf"-{device}-{ranks}{suffix}\.json$", f.name))
+        results = json.loads(file.read_text())
+        assert results["operation"] == name
+        sizes = [2048, 4096] if OPERATIONS[name].sized else [0]
+        assert [(p["size"], p["peer"]) for p in results["points"]] == [
+            (s, peer) for s in sizes for peer in only.split(",")
+        ], results["notes"]
+        assert all(0 < p["least"] <= p["median"] <= p["most"] and p["samples"] == 5 for p in results["points"])
+        table = file.with_suffix(".md").read_text()
+        assert f"# {name}, µs" in table
+        assert f"| bytes | {' | '.join(only.split(','))} | mnnvl / best peer |" in table
+        assert table in done.stdout
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_operation_beside_gloo(tmp_path, world_size):
+    bench_every(tmp_path, "cpu", world_size, list(OPERATIONS), "mnnvl,gloo")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_every_operation_beside_nccl_on_cuda(tmp_path):
+    bench_every(tmp_path, "cuda", 2, list(OPERATIONS), "mnnvl,nccl")
+
+
+def test_all_reduce_is_what_it_times_unless_told_otherwise(tmp_path):
+    """And under the name that its files have always had."""
+    done = run_bench(2, "--device", "cpu", "--max-bytes", "1K", "--replays", "5", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*-cpu-2.json")
+    assert json.loads(file.read_text())["operation"] == "all_reduce"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_unknown_operations_and_peers_are_named(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--operation", "all_reduce,all_to_all"])
+    assert "unknown: all_to_all; known: all_reduce, all_gather" in capsys.readouterr().err
+    done = run_bench(1, "--device", "cpu", "--only", "smoke")
+    assert done.returncode != 0
+    assert "--only: unknown here: smoke; known: mnnvl" in done.stderr
+
+
+def test_messages_want_two_ranks():
+    done = run_bench(1, "--device", "cpu", "--operation", "send_recv")
+    assert done.returncode != 0
+    assert "messages want two ranks" in done.stderr
+
+
+def test_table():
+    points = [
+        Point("mnnvl", 2048, 2.0, 1.0, 3.0, 5),
+        Point("gloo", 2048, 8.0, 7.0, 9.0, 5),
+        Point("gloo", 4096, 9.0, 9.0, 9.0, 5),
+    ]
+    rows = Results({}, "broadcast", points).table().splitlines()
+    assert rows[2:] == ["| 2 KiB | 2.0 (1.0-3.0) | 8.0 (7.0-9.0) | 0.25 |", "| 4 KiB | - | 9.0 (9.0-9.0) | - |"]
+
+
+class Spoilt(Group):
+    """On rank 1 the last element comes out wrong."""
+
+    def prepare(self, operation, like):
+        right = super().prepare(operation, like)
+
+        def call() -> None:
+            right.call()
+            if self._place.rank == 1:
+                right.result.view(-1)[-1:].add_(1)
+
+        return Prepared(call, right.source, right.result)
+
+
+def verify_body(rank: Rank, name: str) -> None:
+    place = Place(rank.rank, rank.world_size, rank.device, shared=False)
+    operation, like = OPERATIONS[name], torch.zeros(1000)
+    right = Group("right", "gloo", place)
+    bench.verify(place, right, operation, right.prepare(operation, like))
+    spoilt = Spoilt("spoilt", "gloo", place)
+    with pytest.raises(
+        RuntimeError, match=f"spoilt: {name} gave {int(rank.rank == 1)} of .* elements wrong on rank {rank.rank}"
+    ):
+        bench.verify(place, spoilt, operation, spoilt.prepare(operation, like))
+    dist.barrier()
+
+
+@pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.sized])
+def test_a_wrong_result_is_not_timed(ranks, name):
+    """On no rank, wherever it is wrong."""
+    ranks(verify_body, 3, args=(name,), backend="gloo")
