@@ -65,11 +65,10 @@ constexpr int kQueue = 4;  // pieces handed out and not yet posted
 
 struct Shared {
   Piece pieces[kQueue];
+  uint64_t handed[kQueue];    // mbarriers, one arrival each: the piece is there
   uint32_t done[kDataWarps];  // pieces that each data warp has done with
   uint32_t failed;
 };
-
-constexpr int kHanded = 1;  // named barriers, one for each place in the queue: its piece is there
 
 // One thread of a signal warp: one end of one lane of a channel, and where in its messages it is.
 template <bool kSends, typename Params>
@@ -261,10 +260,9 @@ __device__ __forceinline__ void signal_warp(const Params& p, const Role& role, i
         piece.notifier = (kSends ? !lines : !lines || lane.active()) ? thread : -1;
         piece.notice = kSends ? lane.slots : lane.taken();
         shared.pieces[handed % kQueue] = piece;
+        mbarrier_arrive(&shared.handed[handed % kQueue]);
         wait.restart(lane.messages);
       }
-      __syncwarp();
-      bar_arrive(kHanded + int(handed % kQueue), int(blockDim.x));
       ++handed;
     }
     if (owes_credit) {
@@ -281,9 +279,10 @@ __device__ __forceinline__ void signal_warp(const Params& p, const Role& role, i
   // Whatever is under way ends by its own waits; nothing of it is posted after a failure.
   while (pieces_done(shared, handed) != handed) {
   }
-  if (thread == 0) shared.pieces[handed % kQueue].mode = Mode::kStop;
-  __syncwarp();
-  bar_arrive(kHanded + int(handed % kQueue), int(blockDim.x));
+  if (thread == 0) {
+    shared.pieces[handed % kQueue].mode = Mode::kStop;
+    mbarrier_arrive(&shared.handed[handed % kQueue]);
+  }
   if (serves && !failed) lane.store_state();
 }
 
@@ -300,7 +299,7 @@ template <typename Params>
 __device__ __forceinline__ void data_warps(const Params& p, Operation operation, Shared& shared) {
   const int thread = int(threadIdx.x) - kWarp, threads = int(blockDim.x) - kWarp;
   for (uint32_t k = 0;; ++k) {
-    bar_sync(kHanded + int(k % kQueue), int(blockDim.x));
+    mbarrier_wait(&shared.handed[k % kQueue], k / kQueue);
     const Piece piece = shared.pieces[k % kQueue];
     if (piece.mode == Mode::kStop) return;
     if (piece.mode == Mode::kCopy) {
@@ -332,6 +331,7 @@ __global__ void __launch_bounds__(kMaxExchangeThreads, kMinBlocks) exchange(cons
     return;
   }
   if (threadIdx.x < kDataWarps) shared.done[threadIdx.x] = 0;
+  if (threadIdx.x < kQueue) mbarrier_init(&shared.handed[threadIdx.x], 1);
   if (threadIdx.x == 0) shared.failed = 0;
   __syncthreads();
   const bool sending = block < sends;

@@ -83,14 +83,6 @@ __device__ __forceinline__ void ld_relaxed_sys_b128(const void* address, uint64_
       : "memory");
 }
 
-// Named barriers of a block, of which 0 is __syncthreads(). Whoever only arrives goes on at once; both order memory.
-__device__ __forceinline__ void bar_sync(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void bar_arrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // Among the warps of a block, in shared memory.
 __device__ __forceinline__ void st_release_cta_u32(uint32_t* shared, uint32_t v) {
   asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))), "r"(v)
@@ -103,6 +95,29 @@ __device__ __forceinline__ uint32_t ld_acquire_cta_u32(const uint32_t* shared) {
                : "r"(uint32_t(__cvta_generic_to_shared(shared)))
                : "memory");
   return v;
+}
+
+// A barrier object in shared memory: phase n is over when `arrivals` threads have arrived n+1 times. Arriving releases,
+// waiting acquires; who waits sleeps.
+__device__ __forceinline__ void mbarrier_init(uint64_t* shared, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))), "r"(arrivals)
+               : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* shared) {
+  asm volatile("mbarrier.arrive.release.cta.shared.b64 _, [%0];" ::"r"(uint32_t(__cvta_generic_to_shared(shared)))
+               : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait(uint64_t* shared, uint32_t phase) {
+  uint32_t over = 0;
+  while (over == 0) {
+    asm volatile(
+        "{ .reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cta.shared.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(over)
+        : "r"(uint32_t(__cvta_generic_to_shared(shared))), "r"(phase & 1)
+        : "memory");
+  }
 }
 
 // Counts up to `wrap` and back to 0; relaxed, device scope.
