@@ -184,7 +184,9 @@ TEST(messenger_bell_loses_no_wake_up) {
       taken.store(n);
     }
   });
+  Random random(1);
   for (uint32_t n = 1; n <= rounds; ++n) {
+    for (int64_t i = random.below(3000); i > 0; --i) taken.load();  // so that it comes at any moment of going to sleep
     posted.store(n);
     cpu::ring(bell);
     while (taken.load() != n) std::this_thread::yield();
