@@ -39,7 +39,13 @@ struct Call {
   std::vector<at::Tensor> outputs;  // kept alive, and Work::result()
   std::vector<at::Tensor> landing;  // kept alive
   Body body;  // empty: nothing to send, as with one rank or no elements
+  std::vector<Message> sends, receives;  // point-to-point: these instead of a body, beside the group's collectives
   Local epilogue;  // may be empty
+
+  bool has_messages() const { return !sends.empty() || !receives.empty(); }
+  ExchangeRequest messages() const {
+    return {sends.data(), int(sends.size()), receives.data(), int(receives.size())};
+  }
 };
 
 // The group as the collectives see it.

@@ -56,6 +56,27 @@ c10::intrusive_ptr<CpuWork> CpuQueue::submit(Call call, std::shared_ptr<Transpor
   return work;
 }
 
+c10::intrusive_ptr<CpuWork> CpuQueue::post(Call call, std::shared_ptr<Transport> transport, int64_t timeout_ms) {
+  auto work = c10::make_intrusive<CpuWork>(state_->rank(), call, callbacks_);
+  const ExchangeRequest request = call.messages();
+  // Keeps the memory alive.
+  auto done = [work, state = state_, call = std::make_shared<Call>(std::move(call))](const std::optional<Error>& error) {
+    std::exception_ptr failure;
+    if (error) {
+      state->fail(*error);
+      try {
+        at_torch_boundary([&] { state->check(); });
+      } catch (...) {
+        failure = std::current_exception();
+      }
+    }
+    work->complete(failure);
+  };
+  state_->check();
+  work->follow(transport->messenger()->post(request, timeout_ms, std::move(done)));
+  return work;
+}
+
 void CpuQueue::stop() { jobs_->stop(); }
 
 bool CpuQueue::wait_idle(std::chrono::milliseconds timeout) {

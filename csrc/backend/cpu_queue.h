@@ -21,6 +21,8 @@ class CpuQueue {
 
   // Any thread, callbacks of finished works included. A synchronous call may have run on return.
   c10::intrusive_ptr<CpuWork> submit(Call call, std::shared_ptr<Transport> transport, int64_t timeout_ms);
+  // Point-to-point: begins the call's messages, which make their way beside the jobs. Any thread.
+  c10::intrusive_ptr<CpuWork> post(Call call, std::shared_ptr<Transport> transport, int64_t timeout_ms);
   // Runs what is queued, each job ending by its deadline; then submit() throws. Idempotent.
   void stop();
   // True once no job and no callback runs or is queued; false after `timeout`.

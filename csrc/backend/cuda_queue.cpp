@@ -4,7 +4,11 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <thread>
+
+#include "backend/errors.h"
+#include "kernels/kernels.h"
 
 namespace mnnvl {
 
@@ -20,16 +24,49 @@ void CudaQueue::enqueue(bool async, const Work& work, const Then& then) {
   TORCH_CHECK_WITH(DistBackendError, !closed_, "mnnvl: this group has been shut down");
   const c10::impl::VirtualGuardImpl guard(device_.type());
   const c10::Stream current = guard.getStream(device_);
-  c10::Stream stream = current;
-  if (async) {
-    if (!async_stream_) async_stream_ = guard.getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
-    stream = *async_stream_;
+  if (async && !async_stream_) async_stream_ = guard.getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
+  enqueue_on(async ? *async_stream_ : current, current, {&order_}, work, then);
+}
+
+void CudaQueue::enqueue_messages(const ExchangeRequest& request, const Work& work, const Then& then) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  TORCH_CHECK_WITH(DistBackendError, !closed_, "mnnvl: this group has been shut down");
+  const c10::Stream current = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_);
+  std::vector<Track*> tracks;
+  const auto add = [&](const Message* messages, int count, bool incoming) {
+    for (int i = 0; i < count; ++i) {
+      Track* one = &track(messages[i].peer, incoming);
+      if (std::find(tracks.begin(), tracks.end(), one) == tracks.end()) tracks.push_back(one);
+    }
+  };
+  add(request.sends, request.send_count, /*incoming=*/false);
+  add(request.receives, request.receive_count, /*incoming=*/true);
+  std::vector<StreamOrder*> orders;
+  for (Track* one : tracks) orders.push_back(&one->order);
+  enqueue_on(tracks.front()->stream, current, orders, work, then);
+}
+
+// Streams of torch's pool won't do: it deals out 32 to everybody, and what waits in one of them would hold up its other
+// users.
+CudaQueue::Track& CudaQueue::track(int peer, bool incoming) {
+  const auto known = tracks_.find({peer, incoming});
+  if (known != tracks_.end()) return known->second;
+  void* stream = at_torch_boundary([&] { return kernels::table().host.take_stream(device_.index()); });
+  // How torch numbers streams that it didn't make.
+  const c10::Stream made(c10::Stream::UNSAFE, device_, reinterpret_cast<c10::StreamId>(stream));
+  return tracks_.emplace(std::make_pair(peer, incoming), Track{made, StreamOrder()}).first->second;
+}
+
+void CudaQueue::enqueue_on(c10::Stream stream, c10::Stream current, const std::vector<StreamOrder*>& orders,
+                           const Work& work, const Then& then) {
+  if (stream != current) {
     c10::Event ready(device_.type());
     ready.record(current);
     stream.wait(ready);
   }
   const c10::StreamGuard stream_guard(stream);
-  const bool capturing = order_.enter(stream);
+  bool capturing = false;
+  for (StreamOrder* order : orders) capturing = order->enter(stream);
   captured_ = captured_ || capturing;
   // What was launched before a failure is in flight like any other: later calls come behind it, and `then` holds its
   // memory.
@@ -41,9 +78,14 @@ void CudaQueue::enqueue(bool async, const Work& work, const Then& then) {
   }
   auto end = std::make_shared<c10::Event>(device_.type());
   end->record(stream);
-  order_.leave(stream, end);
+  for (StreamOrder* order : orders) order->leave(stream, end);
   then({stream, current, std::move(end), capturing});
   if (failure) std::rethrow_exception(failure);
+}
+
+bool CudaQueue::idle() const {
+  return order_.idle() &&
+         std::all_of(tracks_.begin(), tracks_.end(), [](const auto& entry) { return entry.second.order.idle(); });
 }
 
 bool CudaQueue::wait_idle(std::chrono::milliseconds timeout) {
@@ -52,7 +94,7 @@ bool CudaQueue::wait_idle(std::chrono::milliseconds timeout) {
     {
       // Whoever launches may be held up by a full queue of the device.
       const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-      if (lock && (closed_ || order_.idle())) return true;
+      if (lock && (closed_ || idle())) return true;
     }
     if (std::chrono::steady_clock::now() >= deadline) return false;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -63,6 +105,10 @@ void CudaQueue::close() {
   std::lock_guard<std::mutex> lock(mutex_);
   closed_ = true;
   transport_->close();
+  for (const auto& entry : tracks_) {
+    kernels::table().host.give_back_stream(device_.index(), entry.second.stream.native_handle());
+  }
+  tracks_.clear();
 }
 
 }  // namespace mnnvl

@@ -7,9 +7,12 @@
 
 #include <chrono>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "backend/stream_order.h"
 #include "transport/transport.h"
@@ -41,18 +44,33 @@ class CudaQueue {
   using Then = std::function<void(const Enqueued&)>;
   void enqueue(bool async, const Work& work, const Then& then);
 
+  // The same for messages: on streams of the group's own, one for each peer and direction, so that what waits for one
+  // peer keeps nothing else waiting. Behind what was enqueued before for any of its peers and directions.
+  void enqueue_messages(const ExchangeRequest& request, const Work& work, const Then& then);
+
   // True once the last work has ended; false after `timeout`.
   bool wait_idle(std::chrono::milliseconds timeout);
   // Waits for what was enqueued and unmaps the workspace. Later enqueue() throws. Idempotent.
   void close();
 
  private:
+  // The messages to, or from, one peer.
+  struct Track {
+    c10::Stream stream;
+    StreamOrder order;
+  };
+  Track& track(int peer, bool incoming);
+  void enqueue_on(c10::Stream stream, c10::Stream current, const std::vector<StreamOrder*>& orders, const Work& work,
+                  const Then& then);
+  bool idle() const;
+
   const at::Device device_;
   const std::shared_ptr<Transport> transport_;
   std::mutex mutex_;  // the order of launches; against close()
   bool closed_ = false, captured_ = false;
-  StreamOrder order_;
+  StreamOrder order_;  // of collectives
   std::optional<c10::Stream> async_stream_;
+  std::map<std::pair<int, bool>, Track> tracks_;  // by peer, and whether messages come from it
 };
 
 }  // namespace mnnvl

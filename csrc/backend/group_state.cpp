@@ -32,7 +32,11 @@ std::vector<std::shared_ptr<Transport>> GroupState::take_transports() {
 void GroupState::run_body(const Call& call, Transport& transport, const Run& run) {
   failure_.check();
   try {
-    call.body(transport, run);
+    if (call.has_messages()) {
+      transport.exchange(call.messages(), run);
+    } else {
+      call.body(transport, run);
+    }
     return;
   } catch (const LocalFailure& failure) {
     std::rethrow_exception(failure.cause);

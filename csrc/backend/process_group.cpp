@@ -120,17 +120,39 @@ void ProcessGroupMNNVL::set_up(at::Device device) {
 }
 
 ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run(Call call) {
-  if (!call.body) return run_here(call);
+  if (!coalescing_.collecting()) return run_now(std::move(call));
+  coalescing_.add(std::move(call));
+  return nullptr;
+}
+
+void ProcessGroupMNNVL::startCoalescing() {
+  if (const size_t left = coalescing_.start(); left != 0) {
+    LOG(WARNING) << "mnnvl: " << left << " calls of rank " << rank_
+                 << " were collected for coalescing and never run: an exception ended their context";
+  }
+}
+
+ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::endCoalescing() {
+  std::vector<WorkPtr> works;
+  for (Call& call : coalescing_.end()) works.push_back(run_now(std::move(call)));
+  if (works.empty()) return nullptr;
+  if (works.size() == 1) return works[0];
+  return c10::make_intrusive<CoalescedWork>(std::move(works));
+}
+
+ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_now(Call call) {
+  if (!call.body && !call.has_messages()) return run_here(call);
   return at_torch_boundary([&]() -> WorkPtr {
     const int64_t own_ms = call.timeout.count();
     const int64_t timeout_ms = own_ms > 0 ? own_ms : timeout_ms_.load();
     if (call.device.is_cpu()) {
       std::shared_ptr<Transport> transport = cpu_transport();
+      if (call.has_messages()) return cpu_queue_.post(std::move(call), std::move(transport), timeout_ms);
       ++sequence_;
       return cpu_queue_.submit(std::move(call), std::move(transport), timeout_ms);
     }
     const std::shared_ptr<CudaQueue> queue = cuda_queue(call.device);
-    ++sequence_;
+    if (!call.has_messages()) ++sequence_;  // of collectives, which all ranks count alike
     return run_on_cuda(call, queue, timeout_ms);
   });
 }
@@ -171,7 +193,11 @@ ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_on_cuda(const Call& call, cons
     place.timeout_ms = timeout_ms;
     made = c10::make_intrusive<CudaWork>(call, std::move(place), state_, queue->transport());
   };
-  queue->enqueue(call.async, work, then);
+  if (call.has_messages()) {
+    queue->enqueue_messages(call.messages(), work, then);
+  } else {
+    queue->enqueue(call.async, work, then);
+  }
   return made;
 }
 

@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 
+#include "backend/coalescing.h"
 #include "backend/collectives/collectives.h"
 #include "backend/cpu_queue.h"
 #include "backend/cuda_queue.h"
@@ -64,6 +65,20 @@ class ProcessGroupMNNVL final : public c10d::Backend {
     return run(collectives::barrier(view(), bound_device(), opts));
   }
 
+  WorkPtr send(Tensors& tensors, int destination, int tag) override {
+    return run(collectives::send(view(), tensors, destination, tag));
+  }
+  WorkPtr recv(Tensors& tensors, int source, int tag) override {
+    return run(collectives::recv(view(), tensors, source, tag));
+  }
+  WorkPtr recvAnysource(Tensors& tensors, int tag) override {
+    return run(collectives::recv_any_source(view(), tensors, tag));
+  }
+  // Between the two, calls of this thread return no work, and begin together at the end, whose work is theirs.
+  bool supportsCoalescing() const override { return true; }
+  void startCoalescing() override;
+  WorkPtr endCoalescing() override;
+
   WorkPtr allgather_coalesced(std::vector<Tensors>&, Tensors&, const c10d::AllgatherOptions& = {}) override {
     collectives::refuse("all_gather_coalesced");
   }
@@ -90,9 +105,6 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   WorkPtr alltoall(Tensors&, Tensors&, const c10d::AllToAllOptions& = {}) override {
     collectives::refuse("all_to_all");
   }
-  WorkPtr send(Tensors&, int, int) override { collectives::refuse("send"); }
-  WorkPtr recv(Tensors&, int, int) override { collectives::refuse("recv"); }
-  WorkPtr recvAnysource(Tensors&, int) override { collectives::refuse("recv from any source"); }
   void monitoredBarrier(const c10d::BarrierOptions&, bool = false) override {
     collectives::refuse("monitored_barrier");
   }
@@ -122,6 +134,7 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   std::optional<at::Device> bound_device();
 
   WorkPtr run(Call call);
+  WorkPtr run_now(Call call);
   WorkPtr run_here(const Call& call);
   WorkPtr run_on_cuda(const Call& call, const std::shared_ptr<CudaQueue>& queue, int64_t timeout_ms);
 
@@ -147,6 +160,7 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   std::shared_ptr<CudaQueue> cuda_;
 
   CpuQueue cpu_queue_;
+  Coalescing coalescing_;
 };
 
 }  // namespace mnnvl

@@ -38,13 +38,33 @@ void check_same(const at::Tensor& tensor, const at::Tensor& like, const char* op
                    like.scalar_type(), ", got ", tensor.scalar_type());
 }
 
-std::optional<Dtype> kernel_dtype(const at::Tensor& tensor) {
+Dtype message_dtype(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat: return Dtype::kFloat32;
     case at::kHalf: return Dtype::kFloat16;
     case at::kBFloat16: return Dtype::kBFloat16;
-    default: return std::nullopt;
+    case at::kDouble: return Dtype::kFloat64;
+    case at::kChar: return Dtype::kInt8;
+    case at::kByte: return Dtype::kUInt8;
+    case at::kShort: return Dtype::kInt16;
+    case at::kUInt16: return Dtype::kUInt16;
+    case at::kInt: return Dtype::kInt32;
+    case at::kUInt32: return Dtype::kUInt32;
+    case at::kLong: return Dtype::kInt64;
+    case at::kUInt64: return Dtype::kUInt64;
+    case at::kBool: return Dtype::kBool;
+    case at::kComplexFloat: return Dtype::kComplex64;
+    case at::kComplexDouble: return Dtype::kComplex128;
+    case at::kFloat8_e4m3fn: return Dtype::kFloat8E4M3;
+    case at::kFloat8_e5m2: return Dtype::kFloat8E5M2;
+    default: return Dtype::kOther;
   }
+}
+
+std::optional<Dtype> kernel_dtype(const at::Tensor& tensor) {
+  const Dtype dtype = message_dtype(tensor);
+  const bool added = dtype == Dtype::kFloat32 || dtype == Dtype::kFloat16 || dtype == Dtype::kBFloat16;
+  return added ? std::optional<Dtype>(dtype) : std::nullopt;
 }
 
 std::optional<ReduceOp> kernel_op(const c10d::ReduceOp& op) {

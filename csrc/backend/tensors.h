@@ -21,6 +21,9 @@ void check_same_device(const at::Tensor& tensor, const at::Tensor& like, const c
 // The device and the dtype.
 void check_same(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument);
 
+// What a message says of its elements.
+Dtype message_dtype(const at::Tensor& tensor);
+
 // What the all-reduce kernels reduce: SUM and AVG of float32, float16 and bfloat16. Nothing for any other.
 std::optional<Dtype> kernel_dtype(const at::Tensor& tensor);
 std::optional<ReduceOp> kernel_op(const c10d::ReduceOp& op);

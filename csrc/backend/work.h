@@ -12,6 +12,7 @@
 
 #include "backend/call.h"
 #include "backend/group_state.h"
+#include "protocol/messenger.h"
 #include "system/callback_threads.h"
 
 namespace mnnvl {
@@ -21,6 +22,8 @@ class CpuWork final : public c10d::Work {
  public:
   // `callbacks` runs what users hang on the future; null where the work is completed before its user has it.
   CpuWork(int rank, const Call& call, std::shared_ptr<CallbackThreads> callbacks);
+  // A call of messages: what the waiting thread helps along.
+  void follow(std::shared_ptr<Messenger::Transfer> transfer);
   // `failure` null: success. Once. Runs no code of a user: waiters are woken first, then the future, if anybody has
   // asked
   // for it, is completed on a callback thread. Nothing touches this work once its waiters are awake but what holds it.
@@ -28,11 +31,15 @@ class CpuWork final : public c10d::Work {
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
   std::vector<at::Tensor> result() override { return outputs_; }
   bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
+  int sourceRank() const override;
 
  private:
+  std::shared_ptr<Messenger::Transfer> transfer() const;
+
   const char* const name_;
   const std::vector<at::Tensor> outputs_;
   const std::shared_ptr<CallbackThreads> callbacks_;
+  std::shared_ptr<Messenger::Transfer> transfer_;   // under mutex_
   c10::intrusive_ptr<c10::ivalue::Future> future_;  // made when asked for; under mutex_
   bool settled_ = false;  // somebody has undertaken to complete future_; under mutex_
 };

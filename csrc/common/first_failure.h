@@ -21,11 +21,15 @@ class FirstFailure {
     return true;
   }
   bool failed() const { return failed_.load(std::memory_order_acquire); }
+  // What was remembered; there must be something.
+  Error get() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return *error_;
+  }
   // Throws what was remembered. Without a failure it costs one load.
   void check() const {
     if (!failed()) return;
-    std::lock_guard<std::mutex> lock(mutex_);
-    throw Error(*error_);
+    throw get();
   }
 
  private:

@@ -3,7 +3,8 @@
 
 namespace mnnvl::cpu {
 
-// The root alone posts, and runs ahead of its readers as far as the slots reach.
+// The root alone posts, and runs ahead of its readers as far as the slots reach. All read one slot: a channel to each
+// (channel.h) would have it write the bytes world size - 1 times.
 void run(Steps& steps, const BroadcastRequest& request, int64_t timeout_ms) {
   const int64_t bytes = request.bytes;
   const int root = request.root;

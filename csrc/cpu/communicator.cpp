@@ -20,9 +20,11 @@ const CommunicatorOptions& checked(const CommunicatorOptions& options) {
     invalid(options.segments.size(), " segments for ", world_size, " ranks");
   if (static_cast<int>(options.peer_pids.size()) != world_size)
     invalid(options.peer_pids.size(), " pids for ", world_size, " ranks");
-  if (slot_bytes(options.segment_bytes) < static_cast<int64_t>(kCacheLine)) {
+  const Division division = divide(options.segment_bytes, world_size);
+  if (division.step_slot_bytes < int64_t{kCacheLine} ||
+      (world_size > 1 && division.ring_slot_bytes < kMinRingSlotBytes)) {
     invalid("a segment of ", options.segment_bytes, " bytes is too small; at least ",
-            kControlBytes + kSlots * kCacheLine);
+            segment_bytes_of(kCacheLine, kMinRingSlotBytes, world_size));
   }
   for (std::byte* segment : options.segments) {
     if (segment == nullptr || reinterpret_cast<uintptr_t>(segment) % kCacheLine != 0)
@@ -33,14 +35,15 @@ const CommunicatorOptions& checked(const CommunicatorOptions& options) {
 
 }  // namespace
 
-Communicator::Communicator(const CommunicatorOptions& options) : steps_(checked(options)) {}
+Communicator::Communicator(const CommunicatorOptions& options)
+    : failure_(checked(options).rank, options.segments, options.peer_pids),
+      steps_(options, failure_),
+      messenger_(std::make_shared<Messenger>(options, failure_)) {}
 
 void Communicator::run(const Request& request, int64_t timeout_ms) {
   std::visit([&](const auto& r) { cpu::run(steps_, r, timeout_ms); }, request);
 }
 
-size_t default_segment_bytes(int /*world_size*/) {
-  return kControlBytes + static_cast<size_t>(kSlots) * kMaxChunkBytes;
-}
+size_t default_segment_bytes(int world_size) { return segment_bytes_of(kMaxChunkBytes, kMaxRingSlotBytes, world_size); }
 
 }  // namespace mnnvl::cpu

@@ -3,7 +3,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
+#include "cpu/group_failure.h"
+#include "cpu/messenger.h"
+#include "cpu/segment.h"
 #include "cpu/steps.h"
 #include "protocol/requests.h"
 
@@ -15,6 +19,8 @@ class Communicator {
  public:
   // Error(kInvalidArgument) for options that can't be. Not collective; every rank's segment must be there.
   explicit Communicator(const CommunicatorOptions& options);
+  // Ends messages that are under way by abort(); returns when no thread of the messenger touches a segment.
+  ~Communicator() { messenger_->stop(); }
 
   // Returns when the result is in place, or throws within `timeout_ms` (which must be positive; a very long one
   // saturates). Bad arguments, an all_reduce's kAuto among them, are Error(kInvalidArgument) before anything is shared.
@@ -23,12 +29,17 @@ class Communicator {
   // text names both calls: layout.h, "Calls".
   void run(const Request& request, int64_t timeout_ms);
 
-  void abort(FailureCause cause = FailureCause::kLocalAbort) { steps_.waiter().abort(cause); }
+  // Not collective: csrc/protocol/messenger.h. It breaks the group as run() does, and is ended by what breaks it.
+  Messenger& messenger() { return *messenger_; }
+
+  void abort(FailureCause cause = FailureCause::kLocalAbort) { failure_.abort(cause); }
   // Throws the failure of this group, if it has one by now.
-  void check() const { steps_.waiter().check(); }
+  void check() const { failure_.check(); }
 
  private:
+  GroupFailure failure_;
   Steps steps_;
+  const std::shared_ptr<Messenger> messenger_;
 };
 
 size_t default_segment_bytes(int world_size);

@@ -1,6 +1,6 @@
 // The layout of one rank's shared segment, and why the CPU protocol is safe.
 //
-//   [control area: kControlBytes][slot 0][slot 1] ... [slot kSlots - 1]           S = kSlots
+//   [control area: kControlBytes][slot 0][slot 1] ... [slot kSlots - 1][a ring for each peer: channel.h]    S = kSlots
 //
 // Shared words. All lie in the segment of the rank that the table calls r; each has a cache line of its own, and no
 // line has two writing ranks except the counters and the abort word, which nobody touches in a normal fast step.
@@ -92,11 +92,17 @@ struct Signal {
   alignas(kCacheLine) std::atomic<uint32_t> sleepers;
 };
 
+struct Bell {  // channel.h
+  alignas(kCacheLine) std::atomic<uint32_t> rings;
+  std::atomic<uint32_t> sleepers;
+};
+
 struct Control {
   Signal posted;
   Signal reduced;
   Signal done;
   alignas(kCacheLine) std::atomic<uint32_t> abort;
+  Bell bell;
 };
 
 static_assert(sizeof(Control) <= kControlBytes);
@@ -104,26 +110,6 @@ static_assert(sizeof(Signal) == 2 * kCacheLine, "epoch, tags and calls share a l
 static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(std::atomic<uint32_t>) == 4,
               "the words are futexes shared between processes");
 static_assert(std::atomic<uint64_t>::is_always_lock_free, "shared between processes");
-
-// A call in one word: bytes 0-39 (larger ones lose their high bits; they differ in the digest all the same), root
-// 40-47, strategy 48-49, reduction 50-53, dtype 54-58, operation 59-63.
-constexpr uint64_t pack(const CallDescriptor& call) {
-  const auto field = [](auto value, int shift, int bits) {
-    return (static_cast<uint64_t>(value) & ((uint64_t{1} << bits) - 1)) << shift;
-  };
-  return field(call.bytes, 0, 40) | field(call.root, 40, 8) | field(call.strategy, 48, 2) | field(call.op, 50, 4) |
-         field(call.dtype, 54, 5) | field(call.operation, 59, 5);
-}
-
-constexpr CallDescriptor unpack(uint64_t word) {
-  const auto field = [word](int shift, int bits) { return word >> shift & ((uint64_t{1} << bits) - 1); };
-  return {static_cast<Operation>(field(59, 5)), static_cast<int64_t>(field(0, 40)),
-          static_cast<int>(field(40, 8)),       static_cast<Dtype>(field(54, 5)),
-          static_cast<ReduceOp>(field(50, 4)),  static_cast<Strategy>(field(48, 2))};
-}
-static_assert(unpack(pack({Operation::kBroadcast, 123456789012, 71})).bytes == 123456789012 &&
-              unpack(pack({Operation::kBroadcast, 123456789012, 71})).root == 71 &&
-              unpack(pack({Operation::kBarrier})).operation == Operation::kBarrier);
 
 // A digest of a sequence of calls. Each step is a bijection of `digest`, so sequences that differ once differ for ever.
 constexpr uint64_t extend_digest(uint64_t digest, const CallDescriptor& call) {
@@ -137,13 +123,6 @@ constexpr uint32_t tag_of(uint64_t digest, uint32_t epoch) {
 }
 
 inline Control* control_of(std::byte* segment) { return reinterpret_cast<Control*>(segment); }
-
-// Bytes of one slot: whole cache lines.
-constexpr int64_t slot_bytes(size_t segment_bytes) {
-  return segment_bytes <= kControlBytes
-             ? 0
-             : static_cast<int64_t>((segment_bytes - kControlBytes) / kSlots / kCacheLine * kCacheLine);
-}
 
 inline std::byte* slot_of(std::byte* segment, int64_t slot_size, uint32_t epoch) {
   return segment + kControlBytes + static_cast<int64_t>(epoch % kSlots) * slot_size;

@@ -4,13 +4,13 @@
 
 namespace mnnvl::cpu {
 
-Steps::Steps(const CommunicatorOptions& options)
+Steps::Steps(const CommunicatorOptions& options, GroupFailure& failure)
     : rank_(options.rank),
       world_size_(options.world_size),
       segments_(options.segments),
-      slot_bytes_(slot_bytes(options.segment_bytes)),
+      slot_bytes_(divide(options.segment_bytes, options.world_size).step_slot_bytes),
       own_(control_of(options.segments[options.rank])),
-      waiter_(options.rank, options.segments, options.peer_pids),
+      waiter_(options.rank, options.segments, enough_cores(options.peer_pids), failure),
       epoch_(own_->done.epoch.load(std::memory_order_acquire)),
       refreshed_(epoch_),
       freed_(options.segments.size(), epoch_) {}

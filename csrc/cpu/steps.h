@@ -5,35 +5,23 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "cpu/layout.h"
 #include "cpu/plan.h"
+#include "cpu/segment.h"
 #include "cpu/wait.h"
 #include "protocol/requests.h"
 
 namespace mnnvl::cpu {
-
-struct CommunicatorOptions {
-  int rank = 0;
-  int world_size = 1;
-  // [world_size], each `segment_bytes` long, zero-filled before first use on any rank, aligned to 64 bytes.
-  std::vector<std::byte*> segments;
-  size_t segment_bytes = 0;  // the same on all ranks
-  std::vector<int> peer_pids;  // [world_size]; -1: not watched (own process, or not visible)
-};
-
-inline void copy_bytes(void* to, const void* from, int64_t bytes) {
-  if (bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
-}
 
 // One call at a time, on one thread: begin(), then take_epochs() once if the call has steps, then in each step, in this
 // order, what the collective needs of: wait_for_slot(), writing slot(rank, e), post(e); wait_posted(), reading peers'
 // slots; publish_reduced(e), wait_reduced(); finish(e), which every rank owes in every step. Waits throw as Waiter's.
 class Steps {
  public:
-  explicit Steps(const CommunicatorOptions& options);
+  // `failure` must outlive it.
+  Steps(const CommunicatorOptions& options, GroupFailure& failure);
 
   int rank() const { return rank_; }
   int world_size() const { return world_size_; }
@@ -41,8 +29,6 @@ class Steps {
   int peer(int distance) const { return (rank_ + distance) % world_size_; }
   std::byte* slot(int rank, uint32_t epoch) const { return slot_of(segments_[rank], slot_bytes_, epoch); }
   Chunks chunks(int64_t bytes) const { return make_chunks(bytes, slot_bytes_); }
-  Waiter& waiter() { return waiter_; }
-  const Waiter& waiter() const { return waiter_; }
 
   // Starts a call whose arguments are good: its deadline runs from here. Throws if the group is broken.
   void begin(const CallDescriptor& call, int64_t timeout_ms);

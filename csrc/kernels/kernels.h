@@ -29,15 +29,43 @@ struct AllReduceParams {
   int blocks = 1;
 };
 
-// Any size in one launch; bytes == 0 is a barrier. `blocks` <= kPipeBlocks and the same on every rank.
-struct GatherParams {
+// Blocks of one role. Block b serves the lanes b, b + blocks, ... of all, of which number q is lane q / channels of
+// channel q % channels; kMaxBlockLanes at most.
+struct RoleShape {
+  int lanes = 0;  // of a channel: as many as the message with most takes; 0: no messages
+  int blocks = 0;
+};
+
+struct LocalCopy {
+  const void* from = nullptr;
+  void* to = nullptr;
+  int64_t bytes = 0;
+  int blocks = 0;
+};
+
+struct ChannelMessage {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  uint64_t call = 0;  // pack(CallDescriptor), and
+  int32_t tag = 0;    // its tag: the same at both ends, or the receiver finds a mismatch
+  int peer = 0;
+};
+
+constexpr int kMaxExchangeThreads = 256;  // a warp that signals, and seven that move data
+constexpr int kMaxExchangeMessages = 512;
+
+// Any messages, of any size, in one launch: at most kMaxExchangeMessages. Kernels that send, or receive, on the same
+// channels are ordered by the caller; others may run at the same time.
+struct ExchangeParams {
   DeviceGroup group;
-  const void* in = nullptr;        // this rank's contribution; unused where `source` is another rank
-  void* outs[kMaxWorldSize] = {};  // where each rank's contribution goes here; null: not wanted
-  int64_t bytes = 0;               // per contribution
-  int source = -1;                 // -1: every rank contributes (all_gather); r: rank r alone (broadcast)
-  Operation operation = Operation::kAllGather;
-  int blocks = 1;
+  ChannelKind kind = ChannelKind::kCollective;
+  Operation send_operation = Operation::kSend, receive_operation = Operation::kRecv;  // of failures
+  const ChannelMessage* sends = nullptr;
+  int send_count = 0;
+  const ChannelMessage* receives = nullptr;
+  int receive_count = 0;
+  RoleShape send_shape, receive_shape;
+  LocalCopy copy;
 };
 
 // What the host needs of the CUDA runtime.
@@ -50,6 +78,10 @@ struct HostFunctions {
   void (*free_mailbox)(HostMailbox* mailbox) noexcept;
   // Waits for all work of the device. False if the context is lost.
   bool (*synchronize_device)(int device) noexcept;
+  // A stream that nothing else is on and that doesn't wait for the default stream, of the highest priority. Streams are
+  // never destroyed, since torch's allocator may remember them, but given back and taken again.
+  void* (*take_stream)(int device);
+  void (*give_back_stream)(int device, void* stream);
   // Id of the capture that `stream` is part of, nothing if it isn't capturing. Error(kUnsupported) if its capture has
   // been invalidated: what is enqueued now would neither run nor be captured.
   std::optional<uint64_t> (*capture_id)(void* stream);
@@ -67,7 +99,7 @@ struct KernelTable {
 
   Row<AllReduceParams> oneshot_allreduce;  // Lamport: store to all, reduce locally
   Row<AllReduceParams> twoshot_allreduce;  // Lamport: scatter, reduce, store the result to all
-  Row<GatherParams> epoch_gather;          // epoch pipe: all_gather, broadcast, barrier
+  Row<ExchangeParams> exchange;            // pair channels: everything that moves
 
   HostFunctions host;
   DeviceOps device_ops;       // the probes of the set-up, over real kernels

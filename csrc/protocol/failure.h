@@ -17,20 +17,34 @@ enum class FailureCause : uint32_t {
   kLocalAbort = 4,  // abort() on this rank
   kMismatch = 5,    // the peer came with another call
   kLocalError = 6,  // this rank failed in a call of its own, or on its other device type
+  kConcurrent = 7,  // two kernels of this rank at once on one channel, which only a captured graph can bring about
+};
+
+// Two calls that differ, or the two ends of a message: pack()ed CallDescriptors and their tags.
+struct RecordedCalls {
+  uint64_t mine, theirs;
+  int32_t my_tag, their_tag;
 };
 
 struct FailureRecord {
   uint32_t valid;     // written last (release), 1 when the rest can be read
   FailureCause cause;
   int32_t rank;       // who waited
-  int32_t peer;       // for whom; for kPeerFailed, where it began: abort_rank() of what was told
+  int32_t peer;       // for whom; -1: for any; for kPeerFailed, where it began: abort_rank() of what was told
   Operation operation;
-  uint32_t stage;     // GPU: 0 scatter or one-shot data, 1 broadcast. The CPU names the word instead
-  uint64_t sequence;  // collective number in the group, counted where the wait ran
+  uint32_t stage;     // GPU: one of the stages below. The CPU names the word instead
+  uint64_t sequence;  // collective number in the group, counted where the wait ran; of a channel: its message number
   uint64_t expected;  // epoch or pack index waited for
   uint64_t seen;      // what stood there
   uint32_t told;      // kPeerFailed: the abort word that ended the wait; 0 if it wasn't kept
+  RecordedCalls calls;  // kMismatch on a GPU
 };
+
+// What a kernel waited for.
+constexpr uint32_t kStageScatter = 0;    // Lamport: contributions
+constexpr uint32_t kStageBroadcast = 1;  // Lamport: sums of their owners
+constexpr uint32_t kStageMessage = 2;    // channels: what the source posts
+constexpr uint32_t kStageCredit = 3;     // channels: room at the destination
 
 // An abort word is 0 at rest, else it says where the failure began and, where its writer knows, how:
 //

@@ -61,22 +61,41 @@ std::string where(const FailureRecord& record, const FailureDetails& details) {
 std::string found(const FailureRecord& record) {
   const int finder = abort_finder(record.told);
   switch (abort_cause(record.told)) {
-    case FailureCause::kDeadline: return str(": rank ", finder, " waited for it until the timeout passed");
+    case FailureCause::kDeadline:
+      if (finder == record.peer) return ": it waited for a message of any rank until the timeout passed";
+      return str(": rank ", finder, " waited for it until the timeout passed");
     case FailureCause::kPeerDied: return str(": rank ", finder, " found that its process has ended");
     case FailureCause::kLocalAbort: return str(": abort() was called there");
     case FailureCause::kLocalError: return str(", in another of its calls");
     case FailureCause::kMismatch:
       return str(": its call differs from that of rank ", finder, ", whose error names both");
+    case FailureCause::kConcurrent: return str(", in two sends or receives at once");
     case FailureCause::kNone:
     case FailureCause::kPeerFailed: break;
   }
   return "";
 }
 
+// "message of 192 bytes float32 with tag 3", without its first word.
+std::string message_text(const CallDescriptor& call) {
+  return str("of ", call.bytes, " bytes ", name(call.dtype), " with tag ", call.tag);
+}
+
+std::string message_mismatch_text(const FailureRecord& record, const FailureDetails& details) {
+  const Mismatch& mismatch = *details.mismatch;
+  return str("mnnvl: rank ", record.rank, " received another message than it asked for", where(record, details),
+             ": rank ", record.peer, " sent a message ", message_text(mismatch.theirs), ", rank ", record.rank,
+             " expected one ", message_text(mismatch.mine),
+             ". A message's size and type must be the same at both ends");
+}
+
 std::string mismatch_text(const FailureRecord& record, const FailureDetails& details) {
   const int me = record.rank;
   const int peer = record.peer;
   std::string text = str("mnnvl: rank ", peer, " came with another call than rank ", me, where(record, details), ": ");
+  if (details.mismatch != nullptr && details.mismatch->kind == Mismatch::Kind::kMessage) {
+    return message_mismatch_text(record, details);
+  }
   if (details.mismatch == nullptr) return text + "the ranks' calls differ";
   const std::string mine = describe(details.mismatch->mine);
   const std::string theirs = describe(details.mismatch->theirs);
@@ -92,9 +111,12 @@ std::string mismatch_text(const FailureRecord& record, const FailureDetails& det
     case Mismatch::Kind::kEarlier:
       text += str("both are in ", mine, ", but their calls before it differed, where neither read from the other");
       break;
+    case Mismatch::Kind::kMessage: break;
   }
   return text + ". Every rank must make the same calls in the same order, with the same sizes and types";
 }
+
+std::string awaited(const FailureRecord& record) { return record.peer < 0 ? "any rank" : str("rank ", record.peer); }
 
 Error aborted(const FailureRecord& record, const std::string& place) {
   return Error(ErrorKind::kAborted, str("mnnvl: rank ", record.rank, " stopped", place, ": abort() was called"));
@@ -116,8 +138,7 @@ std::string describe(const CallDescriptor& call) {
       return str(operation, " of ", call.bytes, call.root == 0 ? " bytes a rank" : " bytes in all, uneven");
     case Operation::kBroadcast: return str(operation, " of ", call.bytes, " bytes from root ", call.root);
     case Operation::kSend:
-    case Operation::kRecv:
-      return str("message of ", call.bytes, " bytes ", name(call.dtype), " with tag ", call.tag);
+    case Operation::kRecv: return str("message ", message_text(call));
     case Operation::kBarrier: break;
   }
   return operation;
@@ -139,20 +160,25 @@ Error to_error(const FailureRecord& record, double waited_seconds, const Failure
   switch (record.cause) {
     case FailureCause::kPeerDied:
       return Error(ErrorKind::kPeerFailed,
-                   str("mnnvl: rank ", record.rank, " waited ", seconds(waited_seconds), " for rank ", record.peer,
-                       place, ": the process of rank ", record.peer,
-                       details.peer_pid > 0 ? str(" (pid ", details.peer_pid, ")") : "", " has ended"));
+                   str("mnnvl: rank ", record.rank, " waited ", seconds(waited_seconds), " for ", awaited(record),
+                       place, record.peer < 0 ? ": all others' processes" : str(": the process of rank ", record.peer),
+                       details.peer_pid > 0 ? str(" (pid ", details.peer_pid, ")") : "",
+                       record.peer < 0 ? " have ended" : " has ended"));
     case FailureCause::kPeerFailed:
       return Error(ErrorKind::kPeerFailed, str("mnnvl: rank ", record.rank, " stopped", place,
                                                " because the failure began at rank ", record.peer, found(record)));
     case FailureCause::kLocalAbort: return aborted(record, place);
     case FailureCause::kLocalError: return local_error(record, place);
     case FailureCause::kMismatch: return Error(ErrorKind::kPeerFailed, mismatch_text(record, details));
+    case FailureCause::kConcurrent:
+      return Error(ErrorKind::kAborted,
+                   str("mnnvl: rank ", record.rank, " stopped", place, " with rank ", record.peer,
+                       ": a captured graph that holds one was replayed while another was under way; wait for it first"));
     case FailureCause::kDeadline:
     case FailureCause::kNone: break;
   }
-  return Error(ErrorKind::kTimeout, str("mnnvl: rank ", record.rank, " waited ", seconds(waited_seconds), " for rank ",
-                                        record.peer, place, ": the timeout passed"));
+  return Error(ErrorKind::kTimeout, str("mnnvl: rank ", record.rank, " waited ", seconds(waited_seconds), " for ",
+                                        awaited(record), place, ": the timeout passed"));
 }
 
 }  // namespace mnnvl

@@ -120,4 +120,24 @@ constexpr CallDescriptor descriptor_of(const Message& m) {
   return call;
 }
 
+// A call in one word, without the tag: bytes 0-39 (larger ones lose their high bits), root
+// 40-47, strategy 48-49, reduction 50-53, dtype 54-58, operation 59-63.
+constexpr uint64_t pack(const CallDescriptor& call) {
+  const auto field = [](auto value, int shift, int bits) {
+    return (static_cast<uint64_t>(value) & ((uint64_t{1} << bits) - 1)) << shift;
+  };
+  return field(call.bytes, 0, 40) | field(call.root, 40, 8) | field(call.strategy, 48, 2) | field(call.op, 50, 4) |
+         field(call.dtype, 54, 5) | field(call.operation, 59, 5);
+}
+
+constexpr CallDescriptor unpack(uint64_t word) {
+  const auto field = [word](int shift, int bits) { return word >> shift & ((uint64_t{1} << bits) - 1); };
+  return {static_cast<Operation>(field(59, 5)), static_cast<int64_t>(field(0, 40)),
+          static_cast<int>(field(40, 8)),       static_cast<Dtype>(field(54, 5)),
+          static_cast<ReduceOp>(field(50, 4)),  static_cast<Strategy>(field(48, 2))};
+}
+static_assert(unpack(pack({Operation::kBroadcast, 123456789012, 71})).bytes == 123456789012 &&
+              unpack(pack({Operation::kBroadcast, 123456789012, 71})).root == 71 &&
+              unpack(pack({Operation::kBarrier})).operation == Operation::kBarrier);
+
 }  // namespace mnnvl

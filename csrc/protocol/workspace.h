@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/math.h"
+#include "protocol/channels.h"
 #include "protocol/failure.h"
 #include "protocol/types.h"
 
@@ -15,9 +16,6 @@ constexpr uint32_t kLamportSentinel = 0x80000000u;  // "nothing here yet": -0.0f
 constexpr int kGenerations = 3;  // two would do for launches in a row; csrc/README.md says why a third stays
 constexpr int kStageAlign = 128;
 
-constexpr int kPipeBlocks = 96;  // most blocks of an epoch kernel
-constexpr int kPipeDepth = 4;    // slots per block; csrc/README.md derives the number
-
 // One cache line that peers may write to, and this rank's state that kernels advance. Zero at rest.
 struct alignas(128) DeviceControl {
   // Read with one 16-byte load at the start of every Lamport kernel.
@@ -26,11 +24,15 @@ struct alignas(128) DeviceControl {
   uint32_t calls;       // Lamport calls so far
   uint32_t arrivals;    // blocks of the running call that have read this line; wraps to 0
   uint32_t failed;      // claimed by the first thread that gives up a wait: it alone writes the record
-  uint32_t padding[27];
-  uint32_t pipe_epoch[kPipeBlocks];  // last epoch of each block of the epoch kernels
 };
 static_assert(offsetof(DeviceControl, generation) == 0 && offsetof(DeviceControl, arrivals) == 12, "one 16-byte load");
-static_assert(offsetof(DeviceControl, pipe_epoch) == 128, "apart from the words that peers write");
+
+// What one direction of one lane of a channel has seen, in its rank's own memory. Zero at rest.
+struct LaneState {
+  uint64_t messages;
+  uint32_t slots;
+  uint32_t busy;  // 1 while a kernel is at it
+};
 
 // Pinned host memory, one per workspace, mapped on the device.
 struct HostMailbox {
@@ -41,30 +43,38 @@ struct HostMailbox {
 
 struct WorkspaceLayout {
   int64_t generation_bytes;  // one Lamport generation; stage 1 of a two-shot starts at its half
-  int64_t pipe_slot_bytes;  // one slot of one block; 0: no epoch kernels in this workspace
-  int64_t pipe_offset;
-  int64_t signal_offset;
+  ChannelLayout channel;     // of every channel
+  int64_t slots_offset;
+  int64_t lines_offset;  // from here to the end: zero at rest
+  int64_t headers_offset;
+  int64_t posted_offset;
+  int64_t credit_offset;
+  int64_t state_offset;
   int64_t control_offset;
   int64_t total_bytes;
 
-  // `stage_bytes`: capacity of one two-shot stage (a one-shot may use both). `pipe_bytes`: room for the epoch slots.
-  static constexpr WorkspaceLayout make(int64_t stage_bytes, int64_t pipe_bytes, int world_size) {
+  // `stage_bytes`: capacity of one two-shot stage (a one-shot may use both). `channel_bytes`: room for all channels'
+  // lines and slots; 0: none.
+  static constexpr WorkspaceLayout make(int64_t stage_bytes, int64_t channel_bytes, int world_size) {
     WorkspaceLayout l{};
     // Slices are whole packs, so every source may take one pack more than its share of the bytes.
     l.generation_bytes = 2 * align_up(stage_bytes + int64_t{world_size} * kPackBytes, kStageAlign);
-    l.pipe_offset = kGenerations * l.generation_bytes;
-    // Every source has at least one pack, however small the workspace and large the world.
-    l.pipe_slot_bytes = pipe_bytes == 0 ? 0
-                                        : max64(align_down(pipe_bytes / (kPipeBlocks * kPipeDepth), kStageAlign),
-                                                align_up(int64_t{world_size} * kPackBytes, kStageAlign));
-    l.signal_offset = l.pipe_offset + l.pipe_slot_bytes * kPipeBlocks * kPipeDepth;
-    l.control_offset = l.signal_offset + align_up(int64_t{kPipeBlocks} * kMaxWorldSize * 4, kStageAlign);
+    const int64_t channels = channel_bytes == 0 ? 0 : int64_t{kChannelKinds} * (world_size - 1);
+    l.channel = ChannelLayout::make(channels == 0 ? 0 : channel_bytes / channels);
+    const int64_t rings = channels * l.channel.lanes;
+    l.slots_offset = kGenerations * l.generation_bytes;
+    l.lines_offset = l.slots_offset + rings * kChannelSlots * l.channel.slot_bytes;
+    l.headers_offset = l.lines_offset + rings * kChannelMessages * l.channel.line_bytes * (kLineBytes / kLineData);
+    l.posted_offset = l.headers_offset + channels * kChannelMessages * kHeaderLines * kLineBytes;
+    l.credit_offset = l.posted_offset + channels * kMaxLanes * int64_t{sizeof(uint32_t)};
+    l.state_offset = l.credit_offset + channels * kMaxLanes * int64_t{sizeof(uint64_t)};
+    l.control_offset = l.state_offset + 2 * channels * kMaxLanes * int64_t{sizeof(LaneState)};
     l.total_bytes = l.control_offset + align_up(sizeof(DeviceControl), kStageAlign);
     return l;
   }
 
   // A process group's: three quarters for the Lamport generations (the longer an all-reduce kernel, the less its ends
-  // cost), the rest for the epoch slots.
+  // cost), the rest for the channels.
   static constexpr WorkspaceLayout for_group(int64_t bytes, int world_size) {
     const int64_t stage = bytes / 8;
     return make(stage, bytes - 2 * kGenerations * stage, world_size);
@@ -77,9 +87,34 @@ struct WorkspaceLayout {
   MNNVL_HOST_DEVICE constexpr int64_t twoshot_capacity(int world_size, int element_bytes) const {
     return align_down(generation_bytes / 2 / kPackBytes, world_size) * kPackBytes / element_bytes;
   }
-  // Bytes that one source may put into one slot.
-  MNNVL_HOST_DEVICE constexpr int64_t pipe_piece_bytes(int world_size) const {
-    return align_down(pipe_slot_bytes / world_size, kPackBytes);
+
+  // Channels. `at` is whose workspace it is, `peer` the other end; a channel's rings lie with its destination.
+  MNNVL_HOST_DEVICE constexpr int64_t channel_index(ChannelKind kind, int at, int peer, int world_size) const {
+    return int64_t(kind) * (world_size - 1) + peer - (peer > at ? 1 : 0);
+  }
+  MNNVL_HOST_DEVICE constexpr int64_t slot(int64_t channel, int lane, uint32_t n) const {
+    return slots_offset + ((channel * this->channel.lanes + lane) * kChannelSlots + n % kChannelSlots) *
+                              this->channel.slot_bytes;
+  }
+  MNNVL_HOST_DEVICE constexpr int64_t lines(int64_t channel, int lane, uint64_t message) const {
+    return lines_offset + ((channel * this->channel.lanes + lane) * kChannelMessages +
+                           int64_t(message % kChannelMessages)) *
+                              this->channel.line_bytes * (kLineBytes / kLineData);
+  }
+  MNNVL_HOST_DEVICE constexpr int64_t header(int64_t channel, uint64_t message) const {
+    return headers_offset +
+           (channel * kChannelMessages + int64_t(message % kChannelMessages)) * kHeaderLines * kLineBytes;
+  }
+  MNNVL_HOST_DEVICE constexpr int64_t posted(int64_t channel, int lane) const {
+    return posted_offset + (channel * kMaxLanes + lane) * int64_t(sizeof(uint32_t));
+  }
+  // With the source: `channel` is the one to the destination.
+  MNNVL_HOST_DEVICE constexpr int64_t credit(int64_t channel, int lane) const {
+    return credit_offset + (channel * kMaxLanes + lane) * int64_t(sizeof(uint64_t));
+  }
+  MNNVL_HOST_DEVICE constexpr int64_t state(bool incoming, int64_t channel, int lane, int world_size) const {
+    const int64_t channels = int64_t(kChannelKinds) * (world_size - 1);
+    return state_offset + (((incoming ? channels : 0) + channel) * kMaxLanes + lane) * int64_t(sizeof(LaneState));
   }
 };
 

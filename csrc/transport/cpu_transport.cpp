@@ -40,7 +40,9 @@ class CpuTransport final : public Transport {
   }
   void check() override { communicator_->check(); }
   void abort(FailureCause cause) override { communicator_->abort(cause); }
-  void close() override {}  // requests return when they are done, and the destructor waits for nobody
+  Messenger* messenger() override { return &communicator_->messenger(); }
+  // Requests return when they are done; only messages can be under way.
+  void close() override { communicator_->messenger().wait_idle(std::chrono::milliseconds::max()); }
 
  private:
   const int world_size_;

@@ -1,11 +1,16 @@
 #include "transport/cuda_launch.h"
 
 #include <algorithm>
+#include <bitset>
+#include <vector>
 
+#include "common/error.h"
 #include "kernels/kernels.h"
 
 namespace mnnvl {
 namespace {
+
+constexpr int64_t kLeastScatteredBroadcast = int64_t{1} << 20;  // bytes
 
 void launch_one(const LaunchContext& context, const AllReduceRequest& request) {
   const Strategy strategy = request.strategy == Strategy::kAuto ? context.strategy : request.strategy;
@@ -30,44 +35,132 @@ void launch_one(const LaunchContext& context, const AllReduceRequest& request) {
   }
 }
 
-// Everything else goes through the epoch pipe, `bytes` a contribution.
-void gather(const LaunchContext& context, kernels::GatherParams& params, int64_t bytes) {
-  const GatherChoice choice = choose_gather(context.shape, bytes);
+using kernels::ChannelMessage;
+
+kernels::RoleShape shape_of(const LaunchContext& context, ChannelKind kind,
+                            const std::vector<ChannelMessage>& messages) {
+  int lanes = 1;
+  std::bitset<kMaxWorldSize> peers;
+  for (const ChannelMessage& m : messages) {
+    lanes = std::max(lanes, int(Cut::make(context.group.layout.channel, m.bytes).lanes));
+    peers.set(size_t(m.peer));
+  }
+  return {lanes, choose_exchange_blocks(context.shape, kind, int(peers.count()), lanes)};
+}
+
+// Everything else is messages on the pair channels.
+struct Exchange {
+  ChannelKind kind = ChannelKind::kCollective;
+  Operation send_operation, receive_operation;
+  std::vector<ChannelMessage> sends, receives;
+  kernels::LocalCopy copy;
+
+  explicit Exchange(Operation operation) : send_operation(operation), receive_operation(operation) {}
+};
+
+void launch_exchange(const LaunchContext& context, const Exchange& exchange) {
+  kernels::ExchangeParams params;
   params.group = context.group;
-  params.bytes = bytes;
-  params.blocks = choice.blocks;
+  params.kind = exchange.kind;
+  params.send_operation = exchange.send_operation;
+  params.receive_operation = exchange.receive_operation;
+  params.sends = exchange.sends.data();
+  params.send_count = int(exchange.sends.size());
+  params.receives = exchange.receives.data();
+  params.receive_count = int(exchange.receives.size());
+  params.send_shape = shape_of(context, exchange.kind, exchange.sends);
+  params.receive_shape = shape_of(context, exchange.kind, exchange.receives);
+  params.copy = exchange.copy;
+  params.copy.blocks = choose_copy_blocks(params.copy.bytes);
   kernels::Launch shape;
-  shape.threads = choice.threads;
+  shape.threads = kernels::kMaxExchangeThreads;
   shape.stream = context.stream;
-  kernels::table().epoch_gather.launch(params, shape);
+  kernels::table().exchange.launch(params, shape);
+}
+
+ChannelMessage message(const void* data, int64_t bytes, int peer, const CallDescriptor& call) {
+  return {const_cast<void*>(data), bytes, pack(call), call.tag, peer};
 }
 
 void launch_one(const LaunchContext& context, const AllGatherRequest& request) {
-  kernels::GatherParams params;
-  params.in = request.in;
-  std::copy(request.outs, request.outs + context.group.world_size, params.outs);
-  gather(context, params, request.bytes);
+  const int world = context.group.world_size, rank = context.group.rank;
+  const CallDescriptor call = descriptor_of(request, world);
+  Exchange exchange(Operation::kAllGather);
+  for (int peer = 0; peer < world; ++peer) {
+    if (peer == rank) continue;
+    exchange.sends.push_back(message(request.in, request.bytes_of(rank), peer, call));
+    exchange.receives.push_back(message(request.outs[peer], request.bytes_of(peer), peer, call));
+  }
+  if (request.outs[rank] != request.in) exchange.copy = {request.in, request.outs[rank], request.bytes_of(rank)};
+  launch_exchange(context, exchange);
 }
 
+// Every rank gets the same bytes: from the root alone, or, where that would keep its link busy for world_size - 1 times
+// the bytes, each a part from the root and the other parts from those who got them.
 void launch_one(const LaunchContext& context, const BroadcastRequest& request) {
-  kernels::GatherParams params;
-  params.in = request.data;
-  params.outs[request.root] = request.data;
-  params.source = request.root;
-  params.operation = Operation::kBroadcast;
-  gather(context, params, request.bytes);
+  const int world = context.group.world_size, rank = context.group.rank, root = request.root;
+  const CallDescriptor call = descriptor_of(request);
+  auto* data = static_cast<std::byte*>(request.data);
+  Exchange first(Operation::kBroadcast), second(Operation::kBroadcast);
+  if (world == 2 || request.bytes < kLeastScatteredBroadcast) {
+    for (int peer = 0; peer < world; ++peer) {
+      if (rank == root && peer != root) first.sends.push_back(message(data, request.bytes, peer, call));
+    }
+    if (rank != root) first.receives.push_back(message(data, request.bytes, root, call));
+    return launch_exchange(context, first);
+  }
+  const int64_t part = align_up(ceil_div(request.bytes, world), kStageAlign);
+  const auto part_of = [&](int owner, int peer) {
+    const int64_t begin = min64(owner * part, request.bytes);
+    return message(data + begin, min64(part, request.bytes - begin), peer, call);
+  };
+  for (int peer = 0; peer < world; ++peer) {
+    if (peer == rank) continue;
+    if (rank == root) {
+      first.sends.push_back(part_of(peer, peer));
+      second.sends.push_back(part_of(rank, peer));
+    } else {
+      if (peer != root) second.sends.push_back(part_of(rank, peer));
+      second.receives.push_back(part_of(peer, peer));
+    }
+  }
+  if (rank != root) first.receives.push_back(part_of(rank, root));
+  launch_exchange(context, first);
+  launch_exchange(context, second);
 }
 
-void launch_one(const LaunchContext& context, const BarrierRequest&) {
-  kernels::GatherParams params;
-  params.operation = Operation::kBarrier;
-  gather(context, params, 0);
+void launch_one(const LaunchContext& context, const BarrierRequest& request) {
+  Exchange exchange(Operation::kBarrier);
+  for (int peer = 0; peer < context.group.world_size; ++peer) {
+    if (peer == context.group.rank) continue;
+    exchange.sends.push_back(message(nullptr, 0, peer, descriptor_of(request)));
+    exchange.receives.push_back(exchange.sends.back());
+  }
+  launch_exchange(context, exchange);
 }
 
 }  // namespace
 
 void launch(const LaunchContext& context, const Request& request) {
   std::visit([&](const auto& one) { launch_one(context, one); }, request);
+}
+
+void launch(const LaunchContext& context, const ExchangeRequest& request) {
+  if (request.send_count + request.receive_count > kernels::kMaxExchangeMessages) {
+    fail(ErrorKind::kInvalidArgument, "mnnvl: a batch of sends and receives: expected at most ",
+         kernels::kMaxExchangeMessages, ", got ", request.send_count + request.receive_count);
+  }
+  Exchange exchange(Operation::kSend);
+  exchange.receive_operation = Operation::kRecv;
+  exchange.kind = ChannelKind::kPointToPoint;
+  const auto add = [](std::vector<ChannelMessage>& to, const Message* messages, int count) {
+    for (int i = 0; i < count; ++i) {
+      to.push_back(message(messages[i].data, messages[i].bytes, messages[i].peer, descriptor_of(messages[i])));
+    }
+  };
+  add(exchange.sends, request.sends, request.send_count);
+  add(exchange.receives, request.receives, request.receive_count);
+  launch_exchange(context, exchange);
 }
 
 }  // namespace mnnvl

@@ -17,5 +17,7 @@ struct LaunchContext {
 
 // Enqueues on the context's stream. Error(kSystem) if a launch is refused.
 void launch(const LaunchContext& context, const Request& request);
+// Error(kInvalidArgument) for a list that no launch can carry; then nothing was enqueued.
+void launch(const LaunchContext& context, const ExchangeRequest& request);
 
 }  // namespace mnnvl

@@ -23,7 +23,7 @@ constexpr int64_t kMinWorkspaceBytes = int64_t{1} << 20;
 constexpr int kMinComputeCapability = 90;  // multimem and griddepcontrol
 
 WorkspaceLayout layout_for(const TransportOptions& options, int world_size) {
-  if (options.stage_bytes > 0) return WorkspaceLayout::make(options.stage_bytes, /*pipe_bytes=*/0, world_size);
+  if (options.stage_bytes > 0) return WorkspaceLayout::make(options.stage_bytes, /*channel_bytes=*/0, world_size);
   const int64_t bytes = options.workspace_bytes ? options.workspace_bytes : kDefaultWorkspaceBytes;
   if (bytes < kMinWorkspaceBytes) {
     fail(ErrorKind::kInvalidArgument, "workspace_bytes: expected at least ", kMinWorkspaceBytes, ", got ", bytes);
@@ -89,11 +89,13 @@ class CudaTransport final : public Transport {
 
   void run(const Request& request, const Run& run) override {
     check_usable();
-    LaunchContext context = context_;
-    context.group.timeout_ns = uint64_t(clamp_timeout_ms(run.timeout_ms)) * 1'000'000;
-    context.stream = run.stream;
-    timeout_ms_ = run.timeout_ms;
-    launch(context, request);
+    launch(context_of(run), request);
+  }
+
+  // A peer that has ended may have sent before.
+  void exchange(const ExchangeRequest& request, const Run& run) override {
+    check();
+    launch(context_of(run), request);
   }
 
   void check() override {
@@ -113,7 +115,24 @@ class CudaTransport final : public Transport {
   HostMailbox* mailbox() const { return context_.group.mailbox; }
   bool failed() const { return __atomic_load_n(&mailbox()->record.valid, __ATOMIC_ACQUIRE) != 0; }
 
-  Error recorded_failure() const { return to_error(mailbox()->record, double(timeout_ms_) * 1e-3); }
+  LaunchContext context_of(const Run& run) {
+    LaunchContext context = context_;
+    context.group.timeout_ns = uint64_t(clamp_timeout_ms(run.timeout_ms)) * 1'000'000;
+    context.stream = run.stream;
+    timeout_ms_ = run.timeout_ms;
+    return context;
+  }
+
+  Error recorded_failure() const {
+    const FailureRecord& record = mailbox()->record;
+    FailureDetails details;
+    Mismatch mismatch{Mismatch::Kind::kCalls, unpack(record.calls.mine), unpack(record.calls.theirs)};
+    if (mismatch.mine.operation == Operation::kSend) mismatch.kind = Mismatch::Kind::kMessage;
+    mismatch.mine.tag = record.calls.my_tag;
+    mismatch.theirs.tag = record.calls.their_tag;
+    if (record.cause == FailureCause::kMismatch) details.mismatch = &mismatch;
+    return to_error(record, double(timeout_ms_) * 1e-3, details);
+  }
 
   void log(const std::string& text) const {
     if (log_) log_(text);
@@ -149,9 +168,8 @@ class CudaTransport final : public Transport {
            capability / 10, ".", capability % 10);
     }
     const WorkspaceLayout& layout = context_.group.layout;
-    const uint64_t signals = buffer_->address(context_.group.rank) + uint64_t(layout.signal_offset);
-    kernels::table().device_ops.fill_words(device_, signals, 0,
-                                           size_t((layout.total_bytes - layout.signal_offset) / 4));
+    const uint64_t words = buffer_->address(context_.group.rank) + uint64_t(layout.lines_offset);
+    kernels::table().device_ops.fill_words(device_, words, 0, size_t((layout.total_bytes - layout.lines_offset) / 4));
     watchdog_.emplace(mailbox(), buffer_->peer_pids(), [this] { log(recorded_failure().what()); });
   }
 

@@ -4,6 +4,10 @@
 
 namespace mnnvl {
 
+void Transport::exchange(const ExchangeRequest& /*request*/, const Run& /*run*/) {
+  fail(ErrorKind::kUnsupported, "mnnvl: messages between CPU tensors go through the messenger");
+}
+
 void agree_on_options(Exchange& exchange, const TransportOptions& options) {
   const std::string mine = str("strategy ", int(options.strategy), ", workspace_bytes ", options.workspace_bytes,
                                ", buffer_size_in_bytes ", 2 * options.stage_bytes);

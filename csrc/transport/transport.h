@@ -9,6 +9,7 @@
 #include "bootstrap/exchange.h"
 #include "memory/options.h"
 #include "protocol/failure.h"
+#include "protocol/messenger.h"
 #include "protocol/requests.h"
 #include "protocol/types.h"
 
@@ -33,7 +34,7 @@ struct Run {
   void* stream = nullptr;  // the native handle; null on the CPU
 };
 
-// All requests are collective and made in the same order on every rank, from one thread at a time. Failures are Errors;
+// All Requests are collective and made in the same order on every rank, from one thread at a time. Failures are Errors;
 // after one, every later request throws. World size is at least 2: a group of one never makes a transport.
 class Transport {
  public:
@@ -42,12 +43,21 @@ class Transport {
   // On the CPU it returns with the result in place; on a GPU it enqueues.
   virtual void run(const Request& request, const Run& run) = 0;
 
+  // Point-to-point on a GPU: enqueues. Not collective, and free to be under way beside collectives; the caller orders
+  // those requests that send to, or receive from, the same rank.
+  virtual void exchange(const ExchangeRequest& request, const Run& run);
+  // The messages between pairs of ranks that a host moves: those of the CPU, which are no part of the order of requests
+  // and may be under way beside them, on other threads. Null on a GPU, where messages are enqueued on a stream like
+  // collectives. Lives as long as the transport; the transfers that it gives may live on.
+  virtual Messenger* messenger() { return nullptr; }
+
   // Throws the failure of this transport, if it has one by now. Any thread.
   virtual void check() = 0;
   // From any thread: ends all waits here, and tells the peers that the failure began here: kLocalAbort or kLocalError.
   virtual void abort(FailureCause cause) = 0;
-  // Waits for what was enqueued and releases the memory; nothing but check() may be called afterwards. Idempotent; the
-  // destructor does it too.
+  // Waits for what was enqueued, and for messages under way, each of which ends by its deadline, and releases the
+  // memory; nothing but check() may be called afterwards. Idempotent; the destructor does it too, but ends messages
+  // under way by abort(): nobody is left to want them.
   virtual void close() = 0;
 };
 

@@ -50,12 +50,21 @@ AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype 
   return choice;
 }
 
-GatherChoice choose_gather(const GroupShape& group, int64_t bytes) {
-  const int64_t pieces = ceil_div(bytes, group.layout.pipe_piece_bytes(group.world_size));
-  GatherChoice choice;
-  choice.blocks = int(std::clamp<int64_t>(pieces, 1, std::min(kPipeBlocks, group.multiprocessors)));
-  choice.threads = bytes <= 4096 ? 128 : kMaxGatherThreads;
-  return choice;
+// As few lanes a block as the blocks allow: one that is alone in its block is waited for by the data warps.
+int choose_exchange_blocks(const GroupShape& group, ChannelKind kind, int channels, int lanes) {
+  if (channels == 0) return 0;
+  const int all = channels * lanes, least = int(ceil_div(all, kMaxBlockLanes));
+  int most = kMaxExchangeBlocks;
+  if (kind == ChannelKind::kPointToPoint) {
+    const int share = group.multiprocessors / (2 * (group.world_size - 1));  // of one peer and direction
+    most = channels * std::clamp(share, 1, kMaxExchangeBlocks);
+  }
+  return std::max(least, std::min(all, most));
+}
+
+int choose_copy_blocks(int64_t bytes) {
+  constexpr int64_t kBytesABlock = 32 << 10;
+  return int(min64(kMaxExchangeBlocks, ceil_div(bytes, kBytesABlock)));
 }
 
 }  // namespace mnnvl

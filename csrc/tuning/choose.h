@@ -26,11 +26,14 @@ struct AllReduceChoice {
 };
 AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype dtype, Strategy strategy);
 
-struct GatherChoice {
-  int blocks = 1;
-  int threads = 128;
-};
-// `bytes` per contribution.
-GatherChoice choose_gather(const GroupShape& group, int64_t bytes);
+// How many blocks serve the sends, or the receives, of an exchange: `channels` of them, whose largest message takes
+// `lanes`. A block serves kMaxBlockLanes at most. Point-to-point kernels may all wait at once, one for each peer and
+// direction: together they get a block a multiprocessor, beside a collective's.
+constexpr int kMaxExchangeBlocks = 32;
+constexpr int kMaxBlockLanes = 32;
+int choose_exchange_blocks(const GroupShape& group, ChannelKind kind, int channels, int lanes);
+
+// Blocks for a copy of this rank's own contribution, beside what moves.
+int choose_copy_blocks(int64_t bytes);
 
 }  // namespace mnnvl

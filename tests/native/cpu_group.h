@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/communicator.h"
-#include "cpu/layout.h"
+#include "cpu/segment.h"
 #include "native/harness.h"
 #include "tuning/choose_cpu.h"
 
@@ -24,13 +24,22 @@ struct FreeMemory {
 // Every rank's segment, zero-filled.
 class Segments {
  public:
-  Segments(int world_size, size_t bytes) : bytes_(bytes) {
+  // With about so large slots for steps and for messages.
+  Segments(int world_size, int64_t step_slot_bytes, int64_t ring_slot_bytes = cpu::kMinRingSlotBytes)
+      : bytes_(cpu::segment_bytes_of(step_slot_bytes, ring_slot_bytes, world_size)) {
     for (int rank = 0; rank < world_size; ++rank) {
-      auto* memory = static_cast<std::byte*>(std::aligned_alloc(cpu::kCacheLine, (bytes + 63) / 64 * 64));
-      std::fill_n(memory, bytes, std::byte{0});
+      auto* memory = static_cast<std::byte*>(std::aligned_alloc(cpu::kCacheLine, (bytes_ + 63) / 64 * 64));
+      std::fill_n(memory, bytes_, std::byte{0});
       memory_.emplace_back(memory);
     }
   }
+
+  // Threads that move messages then sleep until they are woken: a lost wake-up ends the test, by its time.
+  Segments& with_unbounded_sleep() {
+    max_sleep_ms_ = 3600 * 1000;
+    return *this;
+  }
+  int max_sleep_ms() const { return max_sleep_ms_; }
 
   int world_size() const { return static_cast<int>(memory_.size()); }
   size_t bytes() const { return bytes_; }
@@ -41,14 +50,32 @@ class Segments {
   }
   cpu::Control* control(int rank) const { return cpu::control_of(memory_[static_cast<size_t>(rank)].get()); }
 
-  // As if so many steps had been taken.
+  // As if so many steps had been taken, and so many slots of messages.
   void start_from(uint32_t epoch) {
+    for (int rank = 0; rank < world_size(); ++rank) {
+      for (int source = 0; source < world_size(); ++source) {
+        if (source == rank) continue;
+        cpu::ChannelWords* words = channel(source, rank).words;
+        words->posted.store(epoch);
+        words->taken.store(epoch);
+      }
+    }
     for (int rank = 0; rank < world_size(); ++rank) {
       for (cpu::Signal* signal : {&control(rank)->posted, &control(rank)->reduced, &control(rank)->done})
         signal->epoch.store(epoch);
     }
   }
 
+  cpu::Channel channel(int source, int destination) const {
+    const cpu::Division division = cpu::divide(bytes_, world_size());
+    return cpu::channel_at(memory_[static_cast<size_t>(destination)].get() + division.rings_offset(),
+                           division.ring_slot_bytes, source, destination, world_size());
+  }
+
+  // Returns when a thread of `rank` sleeps for messages.
+  void await_messenger_asleep(int rank) const {
+    while (control(rank)->bell.sleepers.load() == 0) std::this_thread::yield();
+  }
   // Returns when somebody sleeps on what `rank` posts.
   void await_sleeper(int rank) const {
     while (control(rank)->posted.sleepers.load() == 0) std::this_thread::yield();
@@ -56,6 +83,7 @@ class Segments {
 
  private:
   size_t bytes_;
+  int max_sleep_ms_ = cpu::kMaxSleepMs;
   std::vector<std::unique_ptr<std::byte, FreeMemory>> memory_;
 };
 
@@ -70,6 +98,7 @@ class CpuRank {
     options.segments = segments.addresses();
     options.segment_bytes = segments.bytes();
     options.peer_pids = std::move(peer_pids);
+    options.max_sleep_ms = segments.max_sleep_ms();
     options.peer_pids.resize(static_cast<size_t>(segments.world_size()), -1);
     communicator_ = std::make_unique<cpu::Communicator>(options);
   }
@@ -85,6 +114,7 @@ class CpuRank {
   void broadcast(void* data, int64_t bytes, int root) { run(BroadcastRequest{data, bytes, root}); }
   void barrier(int64_t timeout_ms = kLongMs) { run(BarrierRequest{}, timeout_ms); }
   void run(const Request& request, int64_t timeout_ms = kLongMs) { communicator_->run(request, timeout_ms); }
+  Messenger& messenger() { return communicator_->messenger(); }
   void abort() { communicator_->abort(); }
   void check() const { communicator_->check(); }
 

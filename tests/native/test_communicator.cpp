@@ -10,8 +10,8 @@ namespace mnnvl::test {
 namespace {
 
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
-constexpr size_t kSmallSegment = cpu::kControlBytes + cpu::kSlots * 256;  // slots of 256 bytes: many steps
-constexpr size_t kLargeSegment = cpu::kControlBytes + cpu::kSlots * (64 << 10);
+constexpr int64_t kSmallSlots = 256;  // many steps
+constexpr int64_t kLargeSlots = 64 << 10;
 
 using Bytes = std::vector<std::byte>;
 
@@ -89,7 +89,7 @@ void check_broadcast(CpuRank& rank, uint64_t call, int64_t bytes, int root) {
 TEST(communicator_all_reduce_sizes) {
   const int64_t sizes[] = {0, 1, 3, 31, 64, 1000, 4099, 20000};
   for (int world_size : {1, 2, 3, 4}) {
-    const Segments segments(world_size, kLargeSegment);
+    const Segments segments(world_size, kLargeSlots);
     run_group(segments, [&](CpuRank& rank) {
       uint64_t call = 0;
       for (int64_t numel : sizes) {
@@ -107,7 +107,7 @@ TEST(communicator_all_reduce_sizes) {
 
 TEST(communicator_moves) {
   for (int world_size : {1, 2, 3, 4}) {
-    const Segments segments(world_size, kSmallSegment);
+    const Segments segments(world_size, kSmallSlots);
     run_group(segments, [&](CpuRank& rank) {
       for (int64_t bytes : {0, 1, 63, 64, 65, 256, 257, 5000}) {
         check_all_gather(rank, world_size, static_cast<uint64_t>(bytes), bytes, /*in_place=*/bytes % 2 == 0);
@@ -117,10 +117,41 @@ TEST(communicator_moves) {
   }
 }
 
+// Contributions of their own sizes: some none, some many steps, alone or all.
+TEST(communicator_uneven_all_gather) {
+  for (int world_size : {1, 2, 3, 4}) {
+    const Segments segments(world_size, kSmallSlots);
+    run_group(segments, [&](CpuRank& rank) {
+      for (uint64_t call = 0; call < static_cast<uint64_t>(iterations(60)); ++call) {
+        Random random(call);
+        std::vector<int64_t> sizes;
+        std::vector<Bytes> outs;
+        std::vector<void*> pointers;
+        for (int r = 0; r < world_size; ++r) {
+          sizes.push_back(random.below(3) == 0 ? 0 : random.below(int64_t{1} << random.below(13)));
+          outs.emplace_back(static_cast<size_t>(sizes.back()), std::byte{0x5a});
+        }
+        Bytes in = contribution(call, rank.rank(), sizes[static_cast<size_t>(rank.rank())]);
+        for (Bytes& out : outs) pointers.push_back(out.empty() ? nullptr : out.data());
+        if (call % 2 == 0) pointers[static_cast<size_t>(rank.rank())] = in.data();
+        AllGatherRequest request{in.empty() ? nullptr : in.data(), pointers.data()};
+        request.sizes = sizes.data();
+        rank.run(request);
+        for (int r = 0; r < world_size; ++r) {
+          const auto index = static_cast<size_t>(r);
+          const Bytes expected = contribution(call, r, sizes[index]);
+          const auto* seen = static_cast<const std::byte*>(pointers[index]);
+          CHECK(std::equal(expected.begin(), expected.end(), seen), "call ", call, ", rank ", r, " at ", rank.rank());
+        }
+      }
+    });
+  }
+}
+
 // Nobody leaves a barrier before all have come.
 TEST(communicator_barrier) {
   for (int world_size : {2, 3, 4}) {
-    const Segments segments(world_size, kSmallSegment);
+    const Segments segments(world_size, kSmallSlots);
     std::atomic<int> come{0};
     run_group(segments, [&](CpuRank& rank) {
       for (int round = 1; round <= iterations(50); ++round) {
@@ -151,8 +182,8 @@ void random_call(CpuRank& rank, int world_size, uint64_t call, Random random) {
   check_all_reduce(rank, world_size, r);
 }
 
-void random_calls(int world_size, size_t segment_bytes, uint32_t first_epoch, int count) {
-  Segments segments(world_size, segment_bytes);
+void random_calls(int world_size, int64_t slot_bytes, uint32_t first_epoch, int count) {
+  Segments segments(world_size, slot_bytes);
   segments.start_from(first_epoch);
   run_group(segments, [&](CpuRank& rank) {
     for (int call = 0; call < count; ++call) {
@@ -162,12 +193,12 @@ void random_calls(int world_size, size_t segment_bytes, uint32_t first_epoch, in
   });
 }
 
-TEST(communicator_random_calls_2) { random_calls(2, kLargeSegment, 0, iterations(200)); }
-TEST(communicator_random_calls_3) { random_calls(3, kLargeSegment, 0, iterations(200)); }
-TEST(communicator_random_calls_4) { random_calls(4, kLargeSegment, 0, iterations(200)); }
-TEST(communicator_random_calls_in_many_steps) { random_calls(3, kSmallSegment, 0, iterations(200)); }
+TEST(communicator_random_calls_2) { random_calls(2, kLargeSlots, 0, iterations(200)); }
+TEST(communicator_random_calls_3) { random_calls(3, kLargeSlots, 0, iterations(200)); }
+TEST(communicator_random_calls_4) { random_calls(4, kLargeSlots, 0, iterations(200)); }
+TEST(communicator_random_calls_in_many_steps) { random_calls(3, kSmallSlots, 0, iterations(200)); }
 // 32-bit epochs pass zero on the way.
-TEST(communicator_random_calls_around_the_wrap) { random_calls(3, kSmallSegment, 0xffffff80u, iterations(200)); }
+TEST(communicator_random_calls_around_the_wrap) { random_calls(3, kSmallSlots, 0xffffff80u, iterations(200)); }
 
 }  // namespace
 }  // namespace mnnvl::test

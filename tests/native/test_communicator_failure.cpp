@@ -11,7 +11,7 @@
 namespace mnnvl::test {
 namespace {
 
-constexpr size_t kSegment = cpu::kControlBytes + cpu::kSlots * 256;
+constexpr int64_t kSlotBytes = 256;
 
 double seconds_of(const std::function<void()>& body) {
   const auto begin = std::chrono::steady_clock::now();
@@ -30,7 +30,7 @@ void check_broken(CpuRank& rank, const Error& first) {
 }
 
 TEST(communicator_abort_ends_a_wait) {
-  const Segments segments(2, kSegment);
+  const Segments segments(2, kSlotBytes);
   CpuRank waiting(segments, 0), late(segments, 1);
   std::thread aborter([&] {
     segments.await_sleeper(1);
@@ -50,7 +50,7 @@ TEST(communicator_abort_ends_a_wait) {
 }
 
 TEST(communicator_abort_before_a_wait) {
-  const Segments segments(2, kSegment);
+  const Segments segments(2, kSlotBytes);
   CpuRank rank(segments, 0);
   rank.abort();
   rank.abort();
@@ -58,7 +58,7 @@ TEST(communicator_abort_before_a_wait) {
 }
 
 TEST(communicator_a_late_rank_is_named_and_all_hear_of_it) {
-  const Segments segments(3, kSegment);
+  const Segments segments(3, kSlotBytes);
   CpuRank impatient(segments, 0), patient(segments, 1), late(segments, 2);
   std::thread other([&] {
     const double seconds = seconds_of([&] {
@@ -82,7 +82,7 @@ TEST(communicator_a_dead_peer_ends_a_wait) {
     for (;;) pause();
   }
   CHECK(child > 0);
-  const Segments segments(2, kSegment);
+  const Segments segments(2, kSlotBytes);
   CpuRank rank(segments, 0, {-1, child});
   std::thread killer([&] {
     segments.await_sleeper(1);
@@ -103,7 +103,12 @@ TEST(communicator_ranks_that_call_different_things) {
     return AllReduceRequest{data, others, numel, dtype, op, strategy};
   };
   const AllReduceRequest plain = reduction(16, Dtype::kFloat32, ReduceOp::kSum, Strategy::kOneShot);
+  const int64_t sizes[] = {16, 48}, others_sizes[] = {48, 16};
+  AllGatherRequest uneven{data, outs}, otherwise_uneven{data, outs};
+  uneven.sizes = sizes;
+  otherwise_uneven.sizes = others_sizes;
   const std::pair<Request, Request> pairs[] = {
+      {uneven, otherwise_uneven},
       {plain, reduction(15, Dtype::kFloat32, ReduceOp::kSum, Strategy::kOneShot)},
       {plain, reduction(16, Dtype::kFloat32, ReduceOp::kAvg, Strategy::kOneShot)},
       {plain, reduction(32, Dtype::kBFloat16, ReduceOp::kSum, Strategy::kOneShot)},
@@ -111,9 +116,10 @@ TEST(communicator_ranks_that_call_different_things) {
       {plain, BarrierRequest{}},
       {BroadcastRequest{data, 64, 0}, BroadcastRequest{data, 64, 1}},
       {BroadcastRequest{data, 64, 0}, AllGatherRequest{data, outs, 64}},
+      {uneven, AllGatherRequest{data, outs, 64}},
   };
   for (const auto& [first, second] : pairs) {
-    const Segments segments(2, kSegment);
+    const Segments segments(2, kSlotBytes);
     CpuRank a(segments, 0), b(segments, 1);
     std::vector<std::string> texts(2);
     run_threads(2, [&](int rank) {
@@ -135,7 +141,7 @@ TEST(communicator_ranks_that_call_different_things) {
 }
 
 TEST(communicator_refuses_bad_arguments) {
-  const Segments segments(2, kSegment), tiny(2, cpu::kControlBytes);
+  const Segments segments(2, kSlotBytes), tiny(2, 0);
   CHECK(error_of([&] { CpuRank(tiny, 0); }).kind() == ErrorKind::kInvalidArgument);
   CHECK(error_of([&] { CpuRank(segments, 2); }).kind() == ErrorKind::kInvalidArgument);
   CpuRank rank(segments, 0);

@@ -9,7 +9,7 @@
 namespace mnnvl::test {
 namespace {
 
-constexpr size_t kSegment = cpu::kControlBytes + cpu::kSlots * 512;
+constexpr int64_t kSlotBytes = 512;
 
 struct Call {
   Operation operation = Operation::kBarrier;
@@ -59,7 +59,7 @@ class Caller {
             timeout_ms_);
         return all_are(mine, sum);
       }
-      case Operation::kAllGather: break;
+      default: break;
     }
     std::vector<std::vector<float>> all(static_cast<size_t>(world_size_), std::vector<float>(mine.size()));
     std::vector<void*> outs;
@@ -109,7 +109,7 @@ int run_parted(uint64_t seed, uint32_t first_epoch, bool parted) {
   for (int i = 0; i < 60; ++i) common.push_back(random_call(random, world_size));
   std::vector<std::vector<Call>> programs(static_cast<size_t>(world_size), common);
   if (parted) part(programs[static_cast<size_t>(random.below(world_size))], random, world_size);
-  Segments segments(world_size, kSegment);
+  Segments segments(world_size, kSlotBytes);
   segments.start_from(first_epoch);
   std::atomic<int> named{0};
   // Two ranks that each wait for a broadcast from the other show each other nothing: that ends at the timeout.
@@ -158,7 +158,7 @@ TEST(communicator_packs_calls) {
     for (Strategy strategy : {Strategy::kOneShot, Strategy::kTwoShot}) {
       const CallDescriptor call{operation,        (int64_t{1} << 40) - 3, kMaxWorldSize - 1,
                                 Dtype::kBFloat16, ReduceOp::kAvg,         strategy};
-      const CallDescriptor again = cpu::unpack(cpu::pack(call));
+      const CallDescriptor again = unpack(pack(call));
       CHECK(again.operation == operation && again.bytes == call.bytes && again.root == call.root &&
             again.dtype == call.dtype && again.op == call.op && again.strategy == strategy);
     }

@@ -48,14 +48,66 @@ TEST(tuning_every_choice_can_be_run) {
   }
 }
 
-TEST(tuning_gathers_can_be_run) {
-  for (int world_size : {2, 3, 8, kMaxWorldSize}) {
+TEST(tuning_exchanges_can_be_run) {
+  for (int world_size = 2; world_size <= kMaxWorldSize; ++world_size) {
     const GroupShape group = group_of(world_size);
-    for_sizes(int64_t{1} << 32, [&](int64_t bytes) {
-      const GatherChoice c = choose_gather(group, bytes);
-      CHECK(c.blocks >= 1 && c.blocks <= kPipeBlocks && c.blocks <= group.multiprocessors, c.blocks);
-      CHECK(c.threads >= 32 && c.threads <= kMaxGatherThreads, c.threads);
-    });
+    for (int lanes = 1; lanes <= kMaxLanes; ++lanes) {
+      for (int channels = 0; channels < world_size; ++channels) {
+        for (ChannelKind kind : {ChannelKind::kCollective, ChannelKind::kPointToPoint}) {
+          const int blocks = choose_exchange_blocks(group, kind, channels, lanes), all = channels * lanes;
+          CHECK(blocks <= all && (blocks > 0) == (channels > 0), blocks, " blocks for ", all, " lanes");
+          CHECK(channels == 0 || ceil_div(all, blocks) <= kMaxBlockLanes, "a signal warp has a thread a lane");
+        }
+      }
+      // Everything that can wait at once is on the GPU at once.
+      const int one = choose_exchange_blocks(group, ChannelKind::kPointToPoint, 1, lanes);
+      CHECK(one == 1 || 2 * (world_size - 1) * one <= group.multiprocessors, one, " blocks a peer and direction");
+    }
+  }
+}
+
+// Every byte of a message lies in one piece, and every piece fits where it goes.
+TEST(tuning_messages_are_cut_whole) {
+  for (int world_size : {2, 3, 4, 8, 36, kMaxWorldSize}) {
+    for (int64_t workspace : {int64_t{1} << 20, int64_t{64} << 20}) {
+      const ChannelLayout layout = group_of(world_size, workspace).layout.channel;
+      CHECK(layout.lanes >= 1 && layout.lanes <= kMaxLanes && layout.line_bytes % kLineData == 0);
+      for_sizes(int64_t{1} << 32, [&](int64_t bytes) {
+        const Cut cut = Cut::make(layout, bytes);
+        CHECK(cut.lanes >= 1 && cut.lanes <= layout.lanes);
+        CHECK(cut.piece <= (cut.lines ? layout.line_bytes : layout.slot_bytes), cut.piece, " bytes a piece");
+        int64_t pieces = 0;
+        int ends = 0;
+        for (int lane = 0; lane < cut.lanes; ++lane) {
+          const int32_t count = cut.pieces_of(lane);
+          CHECK(count >= 1 && (!cut.lines || count == 1), "lane ", lane, " of ", cut.lanes);
+          pieces += count;
+          const int64_t last = cut.begin(lane, count - 1);
+          CHECK(cut.bytes_of(lane, count - 1) > 0 || bytes == 0);
+          ends += last + cut.bytes_of(lane, count - 1) == bytes;
+          for (int32_t i = 0; i < count - 1; ++i) {
+            if (cut.bytes_of(lane, i) != cut.piece) CHECK(false, "a piece in the middle is short");
+            if (i > 1000) break;
+          }
+        }
+        CHECK(ends == 1, "one piece ends the message, found ", ends);
+        CHECK(bytes == 0 || pieces == ceil_div(bytes, cut.piece));
+        CHECK(cut.pieces_of(cut.lanes) == 0, "a lane that takes no part");
+      });
+    }
+  }
+}
+
+TEST(tuning_channels_fit_into_the_workspace) {
+  for (int world_size = 2; world_size <= kMaxWorldSize; ++world_size) {
+    const WorkspaceLayout l = group_of(world_size).layout;
+    const int64_t channels = int64_t{kChannelKinds} * (world_size - 1);
+    CHECK(l.slot(channels, 0, 0) <= l.lines_offset && l.lines(channels, 0, 0) <= l.headers_offset);
+    CHECK(l.header(channels, 0) <= l.posted_offset && l.posted(channels, 0) <= l.credit_offset);
+    CHECK(l.credit(channels, 0) <= l.state_offset && l.state(true, channels, 0, world_size) <= l.control_offset);
+    CHECK(l.channel_index(ChannelKind::kPointToPoint, 0, world_size - 1, world_size) == channels - 1);
+    CHECK(l.total_bytes <= (64 << 20) + (1 << 20), "a group's memory stays what it was: ", l.total_bytes);
+    CHECK(l.control_offset % kStageAlign == 0 && l.lines_offset % kStageAlign == 0);
   }
 }
 

@@ -1,5 +1,7 @@
 #include <ATen/MemoryOverlap.h>
 
+#include <algorithm>
+
 #include "backend/collectives/collectives.h"
 #include "backend/tensors.h"
 
@@ -22,21 +24,29 @@ at::Tensor safe_input(const at::Tensor& input, const Tensors& outputs, int rank)
 
 Body gather_body(const at::Tensor& input, const Tensors& outputs) {
   std::vector<void*> outs;
-  for (const at::Tensor& output : outputs) outs.push_back(output.data_ptr());
-  return [in = input.data_ptr(), bytes = int64_t(input.nbytes()), outs](Transport& transport, const Run& run) {
+  std::vector<int64_t> sizes;
+  bool even = true;
+  for (const at::Tensor& output : outputs) {
+    outs.push_back(output.data_ptr());
+    sizes.push_back(int64_t(output.nbytes()));
+    even = even && sizes.back() == sizes.front();
+  }
+  return [in = input.data_ptr(), even, sizes, outs](Transport& transport, const Run& run) {
     AllGatherRequest request;
     request.in = in;
     request.outs = outs.data();
-    request.bytes = bytes;
+    request.bytes = sizes.front();
+    if (!even) request.sizes = sizes.data();
     transport.run(request, run);
   };
 }
 
-void check_list_output(const at::Tensor& output, const at::Tensor& input) {
+void check_list_output(const at::Tensor& output, const at::Tensor& input, bool own) {
   check_same(output, input, "all_gather", "tensor_list");
   check_tensor(output, "all_gather", "tensor_list");
-  TORCH_CHECK_VALUE(output.numel() == input.numel(), "mnnvl all_gather: tensor_list: expected tensors of ",
-                    input.numel(), " elements like the input, got ", output.numel());
+  TORCH_CHECK_VALUE(!own || output.numel() == input.numel(),
+                    "mnnvl all_gather: tensor_list: expected this rank's own tensor to have ", input.numel(),
+                    " elements like the input, got ", output.numel());
   // Found here and not by the copy at the end, when the peers have done their part.
   TORCH_CHECK_VALUE(
       at::has_internal_overlap(output) != at::MemOverlap::Yes,
@@ -89,7 +99,7 @@ Call all_gather(GroupView group, std::vector<Tensors>& outputs, Tensors& inputs,
                     "mnnvl all_gather: tensor_list: expected ", group.size, " tensors, got ",
                     outputs.empty() ? 0 : outputs[0].size());
   const Tensors& wanted = outputs[0];
-  for (const at::Tensor& output : wanted) check_list_output(output, input);
+  for (int r = 0; r < group.size; ++r) check_list_output(wanted[r], input, r == group.rank);
 
   Call call = make_call(c10d::OpType::ALLGATHER, "mnnvl:all_gather", input.device(), options);
   call.inputs = inputs;
@@ -98,7 +108,8 @@ Call all_gather(GroupView group, std::vector<Tensors>& outputs, Tensors& inputs,
     call.epilogue = [output = wanted[0], input] { output.copy_(input.reshape(output.sizes())); };
     return call;
   }
-  if (input.numel() == 0) return call;
+  const auto empty = [](const at::Tensor& tensor) { return tensor.numel() == 0; };
+  if (std::all_of(wanted.begin(), wanted.end(), empty)) return call;
   const at::AutoDispatchBelowADInplaceOrView below;
   // Where contributions land: the output itself unless it isn't contiguous.
   Tensors places;

@@ -26,6 +26,10 @@ Call broadcast(GroupView group, Tensors& tensors, const c10d::BroadcastOptions& 
 // `bound`: the group's GPU, where one is known.
 Call barrier(GroupView group, std::optional<at::Device> bound, const c10d::BarrierOptions& options);
 
+Call send(GroupView group, Tensors& tensors, int destination, int tag);
+Call recv(GroupView group, Tensors& tensors, int source, int tag);
+Call recv_any_source(GroupView group, Tensors& tensors, int tag);
+
 // What is not served yet. RuntimeError with the public name and the way out.
 [[noreturn]] void refuse(const char* name);
 

@@ -14,10 +14,15 @@ __device__ __forceinline__ DeviceControl* control_of(const DeviceGroup& g, int r
 }
 
 // Ends this rank's part in the group, once: the first to come writes the record and tells every peer: what it was
-// `told` (an abort word), or else what it found itself. Returns false.
+// `told` (an abort word), or else what it found itself. `calls`: both ends' descriptions, with kMismatch. Returns false.
 __device__ inline bool give_up(const DeviceGroup& g, FailureCause cause, int peer, Operation operation, uint32_t stage,
-                               uint64_t sequence, uint64_t expected, uint64_t seen) {
-  if (atomicCAS(&control_of(g, g.rank)->failed, 0u, 1u) != 0u) return false;
+                               uint64_t sequence, uint64_t expected, uint64_t seen,
+                               const RecordedCalls* calls = nullptr) {
+  if (atomicCAS(&control_of(g, g.rank)->failed, 0u, 1u) != 0u) {
+    // The first may still be on its way to the abort word, and a later kernel of this rank must not miss it.
+    atomicCAS_system(&control_of(g, g.rank)->abort, 0u, abort_word(peer, cause, g.rank));
+    return false;
+  }
   FailureRecord* record = &g.mailbox->record;
   record->cause = cause;
   record->rank = g.rank;
@@ -27,6 +32,7 @@ __device__ inline bool give_up(const DeviceGroup& g, FailureCause cause, int pee
   record->sequence = sequence;
   record->expected = expected;
   record->seen = seen;
+  if (calls != nullptr) record->calls = *calls;
   // Read again here: kept by every wait, it would cost the kernels' loops a register.
   const uint32_t told = cause == FailureCause::kPeerFailed ? ld_relaxed_sys_u32(&control_of(g, g.rank)->abort) : 0u;
   record->told = told;
@@ -47,6 +53,12 @@ class Wait {
 
   __device__ __forceinline__ Wait(const DeviceGroup& g, Operation operation, uint32_t stage, uint64_t sequence)
       : g_(g), sequence_(sequence), operation_(operation), stage_(stage) {}
+
+  // The wait is over, and the next begins, for another `sequence`.
+  __device__ __forceinline__ void restart(uint64_t sequence) {
+    sequence_ = sequence;
+    start_ns_ = 0;
+  }
 
   // Call after each fruitless poll for `peer`, or for all ranks of `absent` (a bit per rank, up to 32) of which `peer`
   // is the first. False: give up. All of it is inlined: a call would need a stack, and for the first kernel with a

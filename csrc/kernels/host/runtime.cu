@@ -2,6 +2,9 @@
 #include "kernels/host/runtime.cuh"
 
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <vector>
 
 namespace mnnvl::kernels {
 
@@ -20,6 +23,43 @@ bool synchronize_device(int device) noexcept {
   const bool ok = cudaDeviceSynchronize() == cudaSuccess;
   (void)cudaSetDevice(previous);
   return ok;
+}
+
+namespace {
+
+struct FreeStreams {
+  std::mutex mutex;
+  std::map<int, std::vector<void*>> of_device;
+
+  static FreeStreams& get() {
+    static auto* streams = new FreeStreams;  // outlives everything
+    return *streams;
+  }
+};
+
+}  // namespace
+
+void* take_stream(int device) {
+  FreeStreams& free = FreeStreams::get();
+  std::lock_guard<std::mutex> lock(free.mutex);
+  std::vector<void*>& streams = free.of_device[device];
+  if (streams.empty()) {
+    const CurrentDevice current(device);
+    int least = 0, greatest = 0;
+    cudaStream_t stream = nullptr;
+    check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+    check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
+    return stream;
+  }
+  void* stream = streams.back();
+  streams.pop_back();
+  return stream;
+}
+
+void give_back_stream(int device, void* stream) {
+  FreeStreams& free = FreeStreams::get();
+  std::lock_guard<std::mutex> lock(free.mutex);
+  free.of_device[device].push_back(stream);
 }
 
 std::optional<uint64_t> capture_id(void* stream) {

@@ -24,6 +24,8 @@ class CurrentDevice {
 HostMailbox* allocate_mailbox();
 void free_mailbox(HostMailbox* mailbox) noexcept;
 bool synchronize_device(int device) noexcept;
+void* take_stream(int device);
+void give_back_stream(int device, void* stream);
 std::optional<uint64_t> capture_id(void* stream);
 
 // probes.cu

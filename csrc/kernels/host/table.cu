@@ -11,7 +11,7 @@ namespace mnnvl::kernels {
 #define MNNVL_FOR_EACH_KERNEL(X) \
   X(oneshot_allreduce) \
   X(twoshot_allreduce) \
-  X(epoch_gather)
+  X(exchange)
 
 namespace rows {
 #define MNNVL_DECLARE(row) extern const decltype(KernelTable::row) row;
@@ -22,7 +22,7 @@ MNNVL_FOR_EACH_KERNEL(MNNVL_DECLARE)
 namespace {
 
 #define MNNVL_COUNT(row) +1
-static_assert(offsetof(KernelTable, host) == (0 MNNVL_FOR_EACH_KERNEL(MNNVL_COUNT)) * sizeof(KernelTable::epoch_gather),
+static_assert(offsetof(KernelTable, host) == (0 MNNVL_FOR_EACH_KERNEL(MNNVL_COUNT)) * sizeof(KernelTable::exchange),
               "a row of KernelTable is missing from MNNVL_FOR_EACH_KERNEL");
 #undef MNNVL_COUNT
 
@@ -45,7 +45,8 @@ KernelTable make_table() {
 #define MNNVL_TAKE(row) table.row = rows::row;
   MNNVL_FOR_EACH_KERNEL(MNNVL_TAKE)
 #undef MNNVL_TAKE
-  table.host = HostFunctions{load_all, allocate_mailbox, free_mailbox, synchronize_device, capture_id};
+  table.host = HostFunctions{load_all, allocate_mailbox, free_mailbox, synchronize_device, take_stream,
+                             give_back_stream, capture_id};
   table.device_ops = kProbes;
   table.architectures = MNNVL_ARCHITECTURES;
   return table;

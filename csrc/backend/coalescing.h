@@ -1,0 +1,50 @@
+// Calls between startCoalescing() and endCoalescing(): collected, then run as few. All their messages are one exchange,
+// which ends whatever the order of its parts; their collectives run in turn, in their order.
+#pragma once
+
+#include <torch/csrc/distributed/c10d/Work.hpp>
+
+#include <map>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "backend/call.h"
+
+namespace mnnvl {
+
+// Of one group. Any thread; each collects for itself.
+class Coalescing {
+ public:
+  // What this thread has collected before and not run is dropped: its end never came, because of an exception.
+  // Returns how many calls that were.
+  size_t start();
+  bool collecting();
+  void add(Call call);
+  // The collected calls merged: per device messages, then collectives. Empty if there are none. ValueError if start()
+  // wasn't called.
+  std::vector<Call> end();
+
+ private:
+  std::mutex mutex_;
+  std::map<std::thread::id, std::vector<Call>> calls_;
+};
+
+// The works of one coalesced group as one.
+class CoalescedWork final : public c10d::Work {
+ public:
+  explicit CoalescedWork(std::vector<c10::intrusive_ptr<c10d::Work>> works) : works_(std::move(works)) {}
+  bool isCompleted() override;
+  bool isSuccess() const override;
+  std::exception_ptr exception() const override;
+  bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
+  void synchronize() override;
+  void abort() override;
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
+  std::vector<at::Tensor> result() override;
+
+ private:
+  const std::vector<c10::intrusive_ptr<c10d::Work>> works_;
+};
+
+}  // namespace mnnvl
