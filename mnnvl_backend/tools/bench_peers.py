@@ -45,6 +45,7 @@ class Group:
     def __init__(self, name: str, backend: str, place: Place, options: Any = None) -> None:
         self.name, self._place = name, place
         self._group = dist.new_group(backend=backend, pg_options=options)
+        dist.all_reduce(torch.zeros(1, device=place.device), group=self._group)  # sets it up, on all ranks
         self._makers: dict[str, Callable[[torch.Tensor], Prepared]] = {
             "all_reduce": self._all_reduce,
             "all_gather": self._all_gather,
