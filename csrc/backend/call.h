@@ -43,9 +43,7 @@ struct Call {
   Local epilogue;  // may be empty
 
   bool has_messages() const { return !sends.empty() || !receives.empty(); }
-  ExchangeRequest messages() const {
-    return {sends.data(), int(sends.size()), receives.data(), int(receives.size())};
-  }
+  ExchangeRequest messages() const { return {sends.data(), int(sends.size()), receives.data(), int(receives.size())}; }
 };
 
 // The group as the collectives see it.

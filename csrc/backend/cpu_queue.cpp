@@ -60,7 +60,8 @@ c10::intrusive_ptr<CpuWork> CpuQueue::post(Call call, std::shared_ptr<Transport>
   auto work = c10::make_intrusive<CpuWork>(state_->rank(), call, callbacks_);
   const ExchangeRequest request = call.messages();
   // Keeps the memory alive.
-  auto done = [work, state = state_, call = std::make_shared<Call>(std::move(call))](const std::optional<Error>& error) {
+  auto done = [work, state = state_,
+               call = std::make_shared<Call>(std::move(call))](const std::optional<Error>& error) {
     std::exception_ptr failure;
     if (error) {
       state->fail(*error);

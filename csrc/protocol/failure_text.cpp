@@ -171,9 +171,10 @@ Error to_error(const FailureRecord& record, double waited_seconds, const Failure
     case FailureCause::kLocalError: return local_error(record, place);
     case FailureCause::kMismatch: return Error(ErrorKind::kPeerFailed, mismatch_text(record, details));
     case FailureCause::kConcurrent:
-      return Error(ErrorKind::kAborted,
-                   str("mnnvl: rank ", record.rank, " stopped", place, " with rank ", record.peer,
-                       ": a captured graph that holds one was replayed while another was under way; wait for it first"));
+      return Error(
+          ErrorKind::kAborted,
+          str("mnnvl: rank ", record.rank, " stopped", place, " with rank ", record.peer,
+              ": a captured graph that holds one was replayed while another was under way; wait for it first"));
     case FailureCause::kDeadline:
     case FailureCause::kNone: break;
   }

@@ -63,8 +63,8 @@ struct Message {
   static constexpr int kAnySource = -1;
 };
 
-// Messages sent and received as one: it is over when all are, and the order of the lists doesn't matter but for those of
-// one pair and direction. Not collective: only those ranks take part that the messages name, and it may be under way
+// Messages sent and received as one: it is over when all are, and the order of the lists doesn't matter but for those
+// of one pair and direction. Not collective: only those ranks take part that the messages name, and it may be under way
 // while they go through collectives. The messages of one pair and direction arrive in the order in which they were
 // sent; a receive on the CPU takes the first with its tag, on a GPU the first, whose tag must be its own.
 struct ExchangeRequest {

@@ -93,13 +93,13 @@ struct WorkspaceLayout {
     return int64_t(kind) * (world_size - 1) + peer - (peer > at ? 1 : 0);
   }
   MNNVL_HOST_DEVICE constexpr int64_t slot(int64_t channel, int lane, uint32_t n) const {
-    return slots_offset + ((channel * this->channel.lanes + lane) * kChannelSlots + n % kChannelSlots) *
-                              this->channel.slot_bytes;
+    return slots_offset +
+           ((channel * this->channel.lanes + lane) * kChannelSlots + n % kChannelSlots) * this->channel.slot_bytes;
   }
   MNNVL_HOST_DEVICE constexpr int64_t lines(int64_t channel, int lane, uint64_t message) const {
-    return lines_offset + ((channel * this->channel.lanes + lane) * kChannelMessages +
-                           int64_t(message % kChannelMessages)) *
-                              this->channel.line_bytes * (kLineBytes / kLineData);
+    return lines_offset +
+           ((channel * this->channel.lanes + lane) * kChannelMessages + int64_t(message % kChannelMessages)) *
+               this->channel.line_bytes * (kLineBytes / kLineData);
   }
   MNNVL_HOST_DEVICE constexpr int64_t header(int64_t channel, uint64_t message) const {
     return headers_offset +

@@ -70,7 +70,7 @@ def mismatch_body(
     start = time.monotonic()
     text = failure(rank, work) if rank.rank == 1 else broken(rank)
     assert time.monotonic() - start < TOLD_WITHIN, text
-    if rank.rank == 1:
+    if rank.rank == 1 and rank.device.type == "cpu":  # a GPU finds out while the bytes come in
         assert x.tolist() == [1] * numel, "another message's bytes were handed out"
     broken(rank)
     new_default_group_works(rank)

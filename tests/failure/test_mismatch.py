@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
+from markers import cuda_only
 
 TOLD_WITHIN = 5.0  # seconds; the group's timeout is 30
 
@@ -109,7 +110,7 @@ def test_one_of_three(ranks, odd, odd_call, others):
     found = [text for text in texts if "came with another call" in text]
     assert any(f"rank {odd}" in text for text in found), texts
     for text in texts:
-        assert text in found or "its call differs from that of rank" in text, text
+        assert text in found or "its call or message differs from that of rank" in text, text
 
 
 def test_a_rank_whose_peer_posts_nothing_is_told(ranks):
@@ -117,7 +118,10 @@ def test_a_rank_whose_peer_posts_nothing_is_told(ranks):
     texts = ranks(mismatch_body, 2, args=(0, "48", "root 0", 1))
     assert_names(texts[1], 1, CALLS["root 0"][1], 0, CALLS["48"][1])
     assert "stopped in all_reduce" in texts[0]
-    assert "the failure began at rank 0: its call differs from that of rank 1, whose error names both" in texts[0]
+    assert (
+        "the failure began at rank 0: its call or message differs from that of rank 1, whose error names both"
+        in texts[0]
+    )
 
 
 def two_roots_body(rank: Rank, calls: tuple[str, str]) -> str:
@@ -147,7 +151,7 @@ def test_roots_of_different_step_counts(ranks):
     texts = ranks(two_large_roots_body, 2)
     assert "rank 0 is in all_reduce of 192 bytes" in texts[0]
     assert "rank 1 in broadcast of 760000 bytes from root 1" in texts[0]
-    assert "came with another call" in texts[1] or "its call differs from that of rank 0" in texts[1]
+    assert "came with another call" in texts[1] or "its call or message differs from that of rank 0" in texts[1]
 
 
 def other_root_of_three_body(rank: Rank) -> str:
@@ -183,7 +187,7 @@ def test_a_call_that_the_others_did_not_make(ranks):
     """Rank 0 is a step ahead; what rank 1 then reads is of the broadcast that it never entered."""
     texts = ranks(one_call_more_body, 2)
     assert_names(texts[1], 1, CALLS["48"][1], 0, CALLS["root 0"][1])
-    assert "its call differs from that of rank 1" in texts[0]
+    assert "its call or message differs from that of rank 1" in texts[0]
 
 
 def empty_body(rank: Rank) -> None:
@@ -230,3 +234,52 @@ def many_steps_body(rank: Rank) -> None:
 def test_like_calls_never_differ(ranks):
     """80,000 steps: the tags, of 16 bits, wrap."""
     ranks(many_steps_body, 2, timeout=300)
+
+
+def gathered(numel: int) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    dist.all_gather_into_tensor(
+        torch.empty(numel * dist.get_world_size(), device=device), torch.ones(numel, device=device)
+    )
+
+
+# What moves on GPUs is compared by its receivers.
+MOVES: dict[str, tuple[Callable[[], object], str]] = {
+    "gather": (lambda: gathered(48), "all_gather of 192 bytes a rank"),
+    "large gather": (lambda: gathered(1_000_000), "all_gather of 4000000 bytes a rank"),
+    "broadcast": (lambda: dist.broadcast(torch.ones(48, device="cuda"), 0), "broadcast of 192 bytes from root 0"),
+}
+
+
+def moves_body(rank: Rank, calls: tuple[str, str]) -> str:
+    x = torch.ones(7, device=rank.device)
+    dist.all_reduce(x)
+    torch.cuda.synchronize()
+    start = time.monotonic()
+    with pytest.raises(dist.DistBackendError) as raised:
+        MOVES[calls[rank.rank]][0]()
+        while True:  # a sender's own call may end well
+            torch.cuda.synchronize()
+            dist.all_reduce(x)
+    assert time.monotonic() - start < TOLD_WITHIN
+    dist.destroy_process_group()
+    rank.meet("failed")
+    rank.init(prefix="again")
+    dist.all_reduce(x.fill_(1.0))
+    assert x.tolist() == [2.0] * 7
+    return str(raised.value)
+
+
+@cuda_only
+@pytest.mark.parametrize(
+    "calls", [("gather", "large gather"), ("large gather", "gather"), ("gather", "broadcast"), ("broadcast", "gather")]
+)
+def test_moves_that_differ_on_gpus(ranks, calls):
+    texts = ranks(moves_body, 2, "cuda", args=(calls,))
+    found = [text for text in texts if "came with another call" in text]
+    assert found, texts
+    for text in found:
+        me = int(re.search(r"than rank (\d)", text)[1])
+        assert f"rank {me} is in {MOVES[calls[me]][1]}, rank {1 - me} in {MOVES[calls[1 - me]][1]}" in text
+    for text in texts:
+        assert text in found or "its call or message differs" in text, text

@@ -6,7 +6,7 @@
 // fence, while the data warps are at the next ones. The block never stands still at one lane while another could move.
 #include <algorithm>
 
-#include "kernels/device/channel.cuh"
+#include "kernels/channel/lane.cuh"
 #include "kernels/host/launch.cuh"
 
 namespace mnnvl::kernels {
@@ -15,170 +15,14 @@ namespace {
 constexpr int kWarp = 32;
 constexpr unsigned kAllThreads = 0xffffffffu;
 
-struct DeviceMessage {
-  std::byte* data;
-  Cut cut;
-  uint64_t call;  // pack()ed
-  int32_t tag;
-};
-
-// The messages of one channel, in their order.
-struct DeviceChannel {
-  int16_t peer;
-  int16_t first;
-  int16_t count;
-};
-
-struct Role {
-  RoleShape shape;
-  Operation operation;
-  int first_channel;
-  int channels;
-};
-
-template <int kMessages, int kChannels>
-struct DeviceParams {
-  DeviceGroup group;
-  ChannelKind kind;
-  Role sends, receives;
-  LocalCopy copy;
-  DeviceChannel channels[kChannels];
-  DeviceMessage messages[kMessages];
-};
-
-enum class Mode : int { kSendLines, kTakeLines, kCopy, kStop };
-
-struct Piece {
-  Mode mode;
-  int peer;
-  const std::byte* from;
-  std::byte* to;
-  int bytes;
-  uint64_t flag;
-  // What the signal warp then says to the peer, and which of its threads; -1: none.
-  uint64_t notice;
-  int notifier;
-};
-
 constexpr int kDataWarps = kMaxExchangeThreads / kWarp - 1;
 constexpr int kQueue = 4;  // pieces handed out and not yet posted
 
 struct Shared {
   Piece pieces[kQueue];
-  uint64_t handed[kQueue];    // mbarriers, one arrival each: the piece is there
+  uint64_t handed[kQueue];  // mbarriers, one arrival each: the piece is there
   uint32_t done[kDataWarps];  // pieces that each data warp has done with
   uint32_t failed;
-};
-
-// One thread of a signal warp: one end of one lane of a channel, and where in its messages it is.
-template <bool kSends, typename Params>
-struct Lane {
-  const Params& p;
-  const LaneWords words;
-  const int peer;
-  int message, end;  // the current one, and behind the last, in p.messages
-  int32_t i = 0, pieces = 0;  // of the current message in this lane
-  bool begun = false;  // of the current message: a source has room for it, a destination has seen its header
-  uint64_t messages = 0;
-  uint32_t slots = 0;
-  uint64_t credit = 0;  // sources: last seen; destinations, at first: what earlier kernels took
-  uint32_t posted = 0;  // destinations: last seen
-
-  __device__ __forceinline__ Lane(const Params& params, const DeviceChannel& channel, int lane, bool serves)
-      : p(params),
-        words(params.group, params.kind, channel.peer, lane, !kSends),
-        peer(channel.peer),
-        message(channel.first),
-        end(serves ? channel.first + channel.count : channel.first) {}
-
-  // Where the lane's last kernel left off. False if that one isn't over.
-  __device__ __forceinline__ bool load_state(Operation operation) {
-    LaneState* own = LaneWords::state(p.group, p.kind, peer, words.lane, !kSends);
-    const LaneState state = *own;
-    if (kSends) credit = ld_acquire_sys_u64(words.credit);  // in flight beside the load above
-    messages = state.messages;
-    slots = state.slots;
-    posted = slots;  // none seen
-    if (!kSends) credit = taken();
-    if (state.busy != 0) {
-      return give_up(p.group, FailureCause::kConcurrent, peer, operation, kStageMessage, messages, 0, 0);
-    }
-    own->busy = 1;
-    open();
-    return true;
-  }
-  __device__ __forceinline__ void store_state() const {
-    *LaneWords::state(p.group, p.kind, peer, words.lane, !kSends) = {messages, slots, /*busy=*/0};
-  }
-  __device__ __forceinline__ uint64_t taken() const { return uint64_t(slots) << 32 | uint32_t(messages); }
-
-  // The next message that has a piece for this lane.
-  __device__ __forceinline__ void open() {
-    for (; message < end; ++message) {
-      pieces = cut().pieces_of(words.lane);
-      i = 0;
-      begun = false;
-      if (pieces > 0) return;
-    }
-  }
-  __device__ __forceinline__ bool active() const { return message < end; }
-  // Read where it stands, the kernel's parameters: registers are few.
-  __device__ __forceinline__ const Cut& cut() const { return p.messages[message].cut; }
-
-  // Whether a piece can move now. `alone`: no other channel of this block has anything left, so that lines may be waited
-  // for by the data warps.
-  __device__ __forceinline__ bool ready(bool alone) {
-    const auto look = [&] { return kSends ? has_room() : has_data(alone); };
-    if (look()) return true;
-    if (kSends) {
-      credit = ld_acquire_sys_u64(words.credit);
-    } else {
-      posted = ld_acquire_sys_u32(words.posted);
-    }
-    return look();
-  }
-  __device__ __forceinline__ bool has_room() {
-    begun = begun || uint32_t(messages) - uint32_t(credit) < kChannelMessages;
-    return begun && (cut().lines || slots - uint32_t(credit >> 32) < kChannelSlots);
-  }
-  __device__ __forceinline__ bool has_data(bool alone) const {
-    if (cut().lines) return alone || (words.lane == 0 ? begun : line_is_there(words.lines(p.group, messages), flag()));
-    return (words.lane != 0 || begun) && posted != slots;
-  }
-  __device__ __forceinline__ uint64_t flag() const { return flag_of(messages); }
-
-  // Looks for the header of message `number` of the lane, p.messages[of]; false after a mismatch.
-  __device__ __forceinline__ bool check_header(Operation operation, uint64_t number, int of, bool& seen) const {
-    uint64_t call;
-    int32_t tag;
-    seen = load_header(words.header(p.group, number), number, call, tag);
-    const DeviceMessage& mine = p.messages[of];
-    if (!seen || (call == mine.call && tag == mine.tag)) return true;
-    const RecordedCalls calls{mine.call, call, mine.tag, tag};
-    return give_up(p.group, FailureCause::kMismatch, peer, operation, kStageMessage, number, 0, 0, &calls);
-  }
-
-  // The next piece, which this channel then counts as moved.
-  __device__ __forceinline__ Piece take_piece() {
-    const DeviceMessage& m = p.messages[message];
-    Piece piece;
-    piece.peer = peer;
-    piece.flag = flag();
-    std::byte* data = m.data + m.cut.begin(words.lane, i);
-    std::byte* ring = m.cut.lines ? words.lines(p.group, messages) : words.slot(p.group, slots);
-    piece.mode = !m.cut.lines ? Mode::kCopy : kSends ? Mode::kSendLines : Mode::kTakeLines;
-    piece.from = kSends ? data : ring;
-    piece.to = kSends ? ring : data;
-    piece.bytes = int(m.cut.bytes_of(words.lane, i));
-    if (kSends && words.lane == 0 && i == 0) store_header(words.header(p.group, messages), messages, m.call, m.tag);
-    if (!m.cut.lines) ++slots;
-    if (++i == pieces) {
-      ++messages;
-      ++message;
-      open();
-    }
-    return piece;
-  }
 };
 
 // How many pieces all data warps have done with. Whole signal warp.
@@ -187,104 +31,130 @@ __device__ __forceinline__ uint32_t pieces_done(const Shared& shared, uint32_t h
   return handed - __reduce_max_sync(kAllThreads, mine);
 }
 
+// One thread of a block's signal warp; all 32 call each function together.
 template <bool kSends, typename Params>
-__device__ __forceinline__ void signal_warp(const Params& p, const Role& role, int block, Shared& shared) {
-  const int thread = threadIdx.x, index = block + thread * role.shape.blocks;
-  const bool serves = index < role.channels * role.shape.lanes;
-  const DeviceChannel& channel = p.channels[role.first_channel + (serves ? index % role.channels : 0)];
-  Lane<kSends, Params> lane(p, channel, serves ? index / role.channels : 0, serves);
-  const uint32_t stage = kSends ? kStageCredit : kStageMessage;
-  Wait wait(p.group, role.operation, stage, 0);
+class Signal {
+ public:
+  __device__ __forceinline__ Signal(const Params& p, const Role& role, int block, Shared& shared)
+      : p_(p),
+        role_(role),
+        shared_(shared),
+        serves_(index(role, block) < role.channels * role.shape.lanes),
+        lane_(p, p.channels[role.first_channel + (serves_ ? index(role, block) % role.channels : 0)],
+              serves_ ? index(role, block) / role.channels : 0, serves_),
+        wait_(p.group, role.operation, kSends ? kStageCredit : kStageMessage, 0) {}
 
-  bool ok = true;
-  const uint32_t abort = ld_relaxed_sys_u32(&control_of(p.group, p.group.rank)->abort);
-  if (serves) ok = lane.load_state(role.operation);
-  if (abort != 0 && thread == 0) {
-    ok = give_up(p.group, FailureCause::kPeerFailed, abort_rank(abort), role.operation, stage, lane.messages, 0, 0);
-  }
-  bool failed = __any_sync(kAllThreads, !ok);
-  bool owes_credit = !kSends && serves;  // for what the lane's last kernel took
-  wait.restart(lane.messages);
-
-  uint32_t handed = 0, finished = 0;  // pieces
-  int last = 0;                       // whose was handed out last
-  bool header_due = false;            // of the last message, whose lines were handed out before it was there
-  while (!failed) {
-    const uint32_t done = pieces_done(shared, handed);
-    if (ld_acquire_cta_u32(&shared.failed) != 0) {
-      failed = true;
-      break;
-    }
-    if (done != finished) {
-      uint64_t notice = 0;
-      bool due = false;
-      for (; finished != done; ++finished) {
-        if (shared.pieces[finished % kQueue].notifier != thread) continue;
-        notice = shared.pieces[finished % kQueue].notice;
-        due = true;
+  __device__ __forceinline__ void run() {
+    begin();
+    while (!failed_) {
+      post_what_is_done();
+      const unsigned active = __ballot_sync(kAllThreads, lane_.active());
+      if (failed_ || (active == 0 && finished_ == handed_ && !__any_sync(kAllThreads, header_due_))) break;
+      const unsigned can = __ballot_sync(kAllThreads, look(/*alone=*/!kSends && __popc(active) == 1));
+      if (can != 0) hand_out(can);
+      if (owes_credit_) {
+        st_release_sys_u64(lane_.words.credit, lane_.credit);
+        owes_credit_ = false;
       }
-      if (due && kSends) st_release_sys_u32(lane.words.posted, uint32_t(notice));
-      if (due && !kSends) st_release_sys_u64(lane.words.credit, notice);
-      __syncwarp();
+      if (can == 0 && finished_ == handed_ && ok_ && (lane_.active() || header_due_)) {
+        ok_ =
+            wait_.keep_on(lane_.peer, kSends ? lane_.messages : lane_.slots + 1, kSends ? lane_.credit : lane_.posted);
+      }
+      failed_ = __any_sync(kAllThreads, !ok_);
     }
-    const unsigned active = __ballot_sync(kAllThreads, lane.active());
-    if (active == 0 && finished == handed && !__any_sync(kAllThreads, header_due)) break;
+    end();
+  }
 
-    bool ready = false;
+ private:
+  static __device__ __forceinline__ int index(const Role& role, int block) {
+    return block + int(threadIdx.x) * role.shape.blocks;
+  }
+
+  __device__ __forceinline__ void begin() {
+    const uint32_t abort = ld_relaxed_sys_u32(&control_of(p_.group, p_.group.rank)->abort);
+    if (serves_) ok_ = lane_.load_state(role_.operation);
+    if (abort != 0 && threadIdx.x == 0) {
+      ok_ = give_up(p_.group, FailureCause::kPeerFailed, abort_rank(abort), role_.operation, kStageMessage,
+                    lane_.messages, 0, 0);
+    }
+    failed_ = __any_sync(kAllThreads, !ok_);
+    owes_credit_ = !kSends && serves_;
+    wait_.restart(lane_.messages);
+  }
+
+  // All that has been done since the last look is behind one fence.
+  __device__ __forceinline__ void post_what_is_done() {
+    const uint32_t done = pieces_done(shared_, handed_);
+    failed_ = __any_sync(kAllThreads, ld_acquire_cta_u32(&shared_.failed) != 0);
+    if (done == finished_ || failed_) return;
+    uint64_t notice = 0;
+    bool due = false;
+    for (; finished_ != done; ++finished_) {
+      if (shared_.pieces[finished_ % kQueue].notifier != int(threadIdx.x)) continue;
+      notice = shared_.pieces[finished_ % kQueue].notice;
+      due = true;
+    }
+    if (due && kSends) st_release_sys_u32(lane_.words.posted, uint32_t(notice));
+    if (due && !kSends) st_release_sys_u64(lane_.words.credit, notice);
+    __syncwarp();
+  }
+
+  // Whether this thread's lane can move. A mismatch shows in ok_.
+  __device__ __forceinline__ bool look(bool alone) {
     if constexpr (!kSends) {
-      if (header_due) {
+      if (header_due_) {
         bool seen = false;
-        ok = lane.check_header(role.operation, lane.messages - 1, lane.message - 1, seen);
-        header_due = !seen;
-      } else if (lane.active() && lane.words.lane == 0 && !lane.begun) {
-        ok = lane.check_header(role.operation, lane.messages, lane.message, lane.begun);
+        ok_ = lane_.check_header(role_.operation, lane_.messages - 1, lane_.message - 1, seen);
+        header_due_ = !seen;
+      } else if (lane_.active() && lane_.words.lane == 0 && !lane_.begun) {
+        ok_ = lane_.check_header(role_.operation, lane_.messages, lane_.message, lane_.begun);
       }
     }
-    if (ok && lane.active() && !header_due && handed - finished < kQueue) {
-      ready = lane.ready(/*alone=*/!kSends && __popc(active) == 1);
-    }
-    if (__any_sync(kAllThreads, !ok)) {
-      failed = true;
-      break;
-    }
-    const unsigned can = __ballot_sync(kAllThreads, ready);
-    if (can != 0) {
-      // The next in turn.
-      const unsigned behind = can & ~((2u << last) - 1);
-      last = __ffs(behind != 0 ? behind : can) - 1;
-      if (thread == last) {
-        header_due = !kSends && lane.words.lane == 0 && !lane.begun;
-        const bool lines = lane.cut().lines;
-        Piece piece = lane.take_piece();
-        // The credit of a kernel's last lines is left to the lane's next kernel, which has no stores to wait for.
-        piece.notifier = (kSends ? !lines : !lines || lane.active()) ? thread : -1;
-        piece.notice = kSends ? lane.slots : lane.taken();
-        shared.pieces[handed % kQueue] = piece;
-        mbarrier_arrive(&shared.handed[handed % kQueue]);
-        wait.restart(lane.messages);
-      }
-      ++handed;
-    }
-    if (owes_credit) {
-      st_release_sys_u64(lane.words.credit, lane.credit);
-      owes_credit = false;
-    }
-    if (can == 0 && finished == handed) {
-      if (lane.active() || header_due) {
-        ok = wait.keep_on(lane.peer, kSends ? lane.messages : lane.slots + 1, kSends ? lane.credit : lane.posted);
-      }
-      failed = __any_sync(kAllThreads, !ok);
-    }
+    return ok_ && lane_.active() && !header_due_ && handed_ - finished_ < kQueue && lane_.ready(alone);
   }
-  // Whatever is under way ends by its own waits; nothing of it is posted after a failure.
-  while (pieces_done(shared, handed) != handed) {
+
+  // The next in turn of those that can move.
+  __device__ __forceinline__ void hand_out(unsigned can) {
+    const unsigned behind = can & ~((2u << last_) - 1);
+    last_ = __ffs(behind != 0 ? behind : can) - 1;
+    if (int(threadIdx.x) == last_) {
+      header_due_ = !kSends && lane_.words.lane == 0 && !lane_.begun;
+      const bool lines = lane_.cut().lines;
+      Piece piece = lane_.take_piece();
+      // The credit of a kernel's last lines is left to the lane's next kernel, which has no stores to wait for.
+      piece.notifier = (kSends ? !lines : !lines || lane_.active()) ? last_ : -1;
+      piece.notice = kSends ? lane_.slots : lane_.taken();
+      shared_.pieces[handed_ % kQueue] = piece;
+      mbarrier_arrive(&shared_.handed[handed_ % kQueue]);
+      wait_.restart(lane_.messages);
+    }
+    ++handed_;
   }
-  if (thread == 0) {
-    shared.pieces[handed % kQueue].mode = Mode::kStop;
-    mbarrier_arrive(&shared.handed[handed % kQueue]);
+
+  // Whatever is under way ends, by its own waits if need be; after a failure nothing of it is posted.
+  __device__ __forceinline__ void end() {
+    while (pieces_done(shared_, handed_) != handed_) {
+    }
+    if (threadIdx.x == 0) {
+      shared_.pieces[handed_ % kQueue].mode = Mode::kStop;
+      mbarrier_arrive(&shared_.handed[handed_ % kQueue]);
+    }
+    if (serves_ && !failed_) lane_.store_state();
   }
-  if (serves && !failed) lane.store_state();
-}
+
+  const Params& p_;
+  const Role& role_;
+  Shared& shared_;
+  const bool serves_;
+  Lane<kSends, Params> lane_;
+  Wait wait_;
+  bool ok_ = true;  // this thread's
+  bool failed_ = false;  // the same in all threads, as are the next three
+  uint32_t handed_ = 0, finished_ = 0;  // pieces
+  int last_ = 0;  // whose was handed out last
+  bool header_due_ = false;  // of the last message, whose lines were handed out before it was there
+  bool owes_credit_ = false;  // for what the lane's last kernel took
+};
 
 template <typename Unit>
 __device__ __forceinline__ bool move_lines(const Piece& piece, int thread, int threads, Wait& wait) {
@@ -337,9 +207,9 @@ __global__ void __launch_bounds__(kMaxExchangeThreads, kMinBlocks) exchange(cons
   const bool sending = block < sends;
   if (threadIdx.x >= kWarp) return data_warps(p, sending ? p.sends.operation : p.receives.operation, shared);
   if (sending) {
-    signal_warp<true>(p, p.sends, block, shared);
+    Signal<true, Params>(p, p.sends, block, shared).run();
   } else {
-    signal_warp<false>(p, p.receives, block - sends, shared);
+    Signal<false, Params>(p, p.receives, block - sends, shared).run();
   }
 }
 

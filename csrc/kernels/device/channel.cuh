@@ -120,8 +120,8 @@ __device__ __forceinline__ void send_lines(std::byte* lines, const std::byte* fr
 
 // The same of receiving. False if the wait gave up.
 template <typename Unit>
-__device__ __forceinline__ bool take_lines(const std::byte* lines, std::byte* to, int bytes, uint64_t flag,
-                                           int thread, int threads, Wait& wait, int peer) {
+__device__ __forceinline__ bool take_lines(const std::byte* lines, std::byte* to, int bytes, uint64_t flag, int thread,
+                                           int threads, Wait& wait, int peer) {
   const int count = (bytes + kLineData - 1) / kLineData;
   for (int first = thread; first < count; first += kLinesInFlight<Unit> * threads) {
     uint64_t data[kLinesInFlight<Unit>];
@@ -169,8 +169,7 @@ __device__ __forceinline__ void copy_by(std::byte* to, const std::byte* from, in
 }
 
 // Thread `thread` of `threads` does its part of a copy between any addresses, in the largest unit that both allow.
-__device__ __forceinline__ void copy_bytes(std::byte* to, const std::byte* from, int bytes, int thread,
-                                           int threads) {
+__device__ __forceinline__ void copy_bytes(std::byte* to, const std::byte* from, int bytes, int thread, int threads) {
   const uintptr_t both = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
   if (both % 16 == 0) return copy_by<uint4>(to, from, bytes, thread, threads);
   if (both % 4 == 0) return copy_by<uint32_t>(to, from, bytes, thread, threads);

@@ -14,7 +14,8 @@ __device__ __forceinline__ DeviceControl* control_of(const DeviceGroup& g, int r
 }
 
 // Ends this rank's part in the group, once: the first to come writes the record and tells every peer: what it was
-// `told` (an abort word), or else what it found itself. `calls`: both ends' descriptions, with kMismatch. Returns false.
+// `told` (an abort word), or else what it found itself. `calls`: both ends' descriptions, with kMismatch. Returns
+// false.
 __device__ inline bool give_up(const DeviceGroup& g, FailureCause cause, int peer, Operation operation, uint32_t stage,
                                uint64_t sequence, uint64_t expected, uint64_t seen,
                                const RecordedCalls* calls = nullptr) {

@@ -45,8 +45,8 @@ KernelTable make_table() {
 #define MNNVL_TAKE(row) table.row = rows::row;
   MNNVL_FOR_EACH_KERNEL(MNNVL_TAKE)
 #undef MNNVL_TAKE
-  table.host = HostFunctions{load_all, allocate_mailbox, free_mailbox, synchronize_device, take_stream,
-                             give_back_stream, capture_id};
+  table.host = HostFunctions{load_all,    allocate_mailbox, free_mailbox, synchronize_device,
+                             take_stream, give_back_stream, capture_id};
   table.device_ops = kProbes;
   table.architectures = MNNVL_ARCHITECTURES;
   return table;
