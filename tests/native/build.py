@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tests" / "native"
 # The layers below torch. Of kernels/ this is what stands in where no nvcc is.
 LAYERS = ("common", "system", "protocol", "driver", "bootstrap", "memory", "kernels", "cpu", "tuning", "transport")
-WARNINGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Werror"]
+WARNINGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-unknown-pragmas", "-Werror"]
 SANITIZERS = {
     "none": ["-O1", "-g"],
     # TSan can't follow atomic_thread_fence; GCC says so at each one, and so it is an error.
@@ -70,7 +70,8 @@ def escaped(text: str | Path) -> str:
 
 def write_ninja(folder: Path, target: str, sources: Iterable[Path], compile_flags: list[str], link: list[str]) -> None:
     cxx = shlex.join(compiler())
-    flags = shlex.join([f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", "-DMNNVL_WITH_CUDA=0", *compile_flags])
+    # Where a kernel's source is compiled for the CPU, what it includes of CUDA is found in emulation/.
+    flags = shlex.join([f"-I{NATIVE / 'emulation'}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", "-DMNNVL_WITH_CUDA=0", *compile_flags])
     lines = [
         f"rule compile\n  command = {cxx} {flags.replace('$', '$$')} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = $in",

@@ -82,20 +82,22 @@ class Signal {
     wait_.restart(lane_.messages);
   }
 
-  // All that has been done since the last look is behind one fence.
+  // All that has been done since the last look is behind one fence. What was taken before its header was there (it may
+  // have had no bytes to wait for) is credited when the header has been seen: not before the message was sent.
   __device__ __forceinline__ void post_what_is_done() {
     const uint32_t done = pieces_done(shared_, handed_);
     failed_ = __any_sync(kAllThreads, ld_acquire_cta_u32(&shared_.failed) != 0);
-    if (done == finished_ || failed_) return;
-    uint64_t notice = 0;
-    bool due = false;
+    if (failed_) return;
     for (; finished_ != done; ++finished_) {
       if (shared_.pieces[finished_ % kQueue].notifier != int(threadIdx.x)) continue;
-      notice = shared_.pieces[finished_ % kQueue].notice;
-      due = true;
+      notice_ = shared_.pieces[finished_ % kQueue].notice;
+      notice_due_ = true;
     }
-    if (due && kSends) st_release_sys_u32(lane_.words.posted, uint32_t(notice));
-    if (due && !kSends) st_release_sys_u64(lane_.words.credit, notice);
+    if (notice_due_ && !header_due_) {
+      if (kSends) st_release_sys_u32(lane_.words.posted, uint32_t(notice_));
+      if (!kSends) st_release_sys_u64(lane_.words.credit, notice_);
+      notice_due_ = false;
+    }
     __syncwarp();
   }
 
@@ -153,6 +155,8 @@ class Signal {
   uint32_t handed_ = 0, finished_ = 0;  // pieces
   int last_ = 0;  // whose was handed out last
   bool header_due_ = false;  // of the last message, whose lines were handed out before it was there
+  bool notice_due_ = false;  // of what is done
+  uint64_t notice_ = 0;
   bool owes_credit_ = false;  // for what the lane's last kernel took
 };
 

@@ -1,0 +1,163 @@
+// Enough of CUDA's device side to run a kernel's source on a CPU: each block is a thread of the system, and its threads
+// are fibers that take turns, changing over wherever they touch shared memory of any kind. For the protocols of kernels,
+// not for their speed or their order of memory accesses, which is that of this CPU.
+#pragma once
+
+#include <ucontext.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__ static thread_local  // one for each block
+
+namespace mnnvl::emulation {
+
+struct Index {
+  unsigned x = 0;
+};
+struct alignas(16) Pack {
+  uint32_t x, y, z, w;
+};
+
+constexpr int kWarpSize = 32;
+
+// The fibers of one block, run by the thread that calls run().
+class Block {
+ public:
+  Block(unsigned index, unsigned blocks, unsigned threads) : index_(index), blocks_(blocks), warps_(threads / kWarpSize) {
+    for (unsigned i = 0; i < threads; ++i) fibers_.push_back(std::make_unique<Fiber>());
+  }
+
+  void run(const std::function<void()>& kernel) {
+    current() = this;
+    kernel_ = &kernel;
+    for (auto& fiber : fibers_) {
+      getcontext(&fiber->context);
+      fiber->context.uc_stack.ss_sp = fiber->stack.get();
+      fiber->context.uc_stack.ss_size = kStackBytes;
+      fiber->context.uc_link = &scheduler_;
+      makecontext(&fiber->context, reinterpret_cast<void (*)()>(&Block::enter), 0);
+    }
+    for (bool left = true; left;) {
+      left = false;
+      for (running_ = 0; running_ < fibers_.size(); ++running_) {
+        if (fibers_[running_]->ended) continue;
+        left = true;
+        swapcontext(&scheduler_, &fibers_[running_]->context);
+      }
+      std::this_thread::yield();
+    }
+    current() = nullptr;
+  }
+
+  static Block*& current() {
+    static thread_local Block* block = nullptr;
+    return block;
+  }
+  void yield() { swapcontext(&fibers_[running_]->context, &scheduler_); }
+  unsigned thread() const { return static_cast<unsigned>(running_); }
+  unsigned threads() const { return static_cast<unsigned>(fibers_.size()); }
+  unsigned index() const { return index_; }
+  unsigned blocks() const { return blocks_; }
+
+  // All threads of a warp bring a value, and each goes on with all 32.
+  const uint32_t* meet(uint32_t value) {
+    Warp& warp = warps_[running_ / kWarpSize];
+    const uint64_t round = warp.round;
+    warp.values[round % 2][running_ % kWarpSize] = value;
+    if (++warp.arrived == kWarpSize) {
+      warp.arrived = 0;
+      ++warp.round;
+    }
+    while (warp.round == round) yield();
+    return warp.values[round % 2];
+  }
+  void meet_all() {
+    const uint64_t round = round_;
+    if (++arrived_ == fibers_.size()) {
+      arrived_ = 0;
+      ++round_;
+    }
+    while (round_ == round) yield();
+  }
+
+ private:
+  static constexpr size_t kStackBytes = 32 << 10;
+  struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStackBytes]};
+    bool ended = false;
+  };
+  struct Warp {
+    uint64_t round = 0;
+    int arrived = 0;
+    uint32_t values[2][kWarpSize] = {};
+  };
+
+  static void enter() {
+    Block* block = current();
+    (*block->kernel_)();
+    block->fibers_[block->running_]->ended = true;
+  }
+
+  const unsigned index_, blocks_;
+  std::vector<Warp> warps_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  size_t running_ = 0, arrived_ = 0;
+  uint64_t round_ = 0;
+  const std::function<void()>* kernel_ = nullptr;
+  ucontext_t scheduler_;
+};
+
+inline Index thread_index() { return {Block::current()->thread()}; }
+inline Index block_index() { return {Block::current()->index()}; }
+inline Index block_dim() { return {Block::current()->threads()}; }
+inline Index grid_dim() { return {Block::current()->blocks()}; }
+
+}  // namespace mnnvl::emulation
+
+#define threadIdx ::mnnvl::emulation::thread_index()
+#define blockIdx ::mnnvl::emulation::block_index()
+#define blockDim ::mnnvl::emulation::block_dim()
+#define gridDim ::mnnvl::emulation::grid_dim()
+
+using uint4 = mnnvl::emulation::Pack;
+
+inline void __syncthreads() { mnnvl::emulation::Block::current()->meet_all(); }
+inline void __syncwarp() { mnnvl::emulation::Block::current()->meet(0); }
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  const uint32_t* votes = mnnvl::emulation::Block::current()->meet(vote ? 1 : 0);
+  unsigned ballot = 0;
+  for (int i = 0; i < mnnvl::emulation::kWarpSize; ++i) ballot |= votes[i] << i;
+  return ballot;
+}
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
+  const uint32_t* values = mnnvl::emulation::Block::current()->meet(value);
+  uint32_t most = 0;
+  for (int i = 0; i < mnnvl::emulation::kWarpSize; ++i) most = values[i] > most ? values[i] : most;
+  return most;
+}
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline uint32_t atomicCAS(uint32_t* address, uint32_t expected, uint32_t desired) {
+  __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+  return expected;
+}
+inline uint32_t atomicCAS_system(uint32_t* address, uint32_t expected, uint32_t desired) {
+  return atomicCAS(address, expected, desired);
+}

@@ -1,0 +1,268 @@
+// The kernel `exchange`, its source run on a CPU (native/emulation): lists of messages among ranks that are threads.
+#include <algorithm>
+#include <cstdlib>
+
+#include "native/emulation/cuda.h"
+
+#pragma GCC diagnostic ignored "-Wsign-compare"
+#include "kernels/channel/exchange.cu"
+#include "native/harness.h"
+#include "protocol/failure_text.h"
+#include "tuning/choose.h"
+
+namespace mnnvl::test {
+namespace {
+
+using Bytes = std::vector<std::byte>;
+
+// The workspaces of a group, zero-filled, and what a launch of each rank takes.
+class Group {
+ public:
+  Group(int world_size, int64_t workspace_bytes, uint64_t timeout_ms = 10000) {
+    shape_.world_size = world_size;
+    shape_.layout = WorkspaceLayout::make(/*stage_bytes=*/1024, workspace_bytes, world_size);
+    for (int r = 0; r < world_size; ++r) {
+      auto* memory = static_cast<std::byte*>(std::aligned_alloc(128, size_t(shape_.layout.total_bytes)));
+      std::fill_n(memory, shape_.layout.total_bytes, std::byte{0x5a});
+      std::fill_n(memory + shape_.layout.lines_offset, shape_.layout.total_bytes - shape_.layout.lines_offset,
+                  std::byte{0});
+      memory_.emplace_back(memory);
+    }
+    mailboxes_.resize(size_t(world_size));
+    for (int r = 0; r < world_size; ++r) {
+      DeviceGroup group{};
+      for (int peer = 0; peer < world_size; ++peer) group.peers[peer] = memory_[size_t(peer)].get();
+      group.mailbox = &mailboxes_[size_t(r)];
+      group.layout = shape_.layout;
+      group.timeout_ns = timeout_ms * 1'000'000;
+      group.rank = r;
+      group.world_size = world_size;
+      groups_.push_back(group);
+    }
+  }
+
+  // As if every lane had carried so many messages and slots.
+  void start_from(uint64_t messages, uint32_t slots) {
+    const WorkspaceLayout& l = shape_.layout;
+    const int64_t lanes = int64_t{kChannelKinds} * (shape_.world_size - 1) * kMaxLanes;
+    for (auto& memory : memory_) {
+      for (int64_t i = 0; i < lanes; ++i) {
+        reinterpret_cast<uint32_t*>(memory.get() + l.posted_offset)[i] = slots;
+        reinterpret_cast<uint64_t*>(memory.get() + l.credit_offset)[i] = uint64_t{slots} << 32 | uint32_t(messages);
+        for (int64_t direction : {0, 1}) {
+          reinterpret_cast<LaneState*>(memory.get() + l.state_offset)[direction * lanes + i] = {messages, slots, 0};
+        }
+      }
+    }
+  }
+
+  const FailureRecord& record(int rank) const { return mailboxes_[size_t(rank)].record; }
+
+  void exchange(int rank, ChannelKind kind, const std::vector<kernels::ChannelMessage>& sends,
+                const std::vector<kernels::ChannelMessage>& receives, int most_blocks = 8) const {
+    kernels::ExchangeParams params;
+    params.group = groups_[size_t(rank)];
+    params.kind = kind;
+    params.sends = sends.data();
+    params.send_count = int(sends.size());
+    params.receives = receives.data();
+    params.receive_count = int(receives.size());
+    params.send_shape = shape(sends, most_blocks);
+    params.receive_shape = shape(receives, most_blocks);
+    kernels::Launch launch;
+    launch.threads = kernels::kMaxExchangeThreads;
+    kernels::rows::exchange.launch(params, launch);
+  }
+
+ private:
+  // Few blocks, that several lanes meet in one, and any number of them.
+  kernels::RoleShape shape(const std::vector<kernels::ChannelMessage>& messages, int most_blocks) const {
+    std::vector<int> peers;
+    int lanes = 1;
+    for (const auto& m : messages) {
+      lanes = std::max(lanes, int(Cut::make(shape_.layout.channel, m.bytes).lanes));
+      if (std::find(peers.begin(), peers.end(), m.peer) == peers.end()) peers.push_back(m.peer);
+    }
+    const int all = int(peers.size()) * lanes;
+    return {lanes, std::max(std::min(all, most_blocks), int(ceil_div(all, kMaxBlockLanes)))};
+  }
+
+  struct Free {
+    void operator()(std::byte* memory) const { std::free(memory); }
+  };
+  GroupShape shape_;
+  std::vector<std::unique_ptr<std::byte, Free>> memory_;
+  std::vector<HostMailbox> mailboxes_;
+  std::vector<DeviceGroup> groups_;
+};
+
+Bytes contents(uint64_t seed, int64_t bytes) {
+  Bytes data(static_cast<size_t>(bytes));
+  for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<std::byte>(mix(seed + i / 8) >> (i % 8 * 8));
+  return data;
+}
+
+struct Planned {
+  int source, destination;
+  int64_t bytes;
+  int32_t tag;
+  uint64_t seed;
+};
+
+kernels::ChannelMessage end_of(const Planned& m, void* data, int peer) {
+  const Message message{data, m.bytes, peer, m.tag, Dtype::kUInt8};
+  return {data, m.bytes, pack(descriptor_of(message)), m.tag, peer};
+}
+
+// This rank's part of `plan` in one launch, or its sends and its receives in one each at the same time.
+void run_part(const Group& group, int rank, const std::vector<Planned>& plan, Random& random) {
+  std::vector<Bytes> buffers(plan.size());
+  std::vector<kernels::ChannelMessage> sends, receives;
+  std::vector<std::pair<Planned, size_t>> expected;
+  // Pairs in an order of this rank's own, the messages of each in that of the plan.
+  const int64_t turn = random.below(97);
+  const auto place = [&](const Planned& m) { return (m.source * 8 + m.destination + turn) * 31 % 97; };
+  std::vector<Planned> ordered = plan;
+  std::stable_sort(ordered.begin(), ordered.end(),
+                   [&](const Planned& a, const Planned& b) { return place(a) < place(b); });
+  const int64_t shift = random.below(20);
+  for (size_t i = 0; i < ordered.size(); ++i) {
+    const Planned& m = ordered[i];
+    if (m.source == rank) {
+      buffers[i] = Bytes(size_t(shift));
+      const Bytes data = contents(m.seed, m.bytes);
+      buffers[i].insert(buffers[i].end(), data.begin(), data.end());
+      sends.push_back(end_of(m, buffers[i].data() + shift, m.destination));
+    } else if (m.destination == rank) {
+      buffers[i].assign(size_t(m.bytes + shift + 16), std::byte{0x77});
+      receives.push_back(end_of(m, buffers[i].data() + shift, m.source));
+      expected.emplace_back(m, i);
+    }
+  }
+  const int blocks = 1 + int(random.below(6));
+  if (random.below(2) == 0) {
+    group.exchange(rank, ChannelKind::kPointToPoint, sends, receives, blocks);
+  } else {
+    run_threads(2, [&](int incoming) {
+      if (incoming == 0) group.exchange(rank, ChannelKind::kPointToPoint, sends, {}, blocks);
+      if (incoming == 1) group.exchange(rank, ChannelKind::kPointToPoint, {}, receives, blocks);
+    });
+  }
+  for (const auto& [m, i] : expected) {
+    const Bytes data = contents(m.seed, m.bytes);
+    CHECK(std::equal(data.begin(), data.end(), buffers[i].begin() + shift), m.bytes, " bytes from ", m.source, " to ",
+          m.destination);
+    const auto untouched = [](std::byte b) { return b == std::byte{0x77}; };
+    CHECK(std::all_of(buffers[i].begin(), buffers[i].begin() + shift, untouched), "written before it");
+    CHECK(std::all_of(buffers[i].end() - 16, buffers[i].end(), untouched), "written behind it");
+  }
+}
+
+TEST(exchange_random_lists) {
+  constexpr int64_t kSizes[] = {0, 1, 8, 100, 1000, 4096, 5001, 70'001, 300'001};
+  for (int world_size : {2, 3, 4, 5, 8}) {
+    Group group(world_size, /*workspace_bytes=*/world_size * (int64_t{1} << 20));
+    if (world_size % 2 == 0) group.start_from(0xfffffffeu, 0xfffffffdu);  // where 32 bits wrap
+    for (int round = 0; round < iterations(6); ++round) {
+      Random random(mix(uint64_t(world_size * 1000 + round)));
+      std::vector<Planned> plan;
+      for (int source = 0; source < world_size; ++source) {
+        for (int destination = 0; destination < world_size; ++destination) {
+          if (source == destination) continue;
+          for (int64_t k = random.below(4); k > 0; --k) {
+            plan.push_back({source, destination, kSizes[random.below(std::size(kSizes))], int32_t(plan.size()),
+                            random.next()});
+          }
+        }
+      }
+      run_threads(world_size, [&](int rank) {
+        Random own(mix(uint64_t(round * 100 + rank)));
+        run_part(group, rank, plan, own);
+        const FailureRecord& record = group.record(rank);
+        CHECK(record.valid == 0, "world size ", world_size, ", round ", round, ": ", to_error(record, 0).what());
+      });
+    }
+  }
+}
+
+std::vector<Bytes> of_bytes(std::initializer_list<int64_t> sizes) {
+  std::vector<Bytes> all;
+  for (int64_t bytes : sizes) all.emplace_back(size_t(bytes));
+  return all;
+}
+
+kernels::ChannelMessage end_of(const CallDescriptor& call, Bytes& data, int peer) {
+  return {data.data(), int64_t(data.size()), pack(call), call.tag, peer};
+}
+
+// The receiver finds out, and says what both ends have; whoever waits for it is told.
+TEST(exchange_ends_that_differ) {
+  constexpr int64_t kSizes[] = {0, 192, 400, 3000, 300'000};
+  for (int64_t sent : kSizes) {
+    for (int64_t expected : kSizes) {
+      if (sent == expected) continue;
+      const Group group(2, int64_t{2} << 20);
+      std::vector<Bytes> data = of_bytes({sent, expected, sent});
+      const CallDescriptor theirs{Operation::kAllGather, sent}, mine{Operation::kBroadcast, expected, 1};
+      run_threads(2, [&](int rank) {
+        if (rank == 0) {
+          group.exchange(0, ChannelKind::kCollective, {end_of(theirs, data[0], 1)}, {end_of(theirs, data[2], 1)});
+        } else {
+          group.exchange(1, ChannelKind::kCollective, {}, {end_of(mine, data[1], 0)});
+        }
+      });
+      const FailureRecord& found = group.record(1);
+      CHECK(found.valid == 1 && found.cause == FailureCause::kMismatch && found.peer == 0, sent, ", ", expected);
+      CHECK(found.calls.mine == pack(mine) && found.calls.theirs == pack(theirs));
+      CHECK(group.record(0).valid == 1 && group.record(0).cause == FailureCause::kPeerFailed);
+      CHECK(abort_cause(group.record(0).told) == FailureCause::kMismatch && abort_finder(group.record(0).told) == 1);
+    }
+  }
+}
+
+TEST(exchange_tags_that_differ) {
+  const Group group(2, int64_t{2} << 20);
+  std::vector<Bytes> data = of_bytes({100, 100});
+  run_threads(2, [&](int rank) {
+    CallDescriptor call = descriptor_of(Message{nullptr, 100, 1 - rank, 5 + rank, Dtype::kUInt8});
+    const std::vector<kernels::ChannelMessage> one{end_of(call, data[size_t(rank)], 1 - rank)};
+    if (rank == 0) group.exchange(0, ChannelKind::kPointToPoint, one, {});
+    if (rank == 1) group.exchange(1, ChannelKind::kPointToPoint, {}, one);
+  });
+  CHECK(group.record(1).cause == FailureCause::kMismatch);
+  CHECK(group.record(1).calls.my_tag == 6 && group.record(1).calls.their_tag == 5);
+}
+
+// Nobody comes: a source out of room and a destination without data both end, and say whom they waited for.
+TEST(exchange_ends_at_the_deadline) {
+  for (int64_t bytes : {int64_t{100}, int64_t{8} << 20}) {
+    const Group group(3, int64_t{1} << 20, /*timeout_ms=*/200);
+    Bytes data(static_cast<size_t>(bytes));
+    const CallDescriptor call{Operation::kSend, bytes};
+    group.exchange(0, ChannelKind::kPointToPoint, {}, {end_of(call, data, 2)});
+    CHECK(group.record(0).cause == FailureCause::kDeadline && group.record(0).peer == 2);
+    CHECK(group.record(0).operation == Operation::kRecv && group.record(0).stage == kStageMessage);
+    if (bytes == 100) continue;
+    group.exchange(1, ChannelKind::kPointToPoint, {end_of(call, data, 2)}, {});
+    CHECK(group.record(1).valid == 1 && group.record(1).cause == FailureCause::kPeerFailed, "told at its start");
+  }
+  const Group group(2, int64_t{1} << 20, /*timeout_ms=*/200);
+  Bytes data(size_t{8} << 20);
+  group.exchange(1, ChannelKind::kPointToPoint, {end_of({Operation::kSend, 8 << 20}, data, 0)}, {});
+  CHECK(group.record(1).cause == FailureCause::kDeadline && group.record(1).stage == kStageCredit);
+}
+
+// A second kernel on the same direction of a channel is found out.
+TEST(exchange_two_at_once) {
+  const Group group(2, int64_t{1} << 20);
+  std::vector<Bytes> data = of_bytes({100, 100});
+  const CallDescriptor call{Operation::kSend, 100};
+  run_threads(2, [&](int i) {
+    if (i == 1) std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    group.exchange(0, ChannelKind::kPointToPoint, {}, {end_of(call, data[size_t(i)], 1)});
+  });
+  CHECK(group.record(0).cause == FailureCause::kConcurrent && group.record(0).peer == 1);
+}
+
+}  // namespace
+}  // namespace mnnvl::test
