@@ -138,6 +138,8 @@ class RankPool:
         # The server of the forks keeps the environment of the first start; ranks are many and cores few.
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ.setdefault(name, "1")
+        # A hardware queue for each stream of messages, of which 8 ranks have 14 each (csrc/README.md, "A list of messages ends").
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
     def __enter__(self) -> RankPool:
         return self

@@ -279,16 +279,9 @@ def test_recv_from_any_source(ranks, world_size, members, numel, early):
 
 def beside_collectives_body(rank: Rank, numel: int) -> None:
     """A receive and a send are under way while all ranks go through collectives; the peers' halves come after them."""
-    all_reduce_works(rank)
     n, me = rank.world_size, rank.rank
-    x = message(me, 1 - me, numel).to(rank.device) if me < 2 else None
-    y = torch.zeros(numel, dtype=torch.uint8, device=rank.device)
-    outstanding = []
-    if me == 0:
-        outstanding = [dist.irecv(y, 1)]
-    elif me == 1:
-        outstanding = [dist.irecv(y, 0)]
-    for root in range(n):
+
+    def collectives(root: int) -> None:
         all_reduce_works(rank)
         z = torch.full((70_001,), float(me), device=rank.device)
         dist.broadcast(z, root)
@@ -297,6 +290,18 @@ def beside_collectives_body(rank: Rank, numel: int) -> None:
         dist.all_gather(parts, z[:1001] + me)
         assert [part[-1].item() for part in parts] == [float(root + r) for r in range(n)]
         dist.barrier(device_ids=[rank.device.index] if rank.device.type == "cuda" else None)
+
+    # CUDA loads torch's kernels when they are first used, and may wait for everything that runs then.
+    collectives(0)
+    x = message(me, 1 - me, numel).to(rank.device) if me < 2 else None
+    y = torch.zeros(numel, dtype=torch.uint8, device=rank.device)
+    outstanding = []
+    if me == 0:
+        outstanding = [dist.irecv(y, 1)]
+    elif me == 1:
+        outstanding = [dist.irecv(y, 0)]
+    for root in range(n):
+        collectives(root)
     if me < 2:
         outstanding.append(dist.isend(x, 1 - me))
     all_reduce_works(rank)

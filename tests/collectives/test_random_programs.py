@@ -139,10 +139,22 @@ class Runner:
             check()
 
 
+def use_every_kernel(runner: Runner) -> None:
+    """CUDA loads torch's kernels when they are first used, and may then wait for everything that runs: for messages too
+    that wait for this rank."""
+    for kind in ("all_reduce", "broadcast", "all_gather", "barrier"):
+        runner.collective(Collective(kind=kind, number=0, numel=1001, root=0, asynchronous=False), 0)
+    for size in (4096, 4098, 4097):
+        message = Message(number=size, source=0, destination=1, bytes=size, tag=0)
+        x, check = runner.room(message)
+        x.view(torch.uint8).copy_(runner.content(message).view(torch.uint8))
+        check()
+
+
 def programs_body(rank: Rank, first: int, count: int, in_order: bool) -> int:
     pool = torch.randint(0, 256, (LARGEST + (1 << 20),), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
     pool = pool.to(rank.device)
-    dist.barrier(device_ids=[rank.device.index] if rank.device.type == "cuda" else None)
+    use_every_kernel(Runner(rank, Program(first, rank.world_size, in_order, LARGEST), pool))
     moved = 0
     for seed in range(first, first + count):
         program = Program(seed, rank.world_size, in_order, LARGEST)

@@ -71,7 +71,15 @@ def escaped(text: str | Path) -> str:
 def write_ninja(folder: Path, target: str, sources: Iterable[Path], compile_flags: list[str], link: list[str]) -> None:
     cxx = shlex.join(compiler())
     # Where a kernel's source is compiled for the CPU, what it includes of CUDA is found in emulation/.
-    flags = shlex.join([f"-I{NATIVE / 'emulation'}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", "-DMNNVL_WITH_CUDA=0", *compile_flags])
+    flags = shlex.join(
+        [
+            f"-I{NATIVE / 'emulation'}",
+            f"-I{ROOT / 'csrc'}",
+            f"-I{ROOT / 'tests'}",
+            "-DMNNVL_WITH_CUDA=0",
+            *compile_flags,
+        ]
+    )
     lines = [
         f"rule compile\n  command = {cxx} {flags.replace('$', '$$')} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = $in",

@@ -200,7 +200,6 @@ TEST(exchange_ends_that_differ) {
   constexpr int64_t kSizes[] = {0, 192, 400, 3000, 300'000};
   for (int64_t sent : kSizes) {
     for (int64_t expected : kSizes) {
-      if (sent == expected) continue;
       const Group group(2, int64_t{2} << 20);
       std::vector<Bytes> data = of_bytes({sent, expected, sent});
       const CallDescriptor theirs{Operation::kAllGather, sent}, mine{Operation::kBroadcast, expected, 1};
