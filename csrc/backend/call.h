@@ -50,6 +50,7 @@ struct Call {
 struct GroupView {
   int rank;
   int size;
+  bool coalescing = false;  // the call is one of a group of calls
 };
 
 // What every Call takes from its options, whichever operation's they are.

@@ -11,6 +11,37 @@ void append(std::vector<T>& to, std::vector<T>& from) {
   to.insert(to.end(), std::make_move_iterator(from.begin()), std::make_move_iterator(from.end()));
 }
 
+// The k-th message to oneself goes to the k-th receive of its tag: what pipelines send between stages of one rank.
+void copy_own_messages(std::vector<Call>& calls, int rank) {
+  const auto is_own = [rank](const std::vector<Message>& messages) {
+    return messages.size() == 1 && messages[0].peer == rank;
+  };
+  for (Call& send : calls) {
+    if (!is_own(send.sends)) continue;
+    const Message& sent = send.sends[0];
+    const auto receive = std::find_if(calls.begin(), calls.end(), [&](const Call& call) {
+      return call.device == send.device && is_own(call.receives) && call.receives[0].tag == sent.tag;
+    });
+    TORCH_CHECK_VALUE(receive != calls.end(), "mnnvl send: dst: a message to oneself (rank ", rank, ") with tag ",
+                      sent.tag, ": expected a recv of it in the same batch, got none");
+    const Message& received = receive->receives[0];
+    TORCH_CHECK_VALUE(received.bytes == sent.bytes && received.dtype == sent.dtype,
+                      "mnnvl recv: tensor: a message to oneself (rank ", rank, "): expected ", sent.bytes, " bytes of ",
+                      send.inputs[0].scalar_type(), " as sent, got ", received.bytes, " bytes of ",
+                      receive->outputs[0].scalar_type());
+    receive->epilogue = [to = receive->outputs[0], from = send.inputs[0]] {
+      const auto flat = [](const at::Tensor& t) { return t.as_strided({t.numel()}, {1}, t.storage_offset()); };
+      flat(to).copy_(flat(from));
+    };
+    receive->receives.clear();
+    send.sends.clear();
+  }
+  for (const Call& call : calls) {
+    TORCH_CHECK_VALUE(!is_own(call.receives), "mnnvl recv: src: a message to oneself (rank ", rank,
+                      "): expected a send of it in the same batch, got none");
+  }
+}
+
 Call merge(std::vector<Call> calls) {
   if (calls.size() == 1) return std::move(calls[0]);
   Call merged;
@@ -60,7 +91,7 @@ void Coalescing::add(Call call) {
   calls_[std::this_thread::get_id()].push_back(std::move(call));
 }
 
-std::vector<Call> Coalescing::end() {
+std::vector<Call> Coalescing::end(int rank) {
   std::vector<Call> calls;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -69,6 +100,7 @@ std::vector<Call> Coalescing::end() {
     calls = std::move(mine->second);
     calls_.erase(mine);
   }
+  copy_own_messages(calls, rank);
   std::vector<std::vector<Call>> alike;
   for (Call& call : calls) {
     const auto same = std::find_if(alike.begin(), alike.end(), [&](const std::vector<Call>& others) {

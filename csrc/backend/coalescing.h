@@ -21,9 +21,10 @@ class Coalescing {
   size_t start();
   bool collecting();
   void add(Call call);
-  // The collected calls merged: per device messages, then collectives. Empty if there are none. ValueError if start()
-  // wasn't called.
-  std::vector<Call> end();
+  // The collected calls merged: per device messages, then collectives. Empty if there are none. Messages of `rank` to
+  // itself become copies. ValueError if start() wasn't called, or for a message to itself without its other end; then
+  // nothing has begun.
+  std::vector<Call> end(int rank);
 
  private:
   std::mutex mutex_;

@@ -134,7 +134,7 @@ void ProcessGroupMNNVL::startCoalescing() {
 
 ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::endCoalescing() {
   std::vector<WorkPtr> works;
-  for (Call& call : coalescing_.end()) works.push_back(run_now(std::move(call)));
+  for (Call& call : coalescing_.end(rank_)) works.push_back(run_now(std::move(call)));
   if (works.empty()) return nullptr;
   if (works.size() == 1) return works[0];
   return c10::make_intrusive<CoalescedWork>(std::move(works));

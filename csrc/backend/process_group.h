@@ -130,7 +130,7 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   static void finish_all(std::chrono::milliseconds grace);
 
  private:
-  GroupView view() const { return {rank_, size_}; }
+  GroupView view() { return {rank_, size_, coalescing_.collecting()}; }
   std::optional<at::Device> bound_device();
 
   WorkPtr run(Call call);

@@ -68,7 +68,7 @@ std::string found(const FailureRecord& record) {
     case FailureCause::kLocalAbort: return str(": abort() was called there");
     case FailureCause::kLocalError: return str(", in another of its calls");
     case FailureCause::kMismatch:
-      return str(": its call differs from that of rank ", finder, ", whose error names both");
+      return str(": its call or message differs from that of rank ", finder, ", whose error names both");
     case FailureCause::kConcurrent: return str(", in two sends or receives at once");
     case FailureCause::kNone:
     case FailureCause::kPeerFailed: break;

@@ -147,6 +147,33 @@ def test_batches(ranks, device, world_size):
     ranks(batch_body, world_size, device, args=([0, 1, 5000, 1_500_001],), timeout=120)
 
 
+def own_body(rank: Rank) -> None:
+    """Messages to oneself in a batch, among others, as stages of a pipeline on one rank send them."""
+    me, after, before = rank.rank, (rank.rank + 1) % rank.world_size, (rank.rank - 1) % rank.world_size
+    all_reduce_works(rank)
+    for numel in (0, 7, 100_001):
+        x = [message(me, peer, numel, number=i).to(rank.device) for i, peer in enumerate((me, after, me))]
+        y = [torch.zeros(numel, dtype=torch.uint8, device=rank.device) for _ in x]
+        sends = [dist.P2POp(dist.isend, x[i], peer) for i, peer in enumerate((me, after, me))]
+        receives = [dist.P2POp(dist.irecv, y[i], peer) for i, peer in enumerate((me, before, me))]
+        for work in dist.batch_isend_irecv(receives + sends):
+            work.wait()
+        for i, source in enumerate((me, before, me)):
+            assert received(y[i], source, me, i), f"message {i} of {numel} bytes"
+    for alone in ([dist.P2POp(dist.isend, x[0], me)], [dist.P2POp(dist.irecv, y[0], me)]):
+        with pytest.raises(ValueError, match="message to oneself"):
+            dist.batch_isend_irecv(alone)
+    short = dist.P2POp(dist.irecv, y[0][:-1], me)
+    with pytest.raises(ValueError, match="100001 bytes.*got 100000"):
+        dist.batch_isend_irecv([dist.P2POp(dist.isend, x[0], me), short])
+    all_reduce_works(rank)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_messages_to_oneself_in_a_batch(ranks, device, world_size):
+    ranks(own_body, world_size, device)
+
+
 def one_sided_batch_body(rank: Rank) -> None:
     """A batch on one side, single calls on the other; the third rank takes no part."""
     all_reduce_works(rank)

@@ -24,7 +24,9 @@ GUARD = 32  # bytes on either side of what is received
 
 
 class Runner:
-    """One rank's part of a program. `pool`: random bytes, of which every message is another piece."""
+    """One rank's part of a program. `pool`: random bytes, of which every message is another piece. What is on a GPU is
+    only copied, and made and looked at on the CPU: CUDA loads torch's kernels when they are first used, and may then
+    wait for everything that runs, messages that wait for this rank among them."""
 
     def __init__(self, rank: Rank, program: Program, pool: torch.Tensor) -> None:
         self.rank, self.program, self.pool = rank, program, pool
@@ -96,26 +98,27 @@ class Runner:
         return storage[offset : offset + message.bytes].view(dtype)
 
     def content(self, message: Message) -> torch.Tensor:
-        storage = torch.empty(message.bytes + GUARD, dtype=torch.uint8, device=self.rank.device)
-        x = self.place(message, storage, 0)
-        x.view(torch.uint8).copy_(self.expected(message))
-        return x
+        storage = torch.empty(message.bytes + GUARD, dtype=torch.uint8)
+        self.place(message, storage, 0).view(torch.uint8).copy_(self.expected(message))
+        return self.place(message, storage.to(self.rank.device), 0)
 
     def room(self, message: Message) -> tuple[torch.Tensor, Callable[[], None]]:
-        storage = torch.full((message.bytes + GUARD,), 0xA5, dtype=torch.uint8, device=self.rank.device)
-        x = self.place(message, storage, 1)
+        untouched = torch.full((message.bytes + GUARD,), 0xA5, dtype=torch.uint8)
+        storage = untouched.to(self.rank.device, copy=True)
 
         def check() -> None:
-            assert torch.equal(x.view(torch.uint8), self.expected(message)), f"{message}: wrong bytes"
-            x.view(torch.uint8).fill_(0xA5)
-            assert bool((storage == 0xA5).all()), f"{message}: wrote beside it"
+            found = storage.cpu()
+            x = self.place(message, found, 1).view(torch.uint8)
+            assert torch.equal(x, self.expected(message)), f"{message}: wrong bytes"
+            x.fill_(0xA5)
+            assert torch.equal(found, untouched), f"{message}: wrote beside it"
 
-        return x, check
+        return self.place(message, storage, 1), check
 
     def collective(self, c: Collective, handle: int) -> None:
         n, me, device = self.rank.world_size, self.rank.rank, self.rank.device
-        base = (torch.arange(c.numel, device=device) % 61 + c.number).float()  # small integers: sums are exact
-        x = base + me
+        base = (torch.arange(c.numel) % 61 + c.number).float()  # small integers: sums are exact
+        x = (base + me).to(device)
         if c.kind == "all_reduce":
             result, expected = x, base * n + n * (n - 1) // 2
             work = dist.all_reduce(x, async_op=c.asynchronous)
@@ -126,12 +129,12 @@ class Runner:
             result, expected = torch.empty(n * c.numel, device=device), torch.cat([base + r for r in range(n)])
             work = dist.all_gather_into_tensor(result, x, async_op=c.asynchronous)
         else:
-            result = expected = x
+            result, expected = x, base + me
             ids = [device.index] if device.type == "cuda" else None
             work = dist.barrier(async_op=c.asynchronous, device_ids=ids)
 
         def check() -> None:
-            assert torch.equal(result, expected), f"{c}: wrong result"
+            assert torch.equal(result.cpu(), expected), f"{c}: wrong result"
 
         if c.asynchronous:
             self.outstanding[handle], self.checks[handle] = [work], [check]
@@ -139,22 +142,9 @@ class Runner:
             check()
 
 
-def use_every_kernel(runner: Runner) -> None:
-    """CUDA loads torch's kernels when they are first used, and may then wait for everything that runs: for messages too
-    that wait for this rank."""
-    for kind in ("all_reduce", "broadcast", "all_gather", "barrier"):
-        runner.collective(Collective(kind=kind, number=0, numel=1001, root=0, asynchronous=False), 0)
-    for size in (4096, 4098, 4097):
-        message = Message(number=size, source=0, destination=1, bytes=size, tag=0)
-        x, check = runner.room(message)
-        x.view(torch.uint8).copy_(runner.content(message).view(torch.uint8))
-        check()
-
-
 def programs_body(rank: Rank, first: int, count: int, in_order: bool) -> int:
     pool = torch.randint(0, 256, (LARGEST + (1 << 20),), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
-    pool = pool.to(rank.device)
-    use_every_kernel(Runner(rank, Program(first, rank.world_size, in_order, LARGEST), pool))
+    dist.barrier(device_ids=[rank.device.index] if rank.device.type == "cuda" else None)
     moved = 0
     for seed in range(first, first + count):
         program = Program(seed, rank.world_size, in_order, LARGEST)

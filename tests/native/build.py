@@ -39,14 +39,17 @@ class BuildError(RuntimeError):
     """The compiler's words."""
 
 
-def layer_sources() -> list[Path]:
-    return sorted(source for layer in LAYERS for source in (ROOT / "csrc" / layer).rglob("*.cpp"))
-
-
-def native_sources(of_tests: bool) -> list[Path]:
-    """The double, and either the tests of it or its Python face."""
-    sources = [s for s in NATIVE.glob("*.cpp") if of_tests or not s.name.startswith("test_")]
-    return sorted(s for s in sources if not of_tests or s.name != "bindings.cpp")
+def sources(of_tests: bool, emulation: bool) -> list[Path]:
+    """The layers; the double, and either the tests of it or its Python face. With `emulation` the kernels that can be run
+    on a CPU, in fibers, which sanitizers can't follow, and their tests; else the empty table of kernels."""
+    layers = [source for layer in LAYERS for source in (ROOT / "csrc" / layer).rglob("*.cpp")]
+    native = [s for s in NATIVE.glob("*.cpp") if of_tests or not s.name.startswith("test_")]
+    if emulation:
+        layers.remove(ROOT / "csrc/kernels/host/none.cpp")
+        native += (NATIVE / "emulation").glob("*.cpp")
+    elif of_tests:
+        native.remove(NATIVE / "test_exchange.cpp")
+    return sorted(layers) + sorted(s for s in native if not of_tests or s.name != "bindings.cpp")
 
 
 def compiler() -> list[str]:
@@ -122,7 +125,7 @@ def build_module() -> Path:
     # As in setup.py: a C++ runtime that some compilers link statically must not meet that of the process.
     link = ["-shared", "-Wl,--exclude-libs,ALL", "-ldl", "-lpthread"]
     return build(f"module{suffix.removesuffix('.so')}", f"mnnvl_native{suffix}",
-                 layer_sources() + native_sources(of_tests=False), flags, link)  # fmt: skip
+                 sources(of_tests=False, emulation=False), flags, link)  # fmt: skip
 
 
 def build_tests(sanitizer: str = "none", name: str | None = None, static: bool = False) -> Path:
@@ -130,7 +133,7 @@ def build_tests(sanitizer: str = "none", name: str | None = None, static: bool =
     link = [f for f in SANITIZERS[sanitizer] if f.startswith("-fsanitize")] + ["-ldl", "-lpthread"]
     if static:
         link.append("-static")
-    return build(name or f"tests-{sanitizer}", "native_tests", layer_sources() + native_sources(of_tests=True), flags,
+    return build(name or f"tests-{sanitizer}", "native_tests", sources(of_tests=True, emulation=sanitizer == "none"), flags,
                  link)  # fmt: skip
 
 

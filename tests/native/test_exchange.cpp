@@ -1,14 +1,13 @@
-// The kernel `exchange`, its source run on a CPU (native/emulation): lists of messages among ranks that are threads.
+// The kernel `exchange`, its source run on a CPU (native/emulation), and what transport/cuda_launch.cpp makes of it, among
+// ranks that are threads.
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
 
-#include "native/emulation/cuda.h"
-
-#pragma GCC diagnostic ignored "-Wsign-compare"
-#include "kernels/channel/exchange.cu"
+#include "kernels/kernels.h"
 #include "native/harness.h"
 #include "protocol/failure_text.h"
-#include "tuning/choose.h"
+#include "transport/cuda_launch.h"
 
 namespace mnnvl::test {
 namespace {
@@ -71,7 +70,13 @@ class Group {
     params.receive_shape = shape(receives, most_blocks);
     kernels::Launch launch;
     launch.threads = kernels::kMaxExchangeThreads;
-    kernels::rows::exchange.launch(params, launch);
+    kernels::table().exchange.launch(params, launch);
+  }
+  void run(int rank, const Request& request) const {
+    LaunchContext context;
+    context.group = groups_[size_t(rank)];
+    context.shape = shape_;
+    launch(context, request);
   }
 
  private:
@@ -163,15 +168,15 @@ TEST(exchange_random_lists) {
   for (int world_size : {2, 3, 4, 5, 8}) {
     Group group(world_size, /*workspace_bytes=*/world_size * (int64_t{1} << 20));
     if (world_size % 2 == 0) group.start_from(0xfffffffeu, 0xfffffffdu);  // where 32 bits wrap
-    for (int round = 0; round < iterations(6); ++round) {
+    for (int round = 0; round < iterations(3); ++round) {
       Random random(mix(uint64_t(world_size * 1000 + round)));
       std::vector<Planned> plan;
       for (int source = 0; source < world_size; ++source) {
         for (int destination = 0; destination < world_size; ++destination) {
           if (source == destination) continue;
           for (int64_t k = random.below(4); k > 0; --k) {
-            plan.push_back({source, destination, kSizes[random.below(std::size(kSizes))], int32_t(plan.size()),
-                            random.next()});
+            plan.push_back(
+                {source, destination, kSizes[random.below(std::size(kSizes))], int32_t(plan.size()), random.next()});
           }
         }
       }
@@ -182,6 +187,44 @@ TEST(exchange_random_lists) {
         CHECK(record.valid == 0, "world size ", world_size, ", round ", round, ": ", to_error(record, 0).what());
       });
     }
+  }
+}
+
+// Even and uneven gathers, broadcasts from one rank and in two steps, barriers.
+TEST(exchange_collectives) {
+  constexpr int64_t kSizes[] = {1, 24, 1000, 5001, 70'001, (1 << 20) - 3, (1 << 20) + 5};
+  for (int world_size : {2, 3, 4, 5, 8}) {
+    const Group group(world_size, world_size * (int64_t{128} << 10));
+    run_threads(world_size, [&](int rank) {
+      for (int round = 0; round < iterations(3); ++round) {
+        Random random(mix(uint64_t(world_size * 100 + round)));  // the same on every rank
+        const int64_t bytes = kSizes[random.below(std::size(kSizes))];
+        const uint64_t seed = random.next();
+        if (random.below(2) == 0) {
+          const int root = int(random.below(world_size));
+          Bytes data = contents(seed + uint64_t(rank), bytes);
+          group.run(rank, BroadcastRequest{data.data(), bytes, root});
+          CHECK(data == contents(seed + uint64_t(root), bytes), "broadcast of ", bytes, " from ", root);
+        } else {
+          const bool even = random.below(2) == 0;
+          std::vector<int64_t> sizes;
+          for (int r = 0; r < world_size; ++r) sizes.push_back(even ? bytes / 4 : bytes / 4 * r);
+          std::vector<Bytes> parts;
+          std::vector<void*> outs;
+          for (int64_t size : sizes) parts.emplace_back(size_t(size));
+          for (Bytes& part : parts) outs.push_back(part.data());
+          const Bytes mine = contents(seed + uint64_t(rank), sizes[size_t(rank)]);
+          AllGatherRequest request{mine.data(), outs.data(), sizes[0]};
+          if (!even) request.sizes = sizes.data();
+          group.run(rank, request);
+          for (int r = 0; r < world_size; ++r) {
+            CHECK(parts[size_t(r)] == contents(seed + uint64_t(r), sizes[size_t(r)]), "gathered from ", r);
+          }
+        }
+        group.run(rank, BarrierRequest{});
+        CHECK(group.record(rank).valid == 0, to_error(group.record(rank), 0).what());
+      }
+    });
   }
 }
 

@@ -30,8 +30,9 @@ void check_peer(GroupView group, const char* title, const char* argument, int pe
   const char* name = title + sizeof("mnnvl:") - 1;
   TORCH_CHECK_VALUE(peer >= 0 && peer < group.size, "mnnvl ", name, ": ", argument, ": expected a rank of 0 to ",
                     group.size - 1, " in the group, got ", peer);
-  TORCH_CHECK_VALUE(peer != group.rank, "mnnvl ", name, ": ", argument, ": expected another rank than this one, got ",
-                    peer, ", a message to oneself");
+  TORCH_CHECK_VALUE(peer != group.rank || group.coalescing, "mnnvl ", name, ": ", argument,
+                    ": expected another rank than this one, got ", peer,
+                    ", a message to oneself, which only a batch can hold, beside its other end");
 }
 
 }  // namespace

@@ -37,7 +37,8 @@ constexpr int kWarpSize = 32;
 // The fibers of one block, run by the thread that calls run().
 class Block {
  public:
-  Block(unsigned index, unsigned blocks, unsigned threads) : index_(index), blocks_(blocks), warps_(threads / kWarpSize) {
+  Block(unsigned index, unsigned blocks, unsigned threads)
+      : index_(index), blocks_(blocks), warps_(threads / kWarpSize) {
     for (unsigned i = 0; i < threads; ++i) fibers_.push_back(std::make_unique<Fiber>());
   }
 
