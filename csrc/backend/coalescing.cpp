@@ -78,10 +78,11 @@ size_t Coalescing::start() {
   std::vector<Call>& calls = calls_[std::this_thread::get_id()];
   const size_t left = calls.size();
   calls.clear();
+  threads_ = calls_.size();
   return left;
 }
 
-bool Coalescing::collecting() {
+bool Coalescing::collecting_here() {
   std::lock_guard<std::mutex> lock(mutex_);
   return calls_.count(std::this_thread::get_id()) != 0;
 }
@@ -99,6 +100,7 @@ std::vector<Call> Coalescing::end(int rank) {
     TORCH_CHECK_VALUE(mine != calls_.end(), "mnnvl: endCoalescing without a startCoalescing on this thread");
     calls = std::move(mine->second);
     calls_.erase(mine);
+    threads_ = calls_.size();
   }
   copy_own_messages(calls, rank);
   std::vector<std::vector<Call>> alike;

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/distributed/c10d/Work.hpp>
 
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -19,7 +20,8 @@ class Coalescing {
   // What this thread has collected before and not run is dropped: its end never came, because of an exception.
   // Returns how many calls that were.
   size_t start();
-  bool collecting();
+  // What every call asks: one load while nobody collects.
+  bool collecting() { return threads_.load(std::memory_order_acquire) != 0 && collecting_here(); }
   void add(Call call);
   // The collected calls merged: per device messages, then collectives. Empty if there are none. Messages of `rank` to
   // itself become copies. ValueError if start() wasn't called, or for a message to itself without its other end; then
@@ -27,8 +29,11 @@ class Coalescing {
   std::vector<Call> end(int rank);
 
  private:
+  bool collecting_here();
+
   std::mutex mutex_;
   std::map<std::thread::id, std::vector<Call>> calls_;
+  std::atomic<size_t> threads_{0};  // that collect
 };
 
 // The works of one coalesced group as one.

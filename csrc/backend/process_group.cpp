@@ -140,7 +140,7 @@ ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::endCoalescing() {
   return c10::make_intrusive<CoalescedWork>(std::move(works));
 }
 
-ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_now(Call call) {
+ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_now(Call&& call) {
   if (!call.body && !call.has_messages()) return run_here(call);
   return at_torch_boundary([&]() -> WorkPtr {
     const int64_t own_ms = call.timeout.count();

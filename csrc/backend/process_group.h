@@ -134,7 +134,7 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   std::optional<at::Device> bound_device();
 
   WorkPtr run(Call call);
-  WorkPtr run_now(Call call);
+  WorkPtr run_now(Call&& call);
   WorkPtr run_here(const Call& call);
   WorkPtr run_on_cuda(const Call& call, const std::shared_ptr<CudaQueue>& queue, int64_t timeout_ms);
 

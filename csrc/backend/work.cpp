@@ -75,22 +75,19 @@ void CpuWork::follow(std::shared_ptr<Messenger::Transfer> transfer) {
   transfer_ = std::move(transfer);
 }
 
-std::shared_ptr<Messenger::Transfer> CpuWork::transfer() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return transfer_;
-}
-
 int CpuWork::sourceRank() const {
-  const auto followed = transfer();
-  return followed ? followed->source() : Work::sourceRank();
+  std::lock_guard<std::mutex> lock(mutex_);
+  return transfer_ ? transfer_->source() : Work::sourceRank();
 }
 
 bool CpuWork::wait(std::chrono::milliseconds timeout) {
   const auto limit = std::chrono::milliseconds(clamp_timeout_ms(timeout == kNoTimeout ? INT64_MAX : timeout.count()));
-  if (const auto followed = transfer()) {
-    if (!followed->wait(std::chrono::steady_clock::now() + limit)) throw_late(name_, rank_, timeout);
-  }
   std::unique_lock<std::mutex> lock(mutex_);
+  if (const auto followed = transfer_) {
+    lock.unlock();
+    if (!followed->wait(std::chrono::steady_clock::now() + limit)) throw_late(name_, rank_, timeout);
+    lock.lock();
+  }
   if (timeout == kNoTimeout) {
     cv_.wait(lock, [this] { return completed_; });
   } else if (!cv_.wait_for(lock, limit, [this] { return completed_; })) {

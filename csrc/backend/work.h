@@ -34,8 +34,6 @@ class CpuWork final : public c10d::Work {
   int sourceRank() const override;
 
  private:
-  std::shared_ptr<Messenger::Transfer> transfer() const;
-
   const char* const name_;
   const std::vector<at::Tensor> outputs_;
   const std::shared_ptr<CallbackThreads> callbacks_;
