@@ -15,8 +15,8 @@ namespace {
 // peer waited for may need this very core (the scheduler puts two ranks on one core when a third process is busy), so
 // it is yielded: a switch costs about 1 microsecond, a sleep and its wake-up 5 to 10, and yielding to nobody 0.3. The
 // sum is bounded, so that waiting for a late rank, milliseconds or minutes, leaves the cores to others.
-constexpr int kPausesPerLook = 8;
-constexpr int kLooksBeforeClock = 4;
+constexpr int kPausesPerLook = 4;
+constexpr int kLooksBeforeClock = 8;
 constexpr auto kSpinOwnCore = std::chrono::microseconds(2);
 constexpr auto kYieldOwnCore = std::chrono::microseconds(100);
 constexpr auto kYieldShared = std::chrono::microseconds(200);
