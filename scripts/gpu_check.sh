@@ -58,5 +58,5 @@ memcheck "graphs" tests/collectives/test_graphs.py -k "sizes_replayed or several
 memcheck "the function" tests/function -k "cuda and (sums or last_byte or back_to_back)"
 BENCH=$([ "$GPUS" -ge 4 ] && echo 4 || echo "$GPUS")
 record "benchmark" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$BENCH" \
-  -m mnnvl_backend bench --output "$OUTPUT"
+  -m mnnvl_backend bench --operation all_reduce,all_gather,broadcast,barrier,send_recv --output "$OUTPUT"
 cat "$RECORD"

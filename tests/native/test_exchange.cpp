@@ -1,5 +1,5 @@
-// The kernel `exchange`, its source run on a CPU (native/emulation), and what transport/cuda_launch.cpp makes of it, among
-// ranks that are threads.
+// The kernel `exchange`, its source run on a CPU (native/emulation), and what transport/cuda_launch.cpp makes of it,
+// among ranks that are threads.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>

@@ -106,7 +106,6 @@ struct Lane {
   // Read where it stands, the kernel's parameters: registers are few.
   __device__ __forceinline__ const Cut& cut() const { return p.messages[message].cut; }
 
-
   // Whether a piece can move now. `alone`: no other lane of this block has anything left, so that lines may be waited
   // for by the data warps.
   __device__ __forceinline__ bool ready(bool alone) {
