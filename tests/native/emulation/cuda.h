@@ -1,6 +1,6 @@
 // Enough of CUDA's device side to run a kernel's source on a CPU: each block is a thread of the system, its threads are
-// fibers that take turns, changing over wherever they touch shared memory of any kind. For the protocols of kernels, not
-// for their speed or their order of memory accesses, which is that of this CPU.
+// fibers that take turns, changing over wherever they touch shared memory of any kind. For the protocols of kernels,
+// not for their speed or their order of memory accesses, which is that of this CPU.
 #pragma once
 
 #include <ucontext.h>
