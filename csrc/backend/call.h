@@ -10,6 +10,7 @@
 #include <chrono>
 #include <exception>
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "transport/transport.h"
@@ -66,12 +67,21 @@ Call make_call(c10d::OpType type, const char* title, at::Device device, const Op
   return call;
 }
 
-// Several communications as one; empty for none.
+// Several communications as one; empty for none. One that failed on this rank alone keeps none of the others from
+// their peers.
 inline Body in_turn(std::vector<Body> bodies) {
   if (bodies.empty()) return nullptr;
   if (bodies.size() == 1) return std::move(bodies[0]);
   return [bodies = std::move(bodies)](Transport& transport, const Run& run) {
-    for (const Body& body : bodies) body(transport, run);
+    std::optional<LocalFailure> first;
+    for (const Body& body : bodies) {
+      try {
+        body(transport, run);
+      } catch (const LocalFailure& failure) {
+        if (!first) first = failure;
+      }
+    }
+    if (first) throw *first;
   };
 }
 

@@ -1,10 +1,23 @@
 #include "backend/coalescing.h"
 
+#include <ATen/MemoryOverlap.h>
+
 #include <algorithm>
 #include <iterator>
 
+#include "backend/work.h"
+
 namespace mnnvl {
 namespace {
+
+using Future = c10::ivalue::Future;
+
+// Unlike an id of the system's, never that of a thread that has ended.
+uint64_t this_thread() {
+  static std::atomic<uint64_t> threads{0};
+  thread_local const uint64_t number = ++threads;
+  return number;
+}
 
 template <typename T>
 void append(std::vector<T>& to, std::vector<T>& from) {
@@ -24,12 +37,15 @@ void copy_own_messages(std::vector<Call>& calls, int rank) {
     });
     TORCH_CHECK_VALUE(receive != calls.end(), "mnnvl send: dst: a message to oneself (rank ", rank, ") with tag ",
                       sent.tag, ": expected a recv of it in the same batch, got none");
-    const Message& received = receive->receives[0];
-    TORCH_CHECK_VALUE(received.bytes == sent.bytes && received.dtype == sent.dtype,
-                      "mnnvl recv: tensor: a message to oneself (rank ", rank, "): expected ", sent.bytes, " bytes of ",
-                      send.inputs[0].scalar_type(), " as sent, got ", received.bytes, " bytes of ",
-                      receive->outputs[0].scalar_type());
-    receive->epilogue = [to = receive->outputs[0], from = send.inputs[0]] {
+    const at::Tensor& from = send.inputs[0];
+    const at::Tensor& to = receive->outputs[0];
+    TORCH_CHECK_VALUE(to.nbytes() == from.nbytes() && to.scalar_type() == from.scalar_type(),
+                      "mnnvl recv: tensor: a message to oneself (rank ", rank, "): expected ", from.nbytes(),
+                      " bytes of ", from.scalar_type(), " as sent, got ", to.nbytes(), " bytes of ", to.scalar_type());
+    TORCH_CHECK_VALUE(at::get_overlap_status(from, to) == at::MemOverlapStatus::No,
+                      "mnnvl recv: tensor: a message to oneself (rank ", rank,
+                      "): expected memory of its own, got some of the tensor that is sent");
+    receive->epilogue = [to, from] {
       const auto flat = [](const at::Tensor& t) { return t.as_strided({t.numel()}, {1}, t.storage_offset()); };
       flat(to).copy_(flat(from));
     };
@@ -75,7 +91,7 @@ Call merge(std::vector<Call> calls) {
 
 size_t Coalescing::start() {
   std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<Call>& calls = calls_[std::this_thread::get_id()];
+  std::vector<Collected>& calls = calls_[this_thread()];
   const size_t left = calls.size();
   calls.clear();
   threads_ = calls_.size();
@@ -84,27 +100,42 @@ size_t Coalescing::start() {
 
 bool Coalescing::collecting_here() {
   std::lock_guard<std::mutex> lock(mutex_);
-  return calls_.count(std::this_thread::get_id()) != 0;
+  return calls_.count(this_thread()) != 0;
 }
 
 void Coalescing::add(Call call) {
+  Collected collected;
+  if (!call.device.is_cpu()) {
+    collected.stream = current_stream(call.device);
+    collected.ready = std::make_shared<c10::Event>(call.device.type());
+    collected.ready->record(*collected.stream);
+  }
+  collected.call = std::move(call);
   std::lock_guard<std::mutex> lock(mutex_);
-  calls_[std::this_thread::get_id()].push_back(std::move(call));
+  calls_[this_thread()].push_back(std::move(collected));
 }
 
-std::vector<Call> Coalescing::end(int rank) {
-  std::vector<Call> calls;
+std::vector<Call> Coalescing::end(int rank, std::chrono::milliseconds timeout) {
+  std::vector<Collected> collected;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto mine = calls_.find(std::this_thread::get_id());
+    const auto mine = calls_.find(this_thread());
     TORCH_CHECK_VALUE(mine != calls_.end(), "mnnvl: endCoalescing without a startCoalescing on this thread");
-    calls = std::move(mine->second);
+    collected = std::move(mine->second);
     calls_.erase(mine);
     threads_ = calls_.size();
   }
+  std::vector<Call> calls;
+  for (Collected& one : collected) calls.push_back(std::move(one.call));
   copy_own_messages(calls, rank);
   std::vector<std::vector<Call>> alike;
-  for (Call& call : calls) {
+  for (size_t i = 0; i < calls.size(); ++i) {
+    Call& call = calls[i];
+    if (call.timeout == c10d::kUnsetTimeout) call.timeout = timeout;
+    if (collected[i].stream) {
+      const c10::Stream now = current_stream(call.device);
+      if (now != *collected[i].stream) now.wait(*collected[i].ready);
+    }
     const auto same = std::find_if(alike.begin(), alike.end(), [&](const std::vector<Call>& others) {
       return others[0].device == call.device && others[0].has_messages() == call.has_messages();
     });
@@ -114,10 +145,18 @@ std::vector<Call> Coalescing::end(int rank) {
       same->push_back(std::move(call));
     }
   }
-  // Messages first: they wait for no collective of this rank.
-  std::stable_partition(alike.begin(), alike.end(), [](const auto& some) { return some[0].has_messages(); });
+  // Messages first: they wait for no collective of this rank. In an order that all ranks have, for the first may set the
+  // group up.
+  const auto place = [](const std::vector<Call>& some) {
+    return (some[0].has_messages() ? 0 : 2) + (some[0].device.is_cpu() ? 0 : 1);
+  };
+  std::stable_sort(alike.begin(), alike.end(), [&](const auto& a, const auto& b) { return place(a) < place(b); });
   std::vector<Call> merged;
-  for (std::vector<Call>& some : alike) merged.push_back(merge(std::move(some)));
+  for (std::vector<Call>& some : alike) {
+    merged.push_back(merge(std::move(some)));
+    // Nobody has asked to wait yet: the rest of the group may be what a peer does first.
+    if (merged.back().device.is_cpu()) merged.back().async = true;
+  }
   return merged;
 }
 
@@ -147,11 +186,28 @@ void CoalescedWork::abort() {
   for (const auto& work : works_) work->abort();
 }
 
-c10::intrusive_ptr<c10::ivalue::Future> CoalescedWork::getFuture() {
-  c10::List<c10::intrusive_ptr<c10::ivalue::Future>> futures(
-      c10::FutureType::create(c10::ListType::create(c10::TensorType::get())));
-  for (const auto& work : works_) futures.push_back(work->getFuture());
-  return c10::collectAll(futures);
+c10::intrusive_ptr<Future> CoalescedWork::getFuture() {
+  std::vector<c10::intrusive_ptr<Future>> parts;
+  std::vector<c10::Device> devices;
+  for (const auto& work : works_) {
+    parts.push_back(work->getFuture());
+    for (const c10::Device device : parts.back()->devices()) {
+      if (std::find(devices.begin(), devices.end(), device) == devices.end()) devices.push_back(device);
+    }
+  }
+  auto whole = c10::make_intrusive<Future>(c10::ListType::create(c10::TensorType::get()), devices);
+  auto left = std::make_shared<std::atomic<size_t>>(parts.size());
+  for (const auto& part : parts) {
+    part->addCallback([whole, left, parts, results = result()](Future& /*ended*/) {
+      if (--*left != 0) return;
+      for (const auto& each : parts) {
+        if (each->hasError()) return whole->setError(each->exception_ptr());
+        each->wait();  // has ended: the current streams wait for its
+      }
+      whole->markCompleted(c10::IValue(results));
+    });
+  }
+  return whole;
 }
 
 std::vector<at::Tensor> CoalescedWork::result() {

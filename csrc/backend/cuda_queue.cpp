@@ -17,6 +17,20 @@ CudaQueue::CudaQueue(std::shared_ptr<Transport> transport, at::Device device)
 
 CudaQueue::~CudaQueue() {
   if (captured_ && !closed_) (void)new std::shared_ptr<Transport>(transport_);  // never released
+  give_back_streams();
+}
+
+// Those on which something may still run, or be captured, are left alone for good.
+void CudaQueue::give_back_streams() noexcept {
+  try {
+    if (captured_ || !idle()) return;
+    for (const auto& entry : tracks_) {
+      kernels::table().host.give_back_stream(device_.index(), entry.second.stream.native_handle());
+    }
+    tracks_.clear();
+  } catch (const std::exception& error) {  // the context is lost
+    TORCH_WARN("mnnvl: cannot tell whether a stream is idle: ", error.what());
+  }
 }
 
 void CudaQueue::enqueue(bool async, const Work& work, const Then& then) {
@@ -105,10 +119,7 @@ void CudaQueue::close() {
   std::lock_guard<std::mutex> lock(mutex_);
   closed_ = true;
   transport_->close();
-  for (const auto& entry : tracks_) {
-    kernels::table().host.give_back_stream(device_.index(), entry.second.stream.native_handle());
-  }
-  tracks_.clear();
+  give_back_streams();
 }
 
 }  // namespace mnnvl

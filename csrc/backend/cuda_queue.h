@@ -63,6 +63,7 @@ class CudaQueue {
   void enqueue_on(c10::Stream stream, c10::Stream current, const std::vector<StreamOrder*>& orders, const Work& work,
                   const Then& then);
   bool idle() const;
+  void give_back_streams() noexcept;
 
   const at::Device device_;
   const std::shared_ptr<Transport> transport_;

@@ -134,7 +134,9 @@ void ProcessGroupMNNVL::startCoalescing() {
 
 ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::endCoalescing() {
   std::vector<WorkPtr> works;
-  for (Call& call : coalescing_.end(rank_)) works.push_back(run_now(std::move(call)));
+  for (Call& call : coalescing_.end(rank_, std::chrono::milliseconds(timeout_ms_.load()))) {
+    works.push_back(run_now(std::move(call)));
+  }
   if (works.empty()) return nullptr;
   if (works.size() == 1) return works[0];
   return c10::make_intrusive<CoalescedWork>(std::move(works));
@@ -273,12 +275,17 @@ void ProcessGroupMNNVL::shutdown() {
 void ProcessGroupMNNVL::finish(std::chrono::milliseconds grace) noexcept {
   try {
     std::shared_ptr<CudaQueue> cuda;
+    std::shared_ptr<Transport> cpu;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       cuda = cuda_;
+      cpu = cpu_;
     }
     closed_ = true;  // nothing begins any more
-    if (!cpu_queue_.wait_idle(grace) || (cuda && !cuda->wait_idle(grace))) abort();
+    if (!cpu_queue_.wait_idle(grace) || (cpu && !cpu->messenger()->wait_idle(grace)) ||
+        (cuda && !cuda->wait_idle(grace))) {
+      abort();
+    }
     shutdown();
     cpu_queue_.wait_idle(grace);  // callbacks of what was aborted
   } catch (const std::exception& error) {

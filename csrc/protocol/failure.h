@@ -34,7 +34,7 @@ struct FailureRecord {
   Operation operation;
   uint32_t stage;     // GPU: one of the stages below. The CPU names the word instead
   uint64_t sequence;  // collective number in the group, counted where the wait ran; of a channel: its message number
-  uint64_t expected;  // epoch or pack index waited for
+  uint64_t expected;  // pack index, or count of messages or slots, waited for
   uint64_t seen;      // what stood there
   uint32_t told;      // kPeerFailed: the abort word that ended the wait; 0 if it wasn't kept
   RecordedCalls calls;  // kMismatch on a GPU

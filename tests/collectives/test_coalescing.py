@@ -4,8 +4,9 @@ all of them, and results as if they had been called alone."""
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -320,3 +321,116 @@ def graph_body(rank: Rank) -> None:
 @cuda_only
 def test_in_a_cuda_graph(ranks):
     ranks(graph_body, 2, "cuda")
+
+
+def beside_body(rank: Rank) -> None:
+    """Asynchronous ones begin and don't wait: rank 0 is in its group of calls before rank 1 has got what it waits for first."""
+    x, y = torch.full((1001,), float(rank.rank)), torch.ones(3)
+    all_reduce_works(rank)
+    if rank.rank == 0:
+        with dist._coalescing_manager(device=rank.device, async_ops=True) as manager:
+            dist.broadcast(x, 1)
+            dist.barrier()
+        dist.send(y + 1, 1)
+        manager.wait()
+    else:
+        dist.recv(y, 0)
+        assert y.tolist() == [2.0] * 3
+        dist.broadcast(x, 1)
+        dist.barrier()
+    assert x.tolist() == [1.0] * 1001
+
+
+def test_asynchronous_ones_do_not_wait(ranks):
+    ranks(beside_body, 2)
+
+
+def other_thread_body(rank: Rank) -> None:
+    """What a thread has left collecting, by an exception, is none of another thread's, even of one with the same id."""
+
+    def abandon() -> None:
+        with suppress(Mistake), dist._coalescing_manager(device=rank.device):
+            raise Mistake
+
+    all_reduce_works(rank)
+    for work in (abandon, lambda: all_reduce_works(rank), lambda: check_broadcast(rank)) * 3:
+        failures: list[BaseException] = []
+        thread = threading.Thread(target=caught, args=(work, failures))
+        thread.start()
+        thread.join()
+        assert not failures, failures
+        dist.distributed_c10d._world.pg_coalesce_state.pop(dist.group.WORLD, None)
+    check_broadcast(rank)
+
+
+def caught(work: Callable[[], None], failures: list[BaseException]) -> None:
+    try:
+        work()
+    except BaseException as error:
+        failures.append(error)
+
+
+def check_broadcast(rank: Rank) -> None:
+    broadcast(rank, 17, 3)()
+
+
+def test_another_thread_does_not_collect(ranks):
+    ranks(other_thread_body, 2)
+
+
+def own_body(rank: Rank) -> None:
+    """Messages to oneself that can't be are found before anything begins; the work's future is as every work's."""
+    me, after, before = rank.rank, (rank.rank + 1) % rank.world_size, (rank.rank - 1) % rank.world_size
+    x, y, z = (torch.arange(9.0, device=rank.device) + i for i in range(3))
+    all_reduce_works(rank)
+    for own, expected in (((x[:5], x[2:7]), "memory of its own"), ((x[:4], x[4:6].double()), "bytes of Float as sent")):
+        with pytest.raises(ValueError, match=expected):
+            dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, z, after),
+                    dist.P2POp(dist.isend, own[0], me),
+                    dist.P2POp(dist.irecv, own[1], me),
+                    dist.P2POp(dist.irecv, y, before),
+                ]
+            )
+    assert y.tolist() == [float(i + 1) for i in range(9)]
+    (work,) = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, x, me),
+            dist.P2POp(dist.isend, z, after),
+            dist.P2POp(dist.irecv, y, before),
+            dist.P2POp(dist.irecv, x.new_empty(9), me),
+        ]
+    )
+    results = work.get_future().wait()
+    assert len(results) == 4
+    assert all(isinstance(result, torch.Tensor) for result in results)
+    work.wait()
+    assert y.tolist() == [float(i + 2) for i in range(9)]
+
+
+def test_messages_to_oneself(ranks, device):
+    ranks(own_body, 2, device)
+
+
+def streams_body(rank: Rank) -> None:
+    """A call that is made on another stream waits for what that has been given before."""
+    peer, side = 1 - rank.rank, torch.cuda.Stream()
+    big = torch.ones(4096, 4096, device=rank.device)
+    all_reduce_works(rank)
+    for _ in range(5):
+        x, y = torch.zeros(1001, device=rank.device), torch.zeros(1001, device=rank.device)
+        torch.cuda.synchronize()
+        with coalesced(rank, True):
+            with torch.cuda.stream(side):
+                for _ in range(4):
+                    big = (big @ big).clamp_(0, 1)
+                x.add_(big[0, 0] * (rank.rank + 1))
+                dist.isend(x, peer)
+            dist.irecv(y, peer)
+        assert y.tolist() == [peer + 1.0] * 1001
+
+
+@cuda_only
+def test_calls_on_other_streams(ranks):
+    ranks(streams_body, 2, "cuda")

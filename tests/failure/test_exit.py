@@ -22,8 +22,9 @@ ROUNDS = 5
 LIMIT = 15.0  # seconds for a program of milliseconds; the group's timeout is 60
 
 
-def program(rank: int, store_file: str, in_flight: int, end: str, device_type: str) -> None:
-    """A user's program, to where it ends. Its works are dropped, one of them with a callback."""
+def program(rank: int, store_file: str, in_flight: int, end: str, device_type: str, unanswered: bool) -> None:
+    """A user's program, to where it ends. Its works are dropped, one of them with a callback; `unanswered`: also receives
+    of messages that nobody sends."""
     torch.set_num_threads(1)
     device = torch.device(device_type, rank % torch.cuda.device_count() if device_type == "cuda" else None)
     store = dist.FileStore(store_file, 2)
@@ -32,6 +33,8 @@ def program(rank: int, store_file: str, in_flight: int, end: str, device_type: s
     for _ in range(in_flight):
         dist.all_reduce(torch.ones(1 << 20, device=device), async_op=True)
     dist.all_reduce(torch.ones(4, device=device), async_op=True).get_future().then(lambda future: future.value())
+    if unanswered:
+        dist.irecv(torch.ones(4, device=device), 1 - rank)
     if end == "raises":
         raise LookupError("the program's own error")
     if end == "sys.exit(3)":
@@ -64,11 +67,12 @@ def all_programs(device_type: str, folder: str) -> None:
         seldom = end != "falls off its end" and (turn, in_flight) != (0, 4)
         if seldom or len(wrong) > 1:
             continue
+        unanswered = (turn, in_flight) == (0, 4)
         pids = []
         for rank in range(2):
             pid = os.fork()
             if pid == 0:
-                return program(rank, f"{folder}/{number}", in_flight, end, device_type)
+                return program(rank, f"{folder}/{number}", in_flight, end, device_type, unanswered)
             pids.append(pid)
         codes = wait_for(pids)
         if codes != [ENDS[end]] * 2:

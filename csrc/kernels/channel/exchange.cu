@@ -86,6 +86,7 @@ class Signal {
   // have had no bytes to wait for) is credited when the header has been seen: not before the message was sent.
   __device__ __forceinline__ void post_what_is_done() {
     const uint32_t done = pieces_done(shared_, handed_);
+    __syncwarp();  // what some threads of this warp have acquired, all have
     failed_ = __any_sync(kAllThreads, ld_acquire_cta_u32(&shared_.failed) != 0);
     if (failed_) return;
     for (; finished_ != done; ++finished_) {
