@@ -30,10 +30,10 @@ class Coalescing {
   bool collecting() { return threads_.load(std::memory_order_acquire) != 0 && collecting_here(); }
   // The call is of the stream that is now current on its device.
   void add(Call call);
-  // The collected calls merged: messages, then collectives, those of the CPU first. Empty if there are none. Messages of
-  // `rank` to itself become copies. The current streams wait for those that the calls were made on. `timeout` is that of
-  // calls without one of their own. ValueError if start() wasn't called, or for a message to itself without its other
-  // end; then nothing has begun.
+  // The collected calls merged: messages, then collectives, those of the CPU first. Empty if there are none. Messages
+  // of `rank` to itself become copies. The current streams wait for those that the calls were made on. `timeout` is
+  // that of calls without one of their own. ValueError if start() wasn't called, or for a message to itself without its
+  // other end; then nothing has begun.
   std::vector<Call> end(int rank, std::chrono::milliseconds timeout);
 
  private:
