@@ -47,10 +47,10 @@
 
 namespace mnnvl::cpu {
 
-constexpr int kRingSlots = 8;
+// 1 MiB in pieces that are soon passed on: a smaller ring halves the speed of large messages (docs/notes.md).
+constexpr int kRingSlots = 32;
 static_assert((kRingSlots & (kRingSlots - 1)) == 0, "n % R must not jump where the counters wrap");
 constexpr int64_t kMinRingSlotBytes = 2 * kCacheLine;
-// A ring of these stays in both ends' L2.
 constexpr int64_t kMaxRingSlotBytes = 32 << 10;
 
 struct ChannelWords {
