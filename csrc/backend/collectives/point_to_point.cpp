@@ -4,7 +4,8 @@
 namespace mnnvl::collectives {
 namespace {
 
-constexpr const char* kTitles[] = {"mnnvl:send", "mnnvl:recv"};
+constexpr const char* kSend = "mnnvl:send";
+constexpr const char* kRecv = "mnnvl:recv";
 
 // A Call of one message. `peer` has been checked, or is Message::kAnySource.
 Call one_message(c10d::OpType type, const char* title, const Tensors& tensors, int peer, int tag) {
@@ -38,17 +39,17 @@ void check_peer(GroupView group, const char* title, const char* argument, int pe
 }  // namespace
 
 Call send(GroupView group, Tensors& tensors, int destination, int tag) {
-  check_peer(group, kTitles[0], "dst", destination);
-  return one_message(c10d::OpType::SEND, kTitles[0], tensors, destination, tag);
+  check_peer(group, kSend, "dst", destination);
+  return one_message(c10d::OpType::SEND, kSend, tensors, destination, tag);
 }
 
 Call recv(GroupView group, Tensors& tensors, int source, int tag) {
-  check_peer(group, kTitles[1], "src", source);
-  return one_message(c10d::OpType::RECV, kTitles[1], tensors, source, tag);
+  check_peer(group, kRecv, "src", source);
+  return one_message(c10d::OpType::RECV, kRecv, tensors, source, tag);
 }
 
 Call recv_any_source(GroupView group, Tensors& tensors, int tag) {
-  Call call = one_message(c10d::OpType::RECVANYSOURCE, kTitles[1], tensors, Message::kAnySource, tag);
+  Call call = one_message(c10d::OpType::RECVANYSOURCE, kRecv, tensors, Message::kAnySource, tag);
   TORCH_CHECK(call.device.is_cpu(), "mnnvl recv: src: expected a rank for a tensor on ", call.device,
               ", got none; messages from any source are for CPU tensors only");
   TORCH_CHECK_VALUE(group.size > 1, "mnnvl recv: src: expected a group of several ranks, got one");
