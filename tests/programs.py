@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 
 
 def any_source_tag(seed: int, number: int) -> int:
@@ -109,9 +110,12 @@ class Program:
         source, destination = self._random.sample(range(self.world_size), 2)
         return source, destination
 
-    def _earliest(self, message: Message) -> tuple[float, float]:
-        """When its ends may post it: behind earlier messages that it must not overtake."""
+    def _earliest(self, message: Message, in_batch: bool = False) -> tuple[float, float]:
+        """When its ends may post it: behind earlier messages that it must not overtake. A batch of messages in order
+        begins when these have ended, and holds up its other messages until then: so both their ends are posted."""
         send, receive = self._last.get(self._queue(message), (-1.0, -1.0))
+        if in_batch and self.in_order:
+            send = receive = max(send, receive)
         return send + 1e-6, receive + 1e-6
 
     def _record(self, message: Message, send: float, receive: float) -> None:
@@ -156,7 +160,9 @@ class Program:
     def _batch(self, now: float) -> None:
         """Messages among some ranks; each posts all of its own at once, in an order of its own."""
         messages = [self._message(*self._pair()) for _ in range(self._random.randint(1, 2 * self.world_size))]
-        time = max(now + 0.8 + 0.1 * self._random.random(), *(t for m in messages for t in self._earliest(m)))
+        time = max(
+            now + 0.8 + 0.1 * self._random.random(), *(t for m in messages for t in self._earliest(m, in_batch=True))
+        )
         for message in messages:
             self._record(message, time, time)
         for rank in range(self.world_size):
@@ -182,7 +188,8 @@ class Program:
             other = self._random.choice(others)
             messages.append(self._message(*((rank, other) if self._random.random() < 0.5 else (other, rank))))
         sides = [0 if m.source == rank else 1 for m in messages]
-        time = max(now + 0.9, *(self._earliest(m)[side] for m, side in zip(messages, sides, strict=True)))
+        earliest = [self._earliest(m, in_batch=True) for m in messages]
+        time = max(now + 0.9, *(ends[side] for ends, side in zip(earliest, sides, strict=True)))
         ready = time
         for message, side in zip(messages, sides, strict=True):
             theirs = time + self._random.choice([-0.3, 0.3, 2.0]) * self._random.random()
@@ -190,6 +197,9 @@ class Program:
             self._record(message, *((time, theirs) if side == 0 else (theirs, time)))
             self._post(theirs, message.destination if side == 0 else message.source, [message], time)
             ready = max(ready, theirs)
+        if self.in_order:  # what comes next on these ways has to wait for the whole batch
+            for message in messages:
+                self._record(message, ready, ready)
         self._post(time, rank, messages, ready)
 
     def _collective(self, now: float) -> None:
@@ -204,3 +214,42 @@ class Program:
             self.events.append(Event(now, rank, "collective", collective=collective, handle=self._handles))
             if asynchronous:
                 self._wait(rank, now)
+
+
+def early_waits(program: Program) -> list[Event]:
+    """Of a program in order, the waits that stand before what they wait for is sure to have ended. On a GPU messages that
+    were posted together begin together, when all that this rank has posted before on each of their ways has ended, and
+    they end when the other ends of all of them have begun."""
+    posts = [event for event in program.events if event.messages]
+    ends_of: dict[int, list[int]] = {}  # posts, by message
+    last: dict[tuple[int, int, int], int] = {}  # by rank and way
+    before: list[set[int]] = []
+    for number, post in enumerate(posts):
+        ways = {(post.rank, m.source, m.destination) for m in post.messages}
+        before.append({last[way] for way in ways if way in last})
+        last.update(dict.fromkeys(ways, number))
+        for message in post.messages:
+            ends_of.setdefault(message.number, []).append(number)
+    needed = [{end for message in post.messages for end in ends_of[message.number]} for post in posts]
+    number_of = {(post.rank, post.handle): number for number, post in enumerate(posts) if post.what != "blocking"}
+
+    early: list[Event] = []
+    begun: set[int] = set()
+    ended: set[int] = set()
+    for time, at_once in groupby(program.events, key=lambda event: event.time):
+        posted = [number for number, post in enumerate(posts) if post.time <= time]
+        while True:
+            known = len(begun) + len(ended)
+            begun.update(number for number in posted if before[number] <= ended)
+            ended.update(number for number in begun if needed[number] <= begun)
+            if len(begun) + len(ended) == known:
+                break
+        for event in at_once:
+            if event.what == "blocking":
+                late = next(number for number, post in enumerate(posts) if post is event) not in ended
+            else:
+                number = number_of.get((event.rank, event.handle)) if event.what in ("wait", "poll") else None
+                late = number is not None and number not in ended
+            if late:
+                early.append(event)
+    return early

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
-from programs import Collective, Event, Message, Program
+from programs import Collective, Event, Message, Program, early_waits
 
 PROGRAMS = int(os.environ.get("MNNVL_TEST_PROGRAMS", "300"))
 FIRST_SEED = int(os.environ.get("MNNVL_TEST_SEED", "1"))
@@ -168,3 +168,12 @@ def test_random_programs_through_a_small_workspace(ranks, device):
     count = max(1, PROGRAMS // 4)
     args = (FIRST_SEED + 1_000_000, count, device == "cuda")
     ranks(programs_body, 3, device, args=args, timeout=SECONDS, options={"workspace_bytes": 1 << 20})
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 5, 8])
+def test_programs_in_order_ask_for_what_is_promised(world_size):
+    """Of a GPU, of which csrc/README.md says what may hold up what."""
+    for seed in range(FIRST_SEED, FIRST_SEED + PROGRAMS):
+        program = Program(seed, world_size, in_order=True, largest=LARGEST)
+        early = early_waits(program)
+        assert not early, f"{early[0]}\n{program}"
