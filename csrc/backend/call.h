@@ -54,13 +54,16 @@ struct GroupView {
   bool coalescing = false;  // the call is one of a group of calls
 };
 
+// "all_reduce", of "mnnvl:all_reduce".
+inline const char* public_name(const char* title) { return title + sizeof("mnnvl:") - 1; }
+
 // What every Call takes from its options, whichever operation's they are.
 template <typename Options>
 Call make_call(c10d::OpType type, const char* title, at::Device device, const Options& options) {
   Call call;
   call.type = type;
   call.title = title;
-  call.name = title + sizeof("mnnvl:") - 1;
+  call.name = public_name(title);
   call.device = device;
   call.async = options.asyncOp;
   call.timeout = options.timeout;

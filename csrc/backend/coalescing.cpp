@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "backend/tensors.h"
 #include "backend/work.h"
 
 namespace mnnvl {
@@ -45,10 +46,7 @@ void copy_own_messages(std::vector<Call>& calls, int rank) {
     TORCH_CHECK_VALUE(at::get_overlap_status(from, to) == at::MemOverlapStatus::No,
                       "mnnvl recv: tensor: a message to oneself (rank ", rank,
                       "): expected memory of its own, got some of the tensor that is sent");
-    receive->epilogue = [to, from] {
-      const auto flat = [](const at::Tensor& t) { return t.as_strided({t.numel()}, {1}, t.storage_offset()); };
-      flat(to).copy_(flat(from));
-    };
+    receive->epilogue = [to, from] { flattened(to).copy_(flattened(from)); };
     receive->receives.clear();
     send.sends.clear();
   }

@@ -38,6 +38,10 @@ void check_same(const at::Tensor& tensor, const at::Tensor& like, const char* op
                    like.scalar_type(), ", got ", tensor.scalar_type());
 }
 
+at::Tensor flattened(const at::Tensor& tensor) {
+  return tensor.as_strided({tensor.numel()}, {1}, tensor.storage_offset());
+}
+
 Dtype message_dtype(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat: return Dtype::kFloat32;

@@ -21,6 +21,9 @@ void check_same_device(const at::Tensor& tensor, const at::Tensor& like, const c
 // The device and the dtype.
 void check_same(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument);
 
+// The elements of a dense tensor [numel], in the order in which they lie.
+at::Tensor flattened(const at::Tensor& tensor);
+
 // What a message says of its elements.
 Dtype message_dtype(const at::Tensor& tensor);
 

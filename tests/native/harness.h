@@ -1,6 +1,7 @@
 // The harness of the native tests: TEST registers, CHECK throws, run_threads carries what a thread threw to the caller.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -61,6 +62,15 @@ inline uint64_t mix(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
   return x ^ (x >> 31);
+}
+
+using Bytes = std::vector<std::byte>;
+
+// Any bits at all, the same for the same seed.
+inline Bytes any_bytes(uint64_t seed, int64_t bytes) {
+  Bytes data(static_cast<size_t>(bytes));
+  for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<std::byte>(mix(seed + i / 8) >> (i % 8 * 8));
+  return data;
 }
 
 class Random {

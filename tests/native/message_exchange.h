@@ -14,14 +14,8 @@
 
 namespace mnnvl::test {
 
-using Bytes = std::vector<std::byte>;
-
 // What message `id` says: anybody can make it.
-inline Bytes content(uint64_t id, int64_t bytes) {
-  Bytes data(static_cast<size_t>(bytes));
-  for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<std::byte>(mix(id + i / 8) >> (i % 8 * 8));
-  return data;
-}
+inline Bytes content(uint64_t id, int64_t bytes) { return any_bytes(id, bytes); }
 
 // One request. Stays where it is while it is under way, also where a test has failed.
 class Exchange {

@@ -13,14 +13,9 @@ constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16}
 constexpr int64_t kSmallSlots = 256;  // many steps
 constexpr int64_t kLargeSlots = 64 << 10;
 
-using Bytes = std::vector<std::byte>;
-
 // Rank `rank`'s input to call `call`: every rank can make everybody's.
 Bytes contribution(uint64_t call, int rank, int64_t bytes) {
-  Bytes data(static_cast<size_t>(bytes));
-  const uint64_t seed = mix(call * 1000 + static_cast<uint64_t>(rank));
-  for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<std::byte>(mix(seed + i / 8) >> (i % 8 * 8));
-  return data;
+  return any_bytes(mix(call * 1000 + static_cast<uint64_t>(rank)), bytes);
 }
 
 // Numbers of like size, so that sums are neither infinite nor all of one rank.

@@ -12,8 +12,6 @@
 namespace mnnvl::test {
 namespace {
 
-using Bytes = std::vector<std::byte>;
-
 // The workspaces of a group, zero-filled, and what a launch of each rank takes.
 class Group {
  public:
@@ -101,12 +99,6 @@ class Group {
   std::vector<DeviceGroup> groups_;
 };
 
-Bytes contents(uint64_t seed, int64_t bytes) {
-  Bytes data(static_cast<size_t>(bytes));
-  for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<std::byte>(mix(seed + i / 8) >> (i % 8 * 8));
-  return data;
-}
-
 struct Planned {
   int source, destination;
   int64_t bytes;
@@ -135,7 +127,7 @@ void run_part(const Group& group, int rank, const std::vector<Planned>& plan, Ra
     const Planned& m = ordered[i];
     if (m.source == rank) {
       buffers[i] = Bytes(size_t(shift));
-      const Bytes data = contents(m.seed, m.bytes);
+      const Bytes data = any_bytes(m.seed, m.bytes);
       buffers[i].insert(buffers[i].end(), data.begin(), data.end());
       sends.push_back(end_of(m, buffers[i].data() + shift, m.destination));
     } else if (m.destination == rank) {
@@ -154,7 +146,7 @@ void run_part(const Group& group, int rank, const std::vector<Planned>& plan, Ra
     });
   }
   for (const auto& [m, i] : expected) {
-    const Bytes data = contents(m.seed, m.bytes);
+    const Bytes data = any_bytes(m.seed, m.bytes);
     CHECK(std::equal(data.begin(), data.end(), buffers[i].begin() + shift), m.bytes, " bytes from ", m.source, " to ",
           m.destination);
     const auto untouched = [](std::byte b) { return b == std::byte{0x77}; };
@@ -202,9 +194,9 @@ TEST(exchange_collectives) {
         const uint64_t seed = random.next();
         if (random.below(2) == 0) {
           const int root = int(random.below(world_size));
-          Bytes data = contents(seed + uint64_t(rank), bytes);
+          Bytes data = any_bytes(seed + uint64_t(rank), bytes);
           group.run(rank, BroadcastRequest{data.data(), bytes, root});
-          CHECK(data == contents(seed + uint64_t(root), bytes), "broadcast of ", bytes, " from ", root);
+          CHECK(data == any_bytes(seed + uint64_t(root), bytes), "broadcast of ", bytes, " from ", root);
         } else {
           const bool even = random.below(2) == 0;
           std::vector<int64_t> sizes;
@@ -213,12 +205,12 @@ TEST(exchange_collectives) {
           std::vector<void*> outs;
           for (int64_t size : sizes) parts.emplace_back(size_t(size));
           for (Bytes& part : parts) outs.push_back(part.data());
-          const Bytes mine = contents(seed + uint64_t(rank), sizes[size_t(rank)]);
+          const Bytes mine = any_bytes(seed + uint64_t(rank), sizes[size_t(rank)]);
           AllGatherRequest request{mine.data(), outs.data(), sizes[0]};
           if (!even) request.sizes = sizes.data();
           group.run(rank, request);
           for (int r = 0; r < world_size; ++r) {
-            CHECK(parts[size_t(r)] == contents(seed + uint64_t(r), sizes[size_t(r)]), "gathered from ", r);
+            CHECK(parts[size_t(r)] == any_bytes(seed + uint64_t(r), sizes[size_t(r)]), "gathered from ", r);
           }
         }
         group.run(rank, BarrierRequest{});

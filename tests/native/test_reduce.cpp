@@ -10,17 +10,9 @@ namespace mnnvl::test {
 namespace {
 
 using cpu::Isa;
-using Bytes = std::vector<std::byte>;
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
 constexpr ReduceOp kOps[] = {ReduceOp::kSum, ReduceOp::kAvg};
 constexpr size_t kMargin = 64;  // before and behind a result, to be left alone
-
-// Any bits at all: NaNs, infinities, subnormals and both zeros among them.
-Bytes any_bits(uint64_t seed, int64_t bytes) {
-  Bytes data(static_cast<size_t>(bytes));
-  for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<std::byte>(mix(seed + i / 8) >> (i % 8 * 8));
-  return data;
-}
 
 struct Result {
   Bytes out, second;
@@ -76,7 +68,7 @@ TEST(reduce_any_bits_of_every_length) {
       std::vector<Bytes> inputs;
       std::vector<const std::byte*> sources;
       for (int r = 0; r < count; ++r)
-        inputs.push_back(any_bits(mix(static_cast<uint64_t>(numel * 8 + r)), numel * 4 + 8));
+        inputs.push_back(any_bytes(mix(static_cast<uint64_t>(numel * 8 + r)), numel * 4 + 8));
       for (int r = 0; r < count; ++r) sources.push_back(inputs[static_cast<size_t>(r)].data() + (numel + r) % 8);
       check(isa, dtype, op, sources, numel, static_cast<size_t>(numel % 4));
     }
@@ -106,7 +98,7 @@ TEST(reduce_every_16_bit_pattern) {
 TEST(reduce_in_place) {
   for_each_variant([](Isa isa, Dtype dtype, ReduceOp op) {
     const int64_t numel = 1001;
-    const Bytes a = any_bits(1, numel * 4), b = any_bits(2, numel * 4);
+    const Bytes a = any_bytes(1, numel * 4), b = any_bytes(2, numel * 4);
     Bytes mine = b;
     const std::byte* sources[] = {a.data(), mine.data()};
     cpu::reduce_function(isa, dtype, op)(sources, 2, mine.data(), nullptr, numel, 2.0f);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "backend/tensors.h"
+
 namespace mnnvl::collectives {
 namespace {
 
@@ -78,7 +80,7 @@ void reduce_in_pieces(const at::Tensor& chunk, const at::Tensor& gathered, Op op
 
 Body gathered_reduce_body(const at::Tensor& tensor, Op op, int world_size, std::vector<at::Tensor>* landing) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  const at::Tensor flat = tensor.as_strided({tensor.numel()}, {1}, tensor.storage_offset());
+  const at::Tensor flat = flattened(tensor);
   const at::Tensor gathered = at::empty({world_size * std::min(kChunkElements, flat.numel())}, flat.options());
   landing->push_back(gathered);
   return [flat, gathered, op, world_size](Transport& transport, const Run& run) {

@@ -9,7 +9,7 @@ constexpr const char* kRecv = "mnnvl:recv";
 
 // A Call of one message. `peer` has been checked, or is Message::kAnySource.
 Call one_message(c10d::OpType type, const char* title, const Tensors& tensors, int peer, int tag) {
-  const char* name = title + sizeof("mnnvl:") - 1;
+  const char* name = public_name(title);
   check_single(tensors, name);
   TORCH_CHECK_VALUE(tag >= 0, "mnnvl ", name, ": tag: expected 0 or more, got ", tag);
   const at::Tensor& tensor = tensors[0];
@@ -28,7 +28,7 @@ Call one_message(c10d::OpType type, const char* title, const Tensors& tensors, i
 }
 
 void check_peer(GroupView group, const char* title, const char* argument, int peer) {
-  const char* name = title + sizeof("mnnvl:") - 1;
+  const char* name = public_name(title);
   TORCH_CHECK_VALUE(peer >= 0 && peer < group.size, "mnnvl ", name, ": ", argument, ": expected a rank of 0 to ",
                     group.size - 1, " in the group, got ", peer);
   TORCH_CHECK_VALUE(peer != group.rank || group.coalescing, "mnnvl ", name, ": ", argument,
