@@ -33,6 +33,12 @@ const char* name(ReduceOp op) {
   switch (op) {
     case ReduceOp::kSum: return "sum";
     case ReduceOp::kAvg: return "avg";
+    case ReduceOp::kProduct: return "product";
+    case ReduceOp::kMin: return "min";
+    case ReduceOp::kMax: return "max";
+    case ReduceOp::kBand: return "band";
+    case ReduceOp::kBor: return "bor";
+    case ReduceOp::kBxor: return "bxor";
   }
   return "unknown reduction";
 }
@@ -134,8 +140,18 @@ std::string describe(const CallDescriptor& call) {
     case Operation::kAllReduce:
       return str(operation, " of ", call.bytes, " bytes ", name(call.dtype), " ", name(call.op),
                  call.strategy == Strategy::kOneShot ? " (one-shot)" : " (two-shot)");
+    case Operation::kReduceScatter:
+      return str(operation, " of ", call.bytes, call.root == 0 ? " bytes a rank " : " bytes in all, uneven, ",
+                 name(call.dtype), " ", name(call.op));
+    case Operation::kReduce:
+      return str(operation, " of ", call.bytes, " bytes ", name(call.dtype), " ", name(call.op), " to root ",
+                 call.root);
     case Operation::kAllGather:
       return str(operation, " of ", call.bytes, call.root == 0 ? " bytes a rank" : " bytes in all, uneven");
+    case Operation::kScatter: return str(operation, " of ", call.bytes, " bytes a rank from root ", call.root);
+    case Operation::kGather: return str(operation, " of ", call.bytes, " bytes a rank to root ", call.root);
+    case Operation::kAllToAll:
+      return str(operation, " of ", call.bytes == 0 ? str() : str(call.bytes, " bytes "), name(call.dtype));
     case Operation::kBroadcast: return str(operation, " of ", call.bytes, " bytes from root ", call.root);
     case Operation::kSend:
     case Operation::kRecv: return str("message ", message_text(call));

@@ -18,8 +18,7 @@
 
 namespace mnnvl {
 
-// out[i] = the sum (or average) over ranks r of in_r[i], added in rank order in float32 and rounded once: the same bits
-// on every rank.
+// out[i] = the reduction over ranks r of in_r[i], in rank order (protocol/arithmetic.h): the same bits on every rank.
 struct AllReduceRequest {
   const void* in = nullptr;  // [numel]
   void* out = nullptr;       // [numel]; may equal `in`, must not overlap it otherwise
@@ -28,6 +27,28 @@ struct AllReduceRequest {
   ReduceOp op = ReduceOp::kSum;
   Strategy strategy = Strategy::kAuto;  // kAuto: the transport chooses, by its tuning
   bool pdl = false;  // GPU: launch with programmatic dependent launch; the CPU ignores it. May differ between ranks
+};
+
+// out of rank d = the reduction over ranks r of ins_r[d].
+struct ReduceScatterRequest {
+  const void* const* ins = nullptr;  // [world_size] pointers to [numel_of(d)] each; the arrays are read during the call
+  void* out = nullptr;  // [numel_of(this rank)]; may equal ins[rank], must not overlap any of them otherwise
+  int64_t numel = 0;  // of each part; the same on every rank, as is all below
+  const int64_t* numels = nullptr;  // [world_size]: parts of their own sizes instead
+  Dtype dtype = Dtype::kFloat32;
+  ReduceOp op = ReduceOp::kSum;
+
+  constexpr int64_t numel_of(int rank) const { return numels != nullptr ? numels[rank] : numel; }
+};
+
+// out of rank `root` = the reduction over ranks r of in_r.
+struct ReduceRequest {
+  const void* in = nullptr;  // [numel]
+  void* out = nullptr;  // [numel], on `root` alone; may equal `in`, must not overlap it otherwise
+  int64_t numel = 0;  // the same on every rank, as is all below
+  int root = 0;
+  Dtype dtype = Dtype::kFloat32;
+  ReduceOp op = ReduceOp::kSum;
 };
 
 // outs[r] = in of rank r.
@@ -47,6 +68,31 @@ struct BroadcastRequest {
   void* data = nullptr;  // [bytes]; read on `root`, written elsewhere
   int64_t bytes = 0;  // the same on every rank, as is the root
   int root = 0;  // 0 <= root < world size
+};
+
+// out of rank r = ins[r] of rank `root`.
+struct ScatterRequest {
+  const void* const* ins = nullptr;  // on `root` alone: [world_size] pointers to [bytes] each
+  void* out = nullptr;  // [bytes]; on `root` it may equal ins[root], and must not overlap any of them otherwise
+  int64_t bytes = 0;  // the same on every rank, as is the root
+  int root = 0;
+};
+
+// outs[r] of rank `root` = in of rank r.
+struct GatherRequest {
+  const void* in = nullptr;  // [bytes]
+  void* const* outs = nullptr;  // on `root` alone: as those of all_gather
+  int64_t bytes = 0;  // the same on every rank, as is the root
+  int root = 0;
+};
+
+// outs[r] of rank d = ins[d] of rank r. What rank r sends to d has the size that d expects of r; each pair's own.
+struct AllToAllRequest {
+  const void* const* ins = nullptr;  // [world_size] pointers to [send_bytes[d]] each
+  const int64_t* send_bytes = nullptr;  // [world_size]
+  void* const* outs = nullptr;  // [world_size] pointers to [receive_bytes[r]] each; none overlaps an input or another
+  const int64_t* receive_bytes = nullptr;  // [world_size]
+  Dtype dtype = Dtype::kOther;  // the same on every rank
 };
 
 // No rank passes before every rank has come.
@@ -75,12 +121,18 @@ struct ExchangeRequest {
 };
 
 // The collectives.
-using Request = std::variant<AllReduceRequest, AllGatherRequest, BroadcastRequest, BarrierRequest>;
+using Request = std::variant<AllReduceRequest, ReduceScatterRequest, ReduceRequest, AllGatherRequest, BroadcastRequest,
+                             ScatterRequest, GatherRequest, AllToAllRequest, BarrierRequest>;
 
 // The operation is the request's type: there is no second place where the two could differ.
 constexpr Operation operation_of(const AllReduceRequest&) { return Operation::kAllReduce; }
+constexpr Operation operation_of(const ReduceScatterRequest&) { return Operation::kReduceScatter; }
+constexpr Operation operation_of(const ReduceRequest&) { return Operation::kReduce; }
 constexpr Operation operation_of(const AllGatherRequest&) { return Operation::kAllGather; }
 constexpr Operation operation_of(const BroadcastRequest&) { return Operation::kBroadcast; }
+constexpr Operation operation_of(const ScatterRequest&) { return Operation::kScatter; }
+constexpr Operation operation_of(const GatherRequest&) { return Operation::kGather; }
+constexpr Operation operation_of(const AllToAllRequest&) { return Operation::kAllToAll; }
 constexpr Operation operation_of(const BarrierRequest&) { return Operation::kBarrier; }
 inline Operation operation_of(const Request& request) {
   return std::visit([](const auto& r) { return operation_of(r); }, request);
@@ -90,28 +142,48 @@ inline Operation operation_of(const Request& request) {
 // that errors can name.
 struct CallDescriptor {
   Operation operation = Operation::kBarrier;  // of a message: kSend at both ends
-  int64_t bytes = 0;  // of the tensor; all_gather: of one contribution, or of all if they differ; barrier: 0
-  int root = 0;  // broadcast; all_gather: 0, or a digest of the sizes if they differ
-  Dtype dtype = Dtype::kFloat32;  // all_reduce and messages
-  ReduceOp op = ReduceOp::kSum;  // all_reduce, as is the next
-  Strategy strategy = Strategy::kOneShot;
+  // Of the tensor; all_gather, reduce_scatter, scatter, gather: of one rank's part, or of all if they differ;
+  // all_to_all: what the pair moves, on the CPU 0; barrier: 0.
+  int64_t bytes = 0;
+  int root = 0;  // where there is one; all_gather, reduce_scatter: 0, or a digest of the sizes if they differ
+  Dtype dtype = Dtype::kFloat32;  // reductions, all_to_all and messages
+  ReduceOp op = ReduceOp::kSum;  // reductions
+  Strategy strategy = Strategy::kOneShot;  // all_reduce
   int32_t tag = 0;  // messages
 };
+
+// Parts of their own sizes, in units of `scale` bytes: their sum, and a digest of them.
+constexpr CallDescriptor descriptor_of_parts(Operation operation, const int64_t* sizes, int world_size, int64_t scale) {
+  int64_t sum = 0;
+  uint64_t digest = 0;
+  for (int i = 0; i < world_size; ++i) {
+    sum += sizes[i];
+    digest = (digest ^ static_cast<uint64_t>(sizes[i])) * 0x9e3779b97f4a7c15u;
+  }
+  return {operation, sum * scale, 1 + static_cast<int>((digest >> 32) % 251)};
+}
 
 constexpr CallDescriptor descriptor_of(const AllReduceRequest& r) {
   return {operation_of(r), r.numel * element_size(r.dtype), 0, r.dtype, r.op, r.strategy};
 }
+constexpr CallDescriptor descriptor_of(const ReduceScatterRequest& r, int world_size) {
+  CallDescriptor call{operation_of(r), r.numel * element_size(r.dtype)};
+  if (r.numels != nullptr) call = descriptor_of_parts(operation_of(r), r.numels, world_size, element_size(r.dtype));
+  call.dtype = r.dtype;
+  call.op = r.op;
+  return call;
+}
+constexpr CallDescriptor descriptor_of(const ReduceRequest& r) {
+  return {operation_of(r), r.numel * element_size(r.dtype), r.root, r.dtype, r.op};
+}
 constexpr CallDescriptor descriptor_of(const AllGatherRequest& r, int world_size) {
   if (r.sizes == nullptr) return {operation_of(r), r.bytes};
-  int64_t bytes = 0;
-  uint64_t digest = 0;
-  for (int i = 0; i < world_size; ++i) {
-    bytes += r.sizes[i];
-    digest = (digest ^ static_cast<uint64_t>(r.sizes[i])) * 0x9e3779b97f4a7c15u;
-  }
-  return {operation_of(r), bytes, 1 + static_cast<int>((digest >> 32) % 251)};
+  return descriptor_of_parts(operation_of(r), r.sizes, world_size, 1);
 }
 constexpr CallDescriptor descriptor_of(const BroadcastRequest& r) { return {operation_of(r), r.bytes, r.root}; }
+constexpr CallDescriptor descriptor_of(const ScatterRequest& r) { return {operation_of(r), r.bytes, r.root}; }
+constexpr CallDescriptor descriptor_of(const GatherRequest& r) { return {operation_of(r), r.bytes, r.root}; }
+constexpr CallDescriptor descriptor_of(const AllToAllRequest& r) { return {operation_of(r), 0, 0, r.dtype}; }
 constexpr CallDescriptor descriptor_of(const BarrierRequest& r) { return {operation_of(r)}; }
 constexpr CallDescriptor descriptor_of(const Message& m) {
   CallDescriptor call{Operation::kSend, m.bytes};

@@ -36,13 +36,62 @@ enum class Dtype : int {
   kFloat8E5M2 = 16,
   kOther = 31,  // some other: its bytes can be moved
 };
-enum class ReduceOp : int { kSum = 0, kAvg = 1 };
+enum class ReduceOp : int {
+  kSum = 0,
+  kAvg = 1,
+  kProduct = 2,
+  kMin = 3,
+  kMax = 4,
+  kBand = 5,
+  kBor = 6,
+  kBxor = 7,
+};
 // The values are FlashInfer's MNNVLAllreduceFusionStrategy.
 enum class Strategy : int { kOneShot = 0, kTwoShot = 1, kAuto = 99 };
-enum class Operation : int { kAllReduce = 0, kAllGather = 1, kBroadcast = 2, kBarrier = 3, kSend = 4, kRecv = 5 };
+enum class Operation : int {
+  kAllReduce = 0,
+  kAllGather = 1,
+  kBroadcast = 2,
+  kBarrier = 3,
+  kSend = 4,
+  kRecv = 5,
+  kReduceScatter = 6,
+  kReduce = 7,
+  kScatter = 8,
+  kGather = 9,
+  kAllToAll = 10,
+};
 
-// Of the dtypes that the kernels add.
-constexpr int element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+// Bytes; 0 of kOther.
+constexpr int element_size(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kInt8:
+    case Dtype::kUInt8:
+    case Dtype::kBool:
+    case Dtype::kFloat8E4M3:
+    case Dtype::kFloat8E5M2: return 1;
+    case Dtype::kFloat16:
+    case Dtype::kBFloat16:
+    case Dtype::kInt16:
+    case Dtype::kUInt16: return 2;
+    case Dtype::kFloat32:
+    case Dtype::kInt32:
+    case Dtype::kUInt32: return 4;
+    case Dtype::kFloat64:
+    case Dtype::kInt64:
+    case Dtype::kUInt64:
+    case Dtype::kComplex64: return 8;
+    case Dtype::kComplex128: return 16;
+    case Dtype::kOther: break;
+  }
+  return 0;
+}
+
+// What the Lamport kernels and the CPU's vectorised sums add.
+constexpr bool is_float_sum(Dtype dtype, ReduceOp op) {
+  return (dtype == Dtype::kFloat32 || dtype == Dtype::kFloat16 || dtype == Dtype::kBFloat16) &&
+         (op == ReduceOp::kSum || op == ReduceOp::kAvg);
+}
 
 constexpr const char* name(Operation op) {
   switch (op) {
@@ -52,6 +101,11 @@ constexpr const char* name(Operation op) {
     case Operation::kBarrier: return "barrier";
     case Operation::kSend: return "send";
     case Operation::kRecv: return "recv";
+    case Operation::kReduceScatter: return "reduce_scatter";
+    case Operation::kReduce: return "reduce";
+    case Operation::kScatter: return "scatter";
+    case Operation::kGather: return "gather";
+    case Operation::kAllToAll: return "all_to_all";
   }
   return "?";
 }
