@@ -13,7 +13,7 @@ namespace {
 
 // Of the caller, for calls that use ATen on another thread.
 std::optional<at::ThreadLocalState> thread_state_for(const Call& call) {
-  if (!call.epilogue && call.landing.empty()) return std::nullopt;
+  if (!call.epilogue) return std::nullopt;
   return at::ThreadLocalState();
 }
 

@@ -38,8 +38,6 @@ void GroupState::run_body(const Call& call, Transport& transport, const Run& run
       call.body(transport, run);
     }
     return;
-  } catch (const LocalFailure& failure) {
-    std::rethrow_exception(failure.cause);
   } catch (const Error& error) {
     if (error.kind() == ErrorKind::kInvalidArgument || error.kind() == ErrorKind::kUnsupported) throw;
     fail(error);

@@ -26,8 +26,8 @@ class GroupState {
   // At shutdown.
   std::vector<std::shared_ptr<Transport>> take_transports();
 
-  // Runs a call's body. If that fails, the group is broken, but for a LocalFailure and for arguments that the transport
-  // refused before it sent anything; what is thrown is the first cause.
+  // Runs a call's body. If that fails, the group is broken, but for arguments that the transport refused before it sent
+  // anything; what is thrown is the first cause.
   void run_body(const Call& call, Transport& transport, const Run& run);
 
  private:

@@ -203,6 +203,21 @@ ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_on_cuda(const Call& call, cons
   return made;
 }
 
+void ProcessGroupMNNVL::monitoredBarrier(const c10d::BarrierOptions& opts, bool /*wait_all_ranks*/) {
+  const std::lock_guard<std::mutex> lock(monitored_mutex_);
+  at_torch_boundary([&] {
+    check_usable();
+    const int64_t timeout_ms = opts.timeout.count() > 0 ? opts.timeout.count() : timeout_ms_.load();
+    StoreExchange exchange(store_, "mnnvl/monitored_barrier", rank_, size_, std::chrono::milliseconds(timeout_ms),
+                           cancelled_, owner_);
+    try {
+      (void)exchange.all_gather("");
+    } catch (const Error& error) {
+      fail(error.kind(), "mnnvl monitored_barrier: not all ranks came: ", error.what());
+    }
+  });
+}
+
 std::optional<at::Device> ProcessGroupMNNVL::bound_device() {
   if (getBoundDeviceId()) return *getBoundDeviceId();
   std::lock_guard<std::mutex> lock(mutex_);
