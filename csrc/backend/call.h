@@ -8,6 +8,7 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 
 #include <chrono>
+#include <cstdint>
 #include <functional>
 #include <vector>
 
@@ -28,6 +29,7 @@ struct Call {
   const char* name = nullptr;  // "all_reduce": the public name, of errors
   at::Device device = at::kCPU;
   bool async = false;
+  uint64_t sequence = 0;  // of the group's collectives; of messages, that of the collective before
   std::chrono::milliseconds timeout = c10d::kUnsetTimeout;  // the call's own; unset: the group's
   std::vector<at::Tensor> inputs;  // kept alive, and shown to the profiler
   std::vector<at::Tensor> outputs;  // kept alive, and Work::result()

@@ -9,6 +9,7 @@ void GroupState::fail(const Error& error) {
   const FailureCause cause =
       error.kind() == ErrorKind::kAborted ? FailureCause::kLocalAbort : FailureCause::kLocalError;
   for (const auto& transport : transports()) transport->abort(cause);
+  recorder_->report();
 }
 
 void GroupState::add(std::shared_ptr<Transport> transport) {

@@ -122,6 +122,7 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   void setTimeout(std::chrono::milliseconds timeout) override;
   void setSequenceNumberForGroup() override {}
   uint64_t getSequenceNumberForGroup() override { return sequence_; }
+  std::vector<FlightRecorder::Operation> last_operations() const { return state_->recorder()->operations(); }
   c10d::ErrorType getError() override;
 
   // Ends every wait of this rank and, through the abort words, of its peers. Idempotent, any thread.
@@ -137,6 +138,8 @@ class ProcessGroupMNNVL final : public c10d::Backend {
  private:
   GroupView view() { return {rank_, size_, coalescing_.collecting()}; }
   std::optional<at::Device> bound_device();
+  // Collectives are counted, by all ranks alike; messages aren't.
+  uint64_t next_sequence(const Call& call) { return call.has_messages() ? sequence_.load() : ++sequence_; }
 
   WorkPtr run(Call call);
   WorkPtr run_now(Call&& call);
