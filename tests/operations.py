@@ -195,11 +195,13 @@ def _pool(dtype: torch.dtype, payload: str) -> torch.Tensor:
         return (raw.view(torch.uint8) & 3 if dtype == torch.bool else raw).view(dtype)
     if dtype in COMPLEX:
         return _pool(dtype.to_real(), payload).view(dtype)
-    shape = (MOST_BYTES // dtype.itemsize,)
     if payload == "integers":
-        return torch.randint(-3, 4, shape, generator=generator).to(dtype)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return (x * torch.exp2(torch.randint(-5, 5, shape, generator=generator).double())).to(dtype)
+        x = torch.randint(-3, 4, (200_003,), generator=generator)
+    else:
+        x = torch.randn(200_003, generator=generator, dtype=torch.float64)
+        x *= torch.exp2(torch.randint(-5, 5, x.shape, generator=generator))
+    raw = x.to(dtype).view(torch.uint8)
+    return raw.repeat(MOST_BYTES // raw.numel() + 1)[:MOST_BYTES].view(dtype)
 
 
 def names(dtypes: list[torch.dtype]) -> str:
