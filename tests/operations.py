@@ -204,22 +204,17 @@ def _pool(dtype: torch.dtype, payload: str) -> torch.Tensor:
     return raw.repeat(MOST_BYTES // raw.numel() + 1)[:MOST_BYTES].view(dtype)
 
 
-def names(dtypes: list[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
 def tables() -> str:
     """The README's."""
-    rows = ["| operation | called as | dtypes |", "| --- | --- | --- |"]
+    rows = ["| operation | calls | dtypes |", "| --- | --- | --- |"]
     for name, operation in SUPPORT.items():
-        dtypes = "reductions, below" if operation.reduces else "every" if operation.every_dtype else "-"
+        dtypes = "by ReduceOp, below" if operation.reduces else "every" if operation.every_dtype else "-"
         rows.append(f"| {name} | {', '.join(operation.forms.values())} | {dtypes} |")
     rows += ["", "| ReduceOp | dtypes |", "| --- | --- |"]
-    by_dtypes: dict[str, list[str]] = {}
+    ops_of: dict[str, list[str]] = {}
     for op, dtypes_of_op in REDUCTIONS.items():
-        by_dtypes.setdefault(names(dtypes_of_op), []).append(op)
-    rows += [f"| {', '.join(ops)} | {dtypes} |" for dtypes, ops in by_dtypes.items()]
-    return "\n".join(rows)
+        ops_of.setdefault(", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes_of_op), []).append(op)
+    return "\n".join([*rows, *(f"| {', '.join(ops)} | {dtypes} |" for dtypes, ops in ops_of.items())])
 
 
 if __name__ == "__main__":

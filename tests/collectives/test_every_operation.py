@@ -2,25 +2,28 @@
 roots and payloads, in place or not, a few calls in flight at once. All bytes are checked on all ranks: what came, what was only
 read, and what lies around.
 
-MNNVL_TEST_CASES: how many for each world size (default 400); MNNVL_TEST_SEED: the first one's seed. A failure shows the case, whose
+MNNVL_TEST_CASES: how many for each world size (default 600); MNNVL_TEST_SEED: the first one's seed. A failure shows the case, whose
 seed runs it again alone: MNNVL_TEST_CASES=1 MNNVL_TEST_SEED=<seed>; to shrink it, change it: MNNVL_TEST_CASE='Case(...)'.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
-from operations import COMBINATIONS, LEAST_SEEDS, MOST_OFFSET, SUPPORT, TOGETHER, WORLDS, Case
+from operations import COMBINATIONS, LEAST_SEEDS, MOST_OFFSET, REDUCTIONS, SUPPORT, TOGETHER, WORLDS, Case
+from reference import EVERY_DTYPE, all_reduce_works
 
-CASES = int(os.environ.get("MNNVL_TEST_CASES", "400"))
+CASES = int(os.environ.get("MNNVL_TEST_CASES", "600"))
 FIRST_SEED = int(os.environ.get("MNNVL_TEST_SEED", "1"))
 ONE_CASE = os.environ.get("MNNVL_TEST_CASE")
 SECONDS = 60 + CASES / 5  # more than enough
@@ -270,6 +273,31 @@ def test_every_combination_is_tried():
         Case.random(seed, world_size) for world_size in WORLDS for seed in range(FIRST_SEED, FIRST_SEED + LEAST_SEEDS)
     ]
     assert {(case.operation, case.form, case.dtype, case.op) for case in cases} == set(COMBINATIONS)
+
+
+def refused_body(rank: Rank) -> None:
+    for dtype, op in itertools.product(EVERY_DTYPE, REDUCTIONS):
+        if dtype in REDUCTIONS[op]:
+            continue
+        x = torch.zeros(4 * dtype.itemsize, dtype=torch.uint8).to(rank.device).view(dtype)
+        reduce_op = dist._make_nccl_premul_sum(2.0) if op == "PREMUL_SUM" else getattr(dist.ReduceOp, op)
+        calls = {
+            "all_reduce": partial(dist.all_reduce, x, reduce_op),
+            "reduce": partial(dist.reduce, x, 0, reduce_op),
+            "reduce_scatter": partial(dist.reduce_scatter_tensor, x[:2], x, reduce_op),
+        }
+        assert set(calls) == {name for name, operation in SUPPORT.items() if operation.reduces}
+        for name, call in calls.items():
+            try:
+                call()
+            except (TypeError, ValueError):
+                continue
+            raise AssertionError(f"{name} of {dtype} by {op} is not refused")
+    all_reduce_works(rank)
+
+
+def test_what_is_not_listed_is_refused(ranks, device):
+    ranks(refused_body, 2, device)
 
 
 def flipped_bit_body(rank: Rank, cases: list[Case]) -> int:
