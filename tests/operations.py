@@ -18,7 +18,7 @@ from reference import EVERY_DTYPE, reduced
 WORLDS = [2, 3, 4, 5, 8]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
-COMPLEX = [torch.complex64, torch.complex128]
+COMPLEX = [torch.complex32, torch.complex64, torch.complex128]
 NUMBERS = [*FLOATS, *INTEGERS]
 BITS = [*INTEGERS, torch.bool]
 REDUCTIONS = {

@@ -23,7 +23,7 @@ CANONICAL_NAN = {torch.float32: 0x7FFFFFFF, torch.float16: 0x7FFF, torch.bfloat1
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float8_e4m3fn: torch.float32,
         torch.float8_e5m2: torch.float32, torch.int8: torch.int32, torch.uint8: torch.int32,
         torch.int16: torch.int32}  # fmt: skip
-PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 Fold = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 FOLDS: dict[str, Fold] = {
     "SUM": torch.add, "AVG": torch.add, "PRODUCT": torch.mul, "MIN": torch.minimum, "MAX": torch.maximum,
@@ -51,6 +51,11 @@ def canonical(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is too large for float8_e4m3fn becomes its largest; not every torch casts so."""
+    return (x.clamp(-448, 448) if dtype == torch.float8_e4m3fn else x).to(dtype)
+
+
 def reduced(op: str, inputs: list[torch.Tensor], factors: list[float] | None = None) -> torch.Tensor:
     """Any reduction of `inputs` (CPU tensors of one dtype, in rank order): folded from left to right in the wide type,
     brought back once. `factors`: of PREMUL_SUM, one a rank; each product is rounded to the dtype before the sum."""
@@ -62,7 +67,7 @@ def reduced(op: str, inputs: list[torch.Tensor], factors: list[float] | None = N
         inputs = [x.view(torch.uint8) != 0 for x in inputs]
     if op == "PREMUL_SUM":
         assert factors is not None
-        inputs = [(x.to(wide) * factor).to(dtype) for x, factor in zip(inputs, factors, strict=True)]
+        inputs = [rounded(x.to(wide) * factor, dtype) for x, factor in zip(inputs, factors, strict=True)]
         op = "SUM"
     total = inputs[0].to(wide)
     for x in inputs[1:]:
@@ -70,7 +75,7 @@ def reduced(op: str, inputs: list[torch.Tensor], factors: list[float] | None = N
     if op == "AVG":
         count = len(inputs)
         total = total / count if dtype.is_floating_point else torch.div(total, count, rounding_mode="trunc")
-    return canonical(total.to(dtype))
+    return canonical(rounded(total, dtype))
 
 
 def rank_order_sum(inputs: list[torch.Tensor], average: bool = False) -> torch.Tensor:
