@@ -239,7 +239,8 @@ TEST(communicator_deadline_of_those_that_run_ahead) {
 }
 
 TEST(communicator_refuses_bad_arguments) {
-  const Segments segments(2, kSlotBytes), tiny(2, 0);
+  const Segments segments(2, kSlotBytes), tiny(2, 0), a_line_for_all_peers_but_one(8, 64 * 6);
+  CHECK(error_of([&] { CpuRank(a_line_for_all_peers_but_one, 0); }).kind() == ErrorKind::kInvalidArgument);
   CHECK(error_of([&] { CpuRank(tiny, 0); }).kind() == ErrorKind::kInvalidArgument);
   CHECK(error_of([&] { CpuRank(segments, 2); }).kind() == ErrorKind::kInvalidArgument);
   CpuRank rank(segments, 0);
