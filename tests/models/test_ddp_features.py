@@ -25,7 +25,7 @@ def ddp(rank: Rank, net: nn.Module, **options: Any) -> DistributedDataParallel:
 
 def powersgd_state() -> powerSGD_hook.PowerSGDState:
     """Of a rank so high that what is compressed is what was there, from the second step on."""
-    return powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=33, start_powerSGD_iter=2,
+    return powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=34, start_powerSGD_iter=2,
                                        min_compression_rate=0.01, orthogonalization_epsilon=1e-8)  # fmt: skip
 
 

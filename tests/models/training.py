@@ -14,11 +14,11 @@ FEATURES, CLASSES, PER_RANK, STEPS = 20, 5, 6, 4
 
 
 class Block(nn.Module):
-    """Sizes that no number of ranks divides: sharded, they are padded."""
+    """The last of a model has CLASSES outputs, which ranks don't divide: sharded, they are padded."""
 
     def __init__(self, outputs: int = FEATURES) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(FEATURES, 33), nn.Linear(33, outputs)
+        self.up, self.down = nn.Linear(FEATURES, 34), nn.Linear(34, outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(torch.tanh(self.up(x)))
