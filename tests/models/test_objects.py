@@ -69,48 +69,60 @@ def weights(n: int, me: int, device: torch.device) -> torch.Tensor:
     return torch.arange(1.0, n + 1, device=device) * 10**me
 
 
+def gradient(me: int, device: torch.device, n: int, call: Any, loss_of_mine: Any) -> torch.Tensor:
+    x = (torch.arange(float(n), device=device) + me).requires_grad_()
+    loss_of_mine(call(x)).backward()
+    assert x.grad is not None
+    return x.grad
+
+
 def autograd_body(rank: Rank) -> None:
     """The gradient of the sum of all ranks' losses, which is what each collective's transpose carries back."""
     n, me, device = rank.world_size, rank.rank, rank.device
+    group = {"group": dist.group.WORLD}  # torch's default is the one that was there when the module was imported
     w = [weights(n, r, device) for r in range(n)]
-    total = torch.stack(w).sum(0)
+    total, of_mine = torch.stack(w).sum(0), torch.stack([w[r][me] for r in range(n)])
+    first = torch.stack([w[r][0] for r in range(n)])
 
-    def gradient(call: Any, loss_of_mine: Any) -> torch.Tensor:
-        x = (torch.arange(float(n), device=device) + me).requires_grad_()
-        loss_of_mine(call(x)).backward()
-        return x.grad
+    def weighted(y: torch.Tensor) -> torch.Tensor:
+        return (y * w[me]).sum()
 
-    assert torch.equal(gradient(dnn.all_reduce, lambda y: (y * w[me]).sum()), total)
-    assert torch.equal(gradient(lambda x: dnn.broadcast(x, 1), lambda y: (y * w[me]).sum()), total * (me == 1))
-    assert torch.equal(
-        gradient(lambda x: dnn.reduce(x, 1), lambda y: (y * w[me]).sum() * (me == 1)), w[1]
-    ), "reduce"  # fmt: skip
-    assert torch.equal(
-        gradient(dnn.all_gather, lambda ys: sum((y * w[me]).sum() * (r + 1) for r, y in enumerate(ys))), total * (me + 1)
-    ), "all_gather"  # fmt: skip
+    def weighted_parts(parts: Any) -> torch.Tensor:
+        return sum(weighted(part) * (r + 1) for r, part in enumerate(parts))
+
+    def parts_of(x: torch.Tensor) -> list[torch.Tensor]:
+        return list(x.split(1))
+
+    # What is called, the loss of this rank, and the gradient of all losses for what this rank put in.
+    cases: dict[str, tuple[Any, Any, torch.Tensor]] = {
+        "all_reduce": (lambda x: dnn.all_reduce(x, **group), weighted, total),
+        "all_gather": (lambda x: dnn.all_gather(x, **group), weighted_parts, total * (me + 1)),
+        "reduce_scatter": (
+            lambda x: dnn.reduce_scatter(x.new_empty(1), parts_of(x), **group), lambda y: y.sum() * w[me][0], first,
+        ),
+        "all_to_all_single": (lambda x: dnn.all_to_all_single(torch.empty_like(x), x, **group), weighted, of_mine),
+        "all_to_all": (
+            lambda x: torch.cat(dnn.all_to_all([x.new_empty(1) for _ in range(n)], parts_of(x), **group)), weighted,
+            of_mine,
+        ),
+    }  # fmt: skip
     for root in (0, n - 1):
-        gathered = gradient(
-            lambda x, to=root: dnn.gather(x, to),
-            lambda ys, to=root: sum((y * w[me]).sum() * (r + 1) * (me == to) for r, y in enumerate(ys)),
-        )
-        assert torch.equal(gathered, w[root] * (me + 1)), f"gather to {root}"
-        scattered = gradient(lambda x, of=root: dnn.scatter(list(x.split(1)), of), lambda y: (y * w[me][0]).sum())
-        expected = torch.stack([w[r][0] for r in range(n)]) * (me == root)
-        assert torch.equal(scattered, expected), f"scatter from {root}"
-    assert torch.equal(
-        gradient(lambda x: dnn.reduce_scatter(x.new_empty(1), list(x.split(1))), lambda y: y.sum() * w[me][0]),
-        torch.stack([w[r][0] for r in range(n)]),
-    ), "reduce_scatter"  # fmt: skip
-    swapped = torch.stack([w[r][me] for r in range(n)])
-    assert torch.equal(
-        gradient(lambda x: dnn.all_to_all_single(torch.empty_like(x), x), lambda y: (y * w[me]).sum()), swapped
-    ), "all_to_all_single"  # fmt: skip
-    assert torch.equal(
-        gradient(
-            lambda x: torch.cat(dnn.all_to_all([x.new_empty(1) for _ in range(n)], list(x.split(1)))),
-            lambda y: (y * w[me]).sum(),
-        ), swapped,
-    ), "all_to_all"  # fmt: skip
+        here = float(me == root)
+        cases |= {
+            f"broadcast from {root}": (lambda x, r=root: dnn.broadcast(x, r, **group), weighted, total * here),
+            f"reduce to {root}": (
+                lambda x, r=root: dnn.reduce(x, r, **group), lambda y, h=here: weighted(y) * h, w[root],
+            ),
+            f"gather to {root}": (
+                lambda x, r=root: dnn.gather(x, r, **group), lambda ys, h=here: weighted_parts(ys) * h,
+                w[root] * (me + 1),
+            ),
+            f"scatter from {root}": (
+                lambda x, r=root: dnn.scatter(parts_of(x), r, **group), lambda y: y.sum() * w[me][0], first * here,
+            ),
+        }  # fmt: skip
+    for what, (call, loss_of_mine, expected) in cases.items():
+        assert torch.equal(gradient(me, device, n, call, loss_of_mine), expected), what
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -119,16 +131,17 @@ def test_autograd_collectives(ranks, device, world_size):
 
 
 def names_body(rank: Rank) -> None:
-    """As torch's own tests ask of a backend."""
+    """The backend serves both device types; a group may name one of them, or another backend beside it."""
+    assert dist.is_backend_available("mnnvl")
     assert dist.get_backend() == "mnnvl"
     assert dist.get_backend_config() == "cpu:mnnvl,cuda:mnnvl"
-    group = dist.group.WORLD
-    assert group.name() == "mnnvl"
-    for device in ("cpu", rank.device.type):
-        assert group._get_backend(torch.device(device)).name() == "mnnvl"
-    both = dist.new_group(backend="cpu:gloo,cuda:mnnvl" if rank.device.type == "cuda" else "cpu:mnnvl")
-    assert dist.get_backend_config(both) in ("cpu:gloo,cuda:mnnvl", "cpu:mnnvl")
-    assert dist.is_backend_available("mnnvl")
+    assert dist.group.WORLD._get_backend(rank.device).name() == "mnnvl"
+    beside = dist.new_group(backend="cpu:gloo,cuda:mnnvl")
+    assert dist.get_backend_config(beside) == "cpu:gloo,cuda:mnnvl"
+    assert beside._get_backend(torch.device("cpu")).name() == "gloo"
+    alone = dist.new_group(backend=f"{rank.device.type}:mnnvl")
+    assert dist.get_backend_config(alone) == f"{rank.device.type}:mnnvl"
+    assert alone._get_backend(rank.device).name() == "mnnvl"
 
 
 def test_what_torch_says(ranks, device):

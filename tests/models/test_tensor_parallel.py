@@ -171,7 +171,9 @@ def prepared_input_body(rank: Rank) -> None:
     torch.manual_seed(2)
     layer = nn.Linear(6, 4).to(device)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    prepared = PrepareModuleInput(input_layouts=(Shard(0),), desired_input_layouts=(Replicate(),), use_local_output=True)
+    prepared = PrepareModuleInput(
+        input_layouts=(Shard(0),), desired_input_layouts=(Replicate(),), use_local_output=True
+    )
     parallelize_module(layer, mesh, prepared)
     rows = [torch.full((2, 6), float(r + 1), device=device) for r in range(n)]
     torch.testing.assert_close(layer(rows[rank.rank]), torch.cat(rows) @ weight.T + bias)

@@ -53,14 +53,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Callable[[in
     return torch.stack(losses)
 
 
-def train_alone(ranks: Iterable[int], device: torch.device, make_optimizer: Any = sgd) -> tuple[nn.Module, torch.Tensor]:
+def train_alone(ranks: Iterable[int], device: torch.device) -> tuple[nn.Module, torch.Tensor]:
     """One process that sees the shares of all `ranks` as one batch: its model and losses."""
     model = make_model(device)
 
     def whole(step: int) -> tuple[torch.Tensor, ...]:
         return tuple(torch.cat(parts) for parts in zip(*[batch(step, r, device) for r in ranks], strict=True))
 
-    return model, train(model, make_optimizer(model.parameters()), whole)
+    return model, train(model, sgd(model.parameters()), whole)
 
 
 def assert_like_alone(
@@ -75,6 +75,8 @@ def assert_like_alone(
     before = dict(make_model(rank.device).named_parameters())
     assert parameters.keys() == before.keys()
     for name, value in alone.named_parameters():
-        torch.testing.assert_close(parameters[name].detach(), value.detach(), **close, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameters[name].detach(), value.detach(), **close, msg=lambda m, n=name: f"{n}: {m}"
+        )
     moved = max((value - before[name]).abs().max().item() for name, value in alone.named_parameters())
     assert moved > 10 * tolerance, "nothing was learned, so nothing was compared"
