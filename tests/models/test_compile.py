@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -33,49 +34,70 @@ class GraphCounter:
         return lookup_backend(self.inner)(graph, inputs)
 
 
-def functional_calls(n: int, uneven: bool) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    group = dist.group.WORLD
-    calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "all_reduce": lambda x: funcol.all_reduce(x, "sum", group),
-        "all_reduce, average": lambda x: funcol.all_reduce(x, "avg", group),
-        "all_reduce_coalesced": lambda x: sum(funcol.all_reduce_coalesced([x, x + 1], "sum", group)),
-        "all_gather": lambda x: funcol.all_gather_tensor(x, 0, group),
-        "all_gather of columns": lambda x: funcol.all_gather_tensor(x, 1, group),
-        "all_gather_coalesced": lambda x: sum(funcol.all_gather_into_tensor_coalesced([x, x + 1], group)),
-        "reduce_scatter": lambda x: funcol.reduce_scatter_tensor(x, "sum", 0, group),
-        "reduce_scatter of columns": lambda x: funcol.reduce_scatter_tensor(x, "sum", 1, group),
-        "reduce_scatter_coalesced": lambda x: sum(
-            funcol.reduce_scatter_tensor_coalesced([x, x + 1], "sum", [0, 0], group)
+@dataclass
+class Case:
+    call: Callable[[torch.Tensor], torch.Tensor]
+    expected: torch.Tensor
+
+
+def functional_cases(inputs: list[torch.Tensor], me: int) -> dict[str, Case]:
+    """Of two ranks; `inputs` are what the calls are made with, of all ranks."""
+    group, n = dist.group.WORLD, len(inputs)
+    total, stacked = torch.stack(inputs).sum(0), torch.cat(inputs)
+    # Row blocks and column blocks, of which the rank gets its own of a sum.
+    rows, columns = total.chunk(n)[me], total.chunk(n, 1)[me]
+    sent = [1, 3]  # rows to each rank, the same from both
+    uneven = torch.cat([x.split(sent)[me] for x in inputs])
+    return {
+        "all_reduce": Case(lambda x: funcol.all_reduce(x, "sum", group), total),
+        "all_reduce, average": Case(lambda x: funcol.all_reduce(x, "avg", group), total / n),
+        "all_reduce, maximum": Case(lambda x: funcol.all_reduce(x, "max", group), torch.stack(inputs).amax(0)),
+        "all_reduce_coalesced": Case(
+            lambda x: sum(funcol.all_reduce_coalesced([x, x + 1], "sum", group)), 2 * total + n,
         ),
-        "all_to_all": lambda x: funcol.all_to_all_single(x, None, None, group),
-        "broadcast": lambda x: funcol.broadcast(x, n - 1, group),
-    }
-    if uneven:
-        rank = dist.get_rank()  # what goes to a rank is as many rows as its number says, and the rest to the last
-        calls["all_to_all, uneven"] = lambda x: funcol.all_to_all_single(x, [1 + 2 * rank] * 2, [1, 3], group)
-    return calls
+        "all_gather": Case(lambda x: funcol.all_gather_tensor(x, 0, group), stacked),
+        "all_gather of columns": Case(lambda x: funcol.all_gather_tensor(x, 1, group), torch.cat(inputs, 1)),
+        "all_gather_coalesced": Case(
+            lambda x: sum(funcol.all_gather_into_tensor_coalesced([x, x + 1], group)), 2 * stacked + 1,
+        ),
+        "reduce_scatter": Case(lambda x: funcol.reduce_scatter_tensor(x, "sum", 0, group), rows),
+        "reduce_scatter, average": Case(lambda x: funcol.reduce_scatter_tensor(x, "avg", 0, group), rows / n),
+        "reduce_scatter of columns": Case(lambda x: funcol.reduce_scatter_tensor(x, "sum", 1, group), columns),
+        "reduce_scatter_coalesced": Case(
+            lambda x: sum(funcol.reduce_scatter_tensor_coalesced([x, x + 1], "sum", [0, 0], group)), 2 * rows + n,
+        ),
+        "all_to_all": Case(
+            lambda x: funcol.all_to_all_single(x, None, None, group), torch.cat([x.chunk(n)[me] for x in inputs]),
+        ),
+        "all_to_all, uneven": Case(lambda x: funcol.all_to_all_single(x, [sent[me]] * n, sent, group), uneven),
+        "broadcast": Case(lambda x: funcol.broadcast(x, n - 1, group), inputs[-1]),
+    }  # fmt: skip
 
 
-def functional_body(rank: Rank, compiler: str) -> None:
-    """All of them in one graph; what comes out is what comes out uncompiled."""
-    n = rank.world_size
-    calls = functional_calls(n, n == 2)
+def functional_body(rank: Rank, compiler: str | None) -> None:
+    """All of them in one graph, and with `compiler` None as they are."""
+
+    def inputs(seed: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(4, 8, generator=generator).to(rank.device) for _ in range(rank.world_size)]
+
+    calls = {what: case.call for what, case in functional_cases(inputs(0), rank.rank).items()}
 
     def layer(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {what: call(x * 2).cos() + 1 for what, call in calls.items()}
+        return {what: call(x * 2) + 1 for what, call in calls.items()}
 
     torch._dynamo.reset()
-    counter = GraphCounter(compiler)
-    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=False)
+    counter = GraphCounter(compiler or "")
+    run = torch.compile(layer, backend=counter, fullgraph=True, dynamic=False) if compiler else layer
     for seed in range(3):
-        x = torch.randn(4, 4 * n, generator=torch.Generator().manual_seed(10 * seed + rank.rank)).to(rank.device)
-        out, expected = compiled(x), layer(x)
-        for what in calls:
-            torch.testing.assert_close(out[what], expected[what], msg=lambda text, w=what: f"{w}: {text}")
-    assert counter.graphs == 1
+        mine = inputs(seed)
+        out = run(mine[rank.rank])
+        for what, case in functional_cases([2 * x for x in mine], rank.rank).items():
+            torch.testing.assert_close(out[what], case.expected + 1, msg=lambda text, w=what: f"{w}: {text}")
+    assert counter.graphs == (1 if compiler else 0)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", [None, "aot_eager", "inductor"])
 def test_functional_collectives(ranks, device, compiler):
     ranks(functional_body, 2, device, args=(compiler,), timeout=110)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
+from reference import all_reduce_works, broadcast_body, gather_body, uneven_objects_body
 
 DETAIL = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
 
@@ -81,11 +82,23 @@ def test_mismatches_are_told(ranks, device, name):
     ranks(wrapped_body, 2, device, env=DETAIL, args=(name,))
 
 
-def monitored_body(rank: Rank) -> None:
-    """The wrapper itself comes through monitored_barrier of a gloo group beside: the backend's own works too."""
-    dist.monitored_barrier()
-    dist.barrier(device_ids=[rank.device.index] if rank.device.type == "cuda" else None)
+def detail_body(rank: Rank) -> None:
+    all_reduce_works(rank)
+    broadcast_body(rank, [torch.int64, torch.bfloat16], [0, 5])
+    gather_body(rank, [torch.uint8, torch.float32], [3])
+    dist.barrier()
+    uneven_objects_body(rank)
+    group = dist.new_group([0, 2], backend="mnnvl", pg_options=rank.options())
+    if rank.rank != 1:
+        all_reduce_works(rank, group)
+    dtype = torch.float16 if rank.rank == 1 else torch.float32
+    with pytest.raises(RuntimeError, match=r"(?s)mismatch between collectives"):
+        dist.all_reduce(torch.ones(4, dtype=dtype, device=rank.device))
+    with pytest.raises(RuntimeError, match=r"(?s)mismatch between collectives"):
+        dist.barrier() if rank.rank == 1 else dist.broadcast(torch.ones(4, device=rank.device), 0)
+    all_reduce_works(rank)
 
 
-def test_barriers(ranks, device):
-    ranks(monitored_body, 2, device, env=DETAIL)
+def test_debug_detail(ranks, device):
+    """Everything works under torch's debug wrapper, which reports ranks that call different things."""
+    ranks(detail_body, 3, device, env=DETAIL)
