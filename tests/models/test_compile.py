@@ -13,6 +13,7 @@ import torch.distributed._functional_collectives as funcol
 from launcher import Rank
 from markers import cuda_only
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from training import assert_like_alone, batch, make_model, sgd, train
 
@@ -146,12 +147,14 @@ def mlp_body(rank: Rank, kind: str, how: dict[str, Any]) -> None:
             return trtllm_mnnvl_allreduce(x, workspace, False)
 
     torch._dynamo.reset()
+    counters.clear()
     mlp = TensorParallelMLP(rank, add_up)
     model = torch.compile(nn.Sequential(mlp, mlp), fullgraph=True, dynamic=False, **how)
     with torch.no_grad():
         for seed in range(4):
             x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(seed)).to(rank.device)
             torch.testing.assert_close(model(x).clone(), mlp.whole(mlp.whole(x)), rtol=1e-4, atol=1e-3)
+    assert counters["inductor"]["cudagraph_skips"] == 0, "reduce-overhead captured nothing"
     if workspace is not None:
         torch._dynamo.reset()  # graphs that hold calls on it go first
         workspace.destroy()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.algorithms.join import Join
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from training import FEATURES, assert_like_alone, batch, make_model, sgd, train
 
@@ -70,10 +71,14 @@ def test_mixed_precision(ranks):
     ranks(mixed_precision_body, 2, "cuda")
 
 
-def join_body(rank: Rank, throws: bool) -> None:
-    """Rank r has 2 + r batches: the others go on while those that have no more shadow their collectives."""
+def join_body(rank: Rank, throws: bool, zero: bool) -> None:
+    """Rank r has 2 + r batches: the others go on while those that have no more shadow their collectives, which are also the
+    optimizer's with `zero`."""
     model = ddp(rank, make_model(rank.device))
-    optimizer = sgd(model.parameters())
+    optimizer = (
+        ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.3) if zero else sgd(model.parameters())
+    )
+    joined = [model, optimizer] if zero else [model]
     x, y = batch(0, rank.rank, rank.device)
     steps = 0
 
@@ -86,10 +91,10 @@ def join_body(rank: Rank, throws: bool) -> None:
             steps += 1
 
     if throws:
-        with pytest.raises(RuntimeError, match="exhausted"), Join([model], throw_on_early_termination=True):
+        with pytest.raises(RuntimeError, match="exhausted"), Join(joined, throw_on_early_termination=True):
             go_on()
     else:
-        with Join([model]):
+        with Join(joined):
             go_on()
         assert steps == 2 + rank.rank
         everybodys: list[Any] = [None] * rank.world_size
@@ -100,9 +105,9 @@ def join_body(rank: Rank, throws: bool) -> None:
     dist.barrier(device_ids=[rank.device.index] if rank.device.type == "cuda" else None)
 
 
-@pytest.mark.parametrize("throws", [False, True])
-def test_join_of_uneven_inputs(ranks, device, throws):
-    ranks(join_body, 3, device, args=(throws,))
+@pytest.mark.parametrize(("throws", "zero"), [(False, False), (True, False), (False, True)])
+def test_join_of_uneven_inputs(ranks, device, throws, zero):
+    ranks(join_body, 3, device, args=(throws, zero))
 
 
 def averager_body(rank: Rank) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel, implicit_replication
+from torch.distributed.tensor.experimental._attention import set_rotate_method
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -187,8 +188,9 @@ def test_inputs_are_put_together(ranks, device):
     ranks(prepared_input_body, 2, device)
 
 
-def context_parallel_body(rank: Rank) -> None:
-    """Attention over a sequence of which each rank has a part: keys and values go around."""
+def context_parallel_body(rank: Rank, rotate: str) -> None:
+    """Attention over a sequence of which each rank has a part: keys and values go around, or to everybody at once."""
+    set_rotate_method(rotate)
     device, n = rank.device, rank.world_size
     mesh = init_device_mesh(device.type, (n,))
     generator = torch.Generator().manual_seed(9)
@@ -203,6 +205,7 @@ def context_parallel_body(rank: Rank) -> None:
 
 
 @two_gpus
-def test_context_parallel(ranks):
+@pytest.mark.parametrize("rotate", ["allgather", "alltoall"])
+def test_context_parallel(ranks, rotate):
     """torch has its attention for GPUs only."""
-    ranks(context_parallel_body, 2, "cuda")
+    ranks(context_parallel_body, 2, "cuda", args=(rotate,))
