@@ -1,10 +1,9 @@
 """Training with sharded parameters, gradients and optimizer state (FSDP2) over the backend "mnnvl", on CPU or GPUs:
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
-    torchrun --nproc-per-node 4 examples/fsdp2.py --copies 2    # two copies, each sharded over two ranks
 
-Parameters are gathered before a layer runs (all_gather), gradients go to the ranks that own them (reduce_scatter; with
-copies, an all_reduce between these too). At the end the loss must have fallen.
+Parameters are gathered before a layer runs (all_gather), and gradients go to the ranks that own them (reduce_scatter).
+At the end the loss must have fallen.
 """
 
 import common
@@ -17,10 +16,9 @@ from torch.distributed.fsdp import fully_shard
 FEATURES, HIDDEN, BATCH = 32, 96, 64  # BATCH: of each rank
 
 
-def train(device: torch.device, steps: int, copies: int = 1) -> list[float]:
+def train(device: torch.device, steps: int) -> list[float]:
     """Learns y = |x|² / FEATURES from random points; the loss of each step, averaged over the ranks."""
-    shards = dist.get_world_size() // copies
-    mesh = init_device_mesh(device.type, (copies, shards) if copies > 1 else (shards,))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU()),
@@ -44,12 +42,10 @@ def train(device: torch.device, steps: int, copies: int = 1) -> list[float]:
 
 
 def main() -> None:
-    parser = common.parser(__doc__, steps=150)
-    parser.add_argument("--copies", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = common.parser(__doc__, steps=150).parse_args()
     device = common.start(arguments)
-    losses = train(device, arguments.steps, arguments.copies)
-    common.report(f"{dist.get_world_size()} ranks on {device.type}, copies: {arguments.copies}", losses)
+    losses = train(device, arguments.steps)
+    common.report(f"{dist.get_world_size()} ranks on {device.type}", losses)
     dist.destroy_process_group()
 
 

@@ -68,16 +68,10 @@ def test_pipeline_of_three_stages():
     losses(3, "pipeline.py", "3 stages on cpu, send-recv", "--device", "cpu", "--mode", "send-recv")
 
 
-@pytest.mark.parametrize(("ranks", "copies"), [(2, 1), (4, 2)])
-def test_fsdp2(device, ranks, copies):
-    want_gpus(device, ranks)
-    told = f"{ranks} ranks on {device}, copies: {copies}"
-    losses(ranks, "fsdp2.py", told, "--device", device, "--steps", "60", "--copies", str(copies))
-
-
-def test_tensor_parallel(device):
+@pytest.mark.parametrize("example", ["fsdp2.py", "tensor_parallel.py"])
+def test_parallel_over_a_mesh(device, example):
     want_gpus(device, 2)
-    losses(2, "tensor_parallel.py", f"2 ranks on {device}", "--device", device, "--steps", "60")
+    losses(2, example, f"2 ranks on {device}", "--device", device, "--steps", "60")
 
 
 def test_expert_parallel(device):

@@ -27,6 +27,7 @@ def losses_body(rank: Rank, example: str, backends: list[str]) -> list[list[floa
         curves = []
         for backend in backends:
             rank.init(backend, prefix=backend)
+            assert dist.get_backend() == backend
             curves.append(train(rank.device, STEPS))
             dist.destroy_process_group()
     finally:
