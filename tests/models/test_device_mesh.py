@@ -96,6 +96,25 @@ def test_crossed_groups_in_any_order(ranks, shape):
         ranks(crossed_body, int(torch.tensor(shape).prod()), "cpu", args=(shape, seed))
 
 
+def first_calls_body(rank: Rank) -> None:
+    """Each of four ranks begins with the one of its two groups with which its neighbour doesn't: if an asynchronous call waited
+    for the others of its group to come, all would wait in a circle."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=NAMES[1:])
+    order = NAMES[1:] if rank.rank in (0, 3) else NAMES[:0:-1]
+    calls = []
+    for name in order:
+        x = torch.full((3,), float(1 << rank.rank))
+        calls.append((dist.all_reduce(x, group=mesh.get_group(name), async_op=True), x, name))
+    for work, x, name in calls:
+        work.wait()
+        assert x.tolist() == [float(sum(1 << r for r in members(mesh[name])))] * 3
+
+
+def test_first_calls_of_crossed_groups(ranks):
+    """As on gloo, whose groups are connected when they are made. On GPUs a group's first call takes its ranks, as NCCL's does."""
+    ranks(first_calls_body, 4, "cpu", timeout=15)
+
+
 def odd_mesh_body(rank: Rank) -> None:
     """Ranks in an order of their own, and one that is in no part: its mesh is of the others."""
     mesh = DeviceMesh(rank.device.type, [[3, 1], [0, 2]], mesh_dim_names=("row", "column"))
