@@ -88,6 +88,7 @@ def detail_body(rank: Rank) -> None:
     broadcast_body(rank, [torch.int64, torch.bfloat16], [0, 5])
     gather_body(rank, [torch.uint8, torch.float32], [3])
     dist.barrier()
+    dist.group.WORLD.monitored_barrier(rank.group_timeout, True)  # torch's function of that name takes gloo only
     uneven_objects_body(rank)
     group = dist.new_group([0, 2], backend="mnnvl", pg_options=rank.options())
     if rank.rank != 1:

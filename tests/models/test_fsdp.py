@@ -102,6 +102,11 @@ def test_fsdp2(ranks, device, variant):
     ranks(fsdp2_body, world_size, device, args=(shape, options, divide_by_hand))
 
 
+def test_fsdp2_under_the_debug_wrapper(ranks, device):
+    want_gpus(device, 4)
+    ranks(fsdp2_body, 4, device, args=((2, 2), {}, False), env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"})
+
+
 def offload_body(rank: Rank) -> None:
     """Parameters and optimizer live on the CPU, collectives run on the GPU."""
     fsdp2_body(rank, (rank.world_size,), {"offload_policy": CPUOffloadPolicy()}, False)
