@@ -135,6 +135,23 @@ PYBIND11_DECLARE_HOLDER_TYPE(T, mnnvl::NoGilPtr<T>, true)
 namespace mnnvl {
 namespace {
 
+py::list last_operations(const ProcessGroupMNNVL& group) {
+  const std::vector<FlightRecorder::Operation> operations = [&] {
+    py::gil_scoped_release no_gil;
+    return group.last_operations();
+  }();
+  py::list all;
+  for (const FlightRecorder::Operation& one : operations) {
+    const std::chrono::duration<double> time = one.begun.time_since_epoch();
+    py::dict row(py::arg("sequence") = one.sequence, py::arg("operation") = one.name, py::arg("bytes") = one.bytes,
+                 py::arg("dtype") = one.dtype, py::arg("device") = one.device, py::arg("state") = name(one.state),
+                 py::arg("time") = time.count());
+    row["async"] = one.async;
+    all.append(row);
+  }
+  return all;
+}
+
 void bind_process_group(py::module_& m) {
   const py::object base = py::module_::import("torch._C._distributed_c10d").attr("Backend");
   // Read and copied by torch before it splits a group.
@@ -155,6 +172,7 @@ void bind_process_group(py::module_& m) {
       // What newer torch binds on Backend, for older ones too.
       .def("_set_default_timeout", &ProcessGroupMNNVL::setTimeout, py::arg("timeout"))
       .def("_get_sequence_number_for_group", &ProcessGroupMNNVL::getSequenceNumberForGroup)
+      .def("last_operations", &last_operations)
       .def("abort", &ProcessGroupMNNVL::abort, py::call_guard<py::gil_scoped_release>())
       .def("shutdown", &ProcessGroupMNNVL::shutdown, py::call_guard<py::gil_scoped_release>())
       // new_group() of torch calls this on the ranks outside a new group when the parent supports splitting; a split

@@ -37,11 +37,13 @@ _LAZY = {
     "MNNVLAllreduceFusionStrategy": "flashinfer.strategy",
     "Mapping": "flashinfer.mapping",
     "Options": "options",
+    "last_operations": "flight_recorder",
     "trtllm_mnnvl_allreduce": "flashinfer.allreduce",
 }
 
 if TYPE_CHECKING:
     __version__: str
+    from mnnvl_backend.flight_recorder import last_operations
     from mnnvl_backend.flashinfer.allreduce import trtllm_mnnvl_allreduce
     from mnnvl_backend.flashinfer.mapping import Mapping
     from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy
@@ -53,6 +55,7 @@ __all__ = [
     "MNNVLAllreduceFusionStrategy",
     "Mapping",
     "Options",
+    "last_operations",
     "trtllm_mnnvl_allreduce",
 ]
 

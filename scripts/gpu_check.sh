@@ -52,11 +52,13 @@ memcheck() {
 memcheck "all_reduce" tests/collectives/test_all_reduce.py -k "cuda and (any_alignment or average)"
 memcheck "moves" tests/collectives/test_all_gather.py tests/collectives/test_broadcast.py \
   tests/collectives/test_barrier.py -k "cuda and not large"
+MNNVL_TEST_CASES=60 memcheck "every operation" tests/collectives/test_every_operation.py -k "cuda and 2"
 memcheck "messages" tests/collectives/test_point_to_point.py tests/collectives/test_coalescing.py \
   -k "cuda and (every_dtype or layouts or mixed)"
 memcheck "graphs" tests/collectives/test_graphs.py -k "sizes_replayed or several_graphs"
 memcheck "the function" tests/function -k "cuda and (sums or last_byte or back_to_back)"
+OPERATIONS=all_reduce,reduce_scatter,reduce,all_gather,gather,broadcast,scatter,all_to_all,barrier,send_recv
 BENCH=$([ "$GPUS" -ge 4 ] && echo 4 || echo "$GPUS")
 record "benchmark" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$BENCH" \
-  -m mnnvl_backend bench --operation all_reduce,all_gather,broadcast,barrier,send_recv --output "$OUTPUT"
+  -m mnnvl_backend bench --operation "$OPERATIONS" --output "$OUTPUT"
 cat "$RECORD"

@@ -8,9 +8,8 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 
 #include <chrono>
-#include <exception>
+#include <cstdint>
 #include <functional>
-#include <optional>
 #include <vector>
 
 #include "transport/transport.h"
@@ -21,11 +20,6 @@ namespace mnnvl {
 // run, so this rank can't be paired with its peers again.
 using Body = std::function<void(Transport&, const Run&)>;
 
-// Thrown by a body whose communication is over: a failure of this rank's own arithmetic, this call's alone.
-struct LocalFailure {
-  std::exception_ptr cause;
-};
-
 // ATen calls of a call: at its end, on its stream, without autograd. A failure is this call's alone.
 using Local = std::function<void()>;
 
@@ -35,6 +29,7 @@ struct Call {
   const char* name = nullptr;  // "all_reduce": the public name, of errors
   at::Device device = at::kCPU;
   bool async = false;
+  uint64_t sequence = 0;  // of the group's collectives; of messages, that of the collective before
   std::chrono::milliseconds timeout = c10d::kUnsetTimeout;  // the call's own; unset: the group's
   std::vector<at::Tensor> inputs;  // kept alive, and shown to the profiler
   std::vector<at::Tensor> outputs;  // kept alive, and Work::result()
@@ -70,23 +65,9 @@ Call make_call(c10d::OpType type, const char* title, at::Device device, const Op
   return call;
 }
 
-// Several communications as one; empty for none. One that failed on this rank alone keeps none of the others from
-// their peers.
-inline Body in_turn(std::vector<Body> bodies) {
-  if (bodies.empty()) return nullptr;
-  if (bodies.size() == 1) return std::move(bodies[0]);
-  return [bodies = std::move(bodies)](Transport& transport, const Run& run) {
-    std::optional<LocalFailure> first;
-    for (const Body& body : bodies) {
-      try {
-        body(transport, run);
-      } catch (const LocalFailure& failure) {
-        if (!first) first = failure;
-      }
-    }
-    if (first) throw *first;
-  };
-}
+// Several calls on one device as one: their communications in turn, then what each has left to do. `whole` brings the
+// type, the names and the options.
+Call merged(Call whole, std::vector<Call> parts);
 
 // Outputs are written below autograd, like everything that a kernel writes: no graph, no in-place checks, on leaves and
 // inference tensors too.

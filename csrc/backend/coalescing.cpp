@@ -3,7 +3,6 @@
 #include <ATen/MemoryOverlap.h>
 
 #include <algorithm>
-#include <iterator>
 
 #include "backend/tensors.h"
 #include "backend/work.h"
@@ -18,11 +17,6 @@ uint64_t this_thread() {
   static std::atomic<uint64_t> threads{0};
   thread_local const uint64_t number = ++threads;
   return number;
-}
-
-template <typename T>
-void append(std::vector<T>& to, std::vector<T>& from) {
-  to.insert(to.end(), std::make_move_iterator(from.begin()), std::make_move_iterator(from.end()));
 }
 
 // The k-th message to oneself goes to the k-th receive of its tag: what pipelines send between stages of one rank.
@@ -58,31 +52,16 @@ void copy_own_messages(std::vector<Call>& calls, int rank) {
 
 Call merge(std::vector<Call> calls) {
   if (calls.size() == 1) return std::move(calls[0]);
-  Call merged;
-  merged.type = c10d::OpType::COALESCED;
-  merged.title = "mnnvl:coalesced";
-  merged.name = "coalesced";
-  merged.device = calls[0].device;
-  std::vector<Body> bodies;
-  std::vector<Local> epilogues;
-  for (Call& call : calls) {
-    merged.async = merged.async || call.async;
-    merged.timeout = std::max(merged.timeout, call.timeout);
-    append(merged.inputs, call.inputs);
-    append(merged.outputs, call.outputs);
-    append(merged.landing, call.landing);
-    append(merged.sends, call.sends);
-    append(merged.receives, call.receives);
-    if (call.body) bodies.push_back(std::move(call.body));
-    if (call.epilogue) epilogues.push_back(std::move(call.epilogue));
+  Call whole;
+  whole.type = c10d::OpType::COALESCED;
+  whole.title = "mnnvl:coalesced";
+  whole.name = "coalesced";
+  whole.device = calls[0].device;
+  for (const Call& call : calls) {
+    whole.async = whole.async || call.async;
+    whole.timeout = std::max(whole.timeout, call.timeout);
   }
-  merged.body = in_turn(std::move(bodies));
-  if (!epilogues.empty()) {
-    merged.epilogue = [epilogues = std::move(epilogues)] {
-      for (const Local& epilogue : epilogues) epilogue();
-    };
-  }
-  return merged;
+  return merged(std::move(whole), std::move(calls));
 }
 
 }  // namespace

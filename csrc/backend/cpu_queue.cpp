@@ -13,7 +13,7 @@ namespace {
 
 // Of the caller, for calls that use ATen on another thread.
 std::optional<at::ThreadLocalState> thread_state_for(const Call& call) {
-  if (!call.epilogue && call.landing.empty()) return std::nullopt;
+  if (!call.epilogue) return std::nullopt;
   return at::ThreadLocalState();
 }
 
@@ -36,6 +36,7 @@ CpuQueue::~CpuQueue() {
 c10::intrusive_ptr<CpuWork> CpuQueue::submit(Call call, std::shared_ptr<Transport> transport, int64_t timeout_ms) {
   auto work = c10::make_intrusive<CpuWork>(state_->rank(), call, callbacks_);
   const bool async = call.async;
+  const uint64_t ticket = state_->recorder()->begin(call);
   JobQueue::Job job;
   job.run = [call = std::make_shared<Call>(std::move(call)), state = state_, transport = std::move(transport),
              timeout_ms, thread_state = thread_state_for(call)] {
@@ -43,7 +44,10 @@ c10::intrusive_ptr<CpuWork> CpuQueue::submit(Call call, std::shared_ptr<Transpor
     if (thread_state) as_the_caller.emplace(*thread_state);
     run_call(*call, *state, *transport, timeout_ms);
   };
-  job.complete = [work](std::exception_ptr failure) { work->complete(failure); };
+  job.complete = [work, ticket, recorder = state_->recorder()](std::exception_ptr failure) {
+    recorder->end(ticket, failure != nullptr);
+    work->complete(failure);
+  };
   bool taken = false;
   try {
     taken = jobs_->submit(std::move(job), /*here=*/!async);
@@ -59,9 +63,12 @@ c10::intrusive_ptr<CpuWork> CpuQueue::submit(Call call, std::shared_ptr<Transpor
 c10::intrusive_ptr<CpuWork> CpuQueue::post(Call call, std::shared_ptr<Transport> transport, int64_t timeout_ms) {
   auto work = c10::make_intrusive<CpuWork>(state_->rank(), call, callbacks_);
   const ExchangeRequest request = call.messages();
+  state_->check();
+  const uint64_t ticket = state_->recorder()->begin(call);
   // Keeps the memory alive.
-  auto done = [work, state = state_,
+  auto done = [work, ticket, state = state_,
                call = std::make_shared<Call>(std::move(call))](const std::optional<Error>& error) {
+    state->recorder()->end(ticket, error.has_value());
     std::exception_ptr failure;
     if (error) {
       state->fail(*error);
@@ -73,7 +80,6 @@ c10::intrusive_ptr<CpuWork> CpuQueue::post(Call call, std::shared_ptr<Transport>
     }
     work->complete(failure);
   };
-  state_->check();
   work->follow(transport->messenger()->post(request, timeout_ms, std::move(done)));
   return work;
 }

@@ -24,7 +24,7 @@ void check_arguments(const at::Tensor& input, const at::Tensor& output, at::Devi
                     " like the input, got ", output.sizes(), " and ", output.strides());
   TORCH_CHECK_VALUE(at::get_overlap_status(input, output) != at::MemOverlapStatus::Partial, "mnnvl ", kName,
                     ": output: expected the input itself or memory apart from it, got memory that overlaps it in part");
-  TORCH_CHECK_TYPE(kernel_dtype(input), "mnnvl ", kName, ": input: expected dtype float32, float16 or bfloat16, got ",
+  TORCH_CHECK_TYPE(is_float_sum(message_dtype(input), ReduceOp::kSum), "mnnvl ", kName, ": input: expected dtype float32, float16 or bfloat16, got ",
                    input.scalar_type());
 }
 
@@ -59,7 +59,7 @@ void FunctionGroup::all_reduce(const at::Tensor& input, at::Tensor& output, Stra
   request.in = input.data_ptr();
   request.out = output.data_ptr();
   request.numel = input.numel();
-  request.dtype = *kernel_dtype(input);
+  request.dtype = message_dtype(input);
   request.strategy = strategy;
   request.pdl = pdl;
   at_torch_boundary([&] { run(request); });

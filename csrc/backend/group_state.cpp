@@ -9,6 +9,7 @@ void GroupState::fail(const Error& error) {
   const FailureCause cause =
       error.kind() == ErrorKind::kAborted ? FailureCause::kLocalAbort : FailureCause::kLocalError;
   for (const auto& transport : transports()) transport->abort(cause);
+  recorder_->report();
 }
 
 void GroupState::add(std::shared_ptr<Transport> transport) {
@@ -38,8 +39,6 @@ void GroupState::run_body(const Call& call, Transport& transport, const Run& run
       call.body(transport, run);
     }
     return;
-  } catch (const LocalFailure& failure) {
-    std::rethrow_exception(failure.cause);
   } catch (const Error& error) {
     if (error.kind() == ErrorKind::kInvalidArgument || error.kind() == ErrorKind::kUnsupported) throw;
     fail(error);

@@ -48,7 +48,10 @@ ProcessGroupMNNVL::ProcessGroupMNNVL(c10::intrusive_ptr<c10d::Store> store, int 
   TORCH_CHECK_VALUE(rank >= 0 && rank < size, "mnnvl: rank: expected 0 to ", size - 1, ", got ", rank);
   TORCH_CHECK_VALUE(options_->timeout.count() > 0, "mnnvl: timeout: expected more than 0 ms, got ",
                     options_->timeout.count());
-  options_->transport.log = [](const std::string& text) { LOG(ERROR) << text; };
+  options_->transport.log = [recorder = state_->recorder()](const std::string& text) {
+    LOG(ERROR) << text;
+    recorder->report();
+  };
   if (size > 1) owner_ = at_torch_boundary([&] { return StoreExchange::new_owner(store_, "mnnvl", rank); });
   LiveGroups::get().add(this);
 }
@@ -149,12 +152,12 @@ ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_now(Call&& call) {
     const int64_t timeout_ms = own_ms > 0 ? own_ms : timeout_ms_.load();
     if (call.device.is_cpu()) {
       std::shared_ptr<Transport> transport = cpu_transport();
+      call.sequence = next_sequence(call);
       if (call.has_messages()) return cpu_queue_.post(std::move(call), std::move(transport), timeout_ms);
-      ++sequence_;
       return cpu_queue_.submit(std::move(call), std::move(transport), timeout_ms);
     }
     const std::shared_ptr<CudaQueue> queue = cuda_queue(call.device);
-    if (!call.has_messages()) ++sequence_;  // of collectives, which all ranks count alike
+    call.sequence = next_sequence(call);
     return run_on_cuda(call, queue, timeout_ms);
   });
 }
@@ -181,6 +184,8 @@ ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_here(const Call& call) {
 ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_on_cuda(const Call& call, const std::shared_ptr<CudaQueue>& queue,
                                                           int64_t timeout_ms) {
   WorkPtr made;
+  FlightRecorder& recorder = *state_->recorder();
+  const uint64_t ticket = recorder.begin(call);
   const auto work = [&](void* stream) {
     Run run;
     run.timeout_ms = timeout_ms;
@@ -189,18 +194,39 @@ ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_on_cuda(const Call& call, cons
     if (call.epilogue) run_below_autograd(call.epilogue);
   };
   const auto then = [&](const CudaQueue::Enqueued& enqueued) {
+    recorder.enqueued(ticket, enqueued.end, enqueued.capturing);
     CudaWork::Place place{enqueued.stream, enqueued.submitted, enqueued.end};
     place.capturing = enqueued.capturing;
     place.blocking = options_->blocking_wait || call.type == c10d::OpType::BARRIER;
     place.timeout_ms = timeout_ms;
     made = c10::make_intrusive<CudaWork>(call, std::move(place), state_, queue->transport());
   };
-  if (call.has_messages()) {
-    queue->enqueue_messages(call.messages(), work, then);
-  } else {
-    queue->enqueue(call.async, work, then);
+  try {
+    if (call.has_messages()) {
+      queue->enqueue_messages(call.messages(), work, then);
+    } else {
+      queue->enqueue(call.async, work, then);
+    }
+  } catch (...) {
+    recorder.end(ticket, /*failed=*/true);
+    throw;
   }
   return made;
+}
+
+void ProcessGroupMNNVL::monitoredBarrier(const c10d::BarrierOptions& opts, bool /*wait_all_ranks*/) {
+  const std::lock_guard<std::mutex> lock(monitored_mutex_);
+  at_torch_boundary([&] {
+    check_usable();
+    const int64_t timeout_ms = opts.timeout.count() > 0 ? opts.timeout.count() : timeout_ms_.load();
+    StoreExchange exchange(store_, "mnnvl/monitored_barrier", rank_, size_, std::chrono::milliseconds(timeout_ms),
+                           cancelled_, owner_);
+    try {
+      (void)exchange.all_gather("");
+    } catch (const Error& error) {
+      fail(error.kind(), "mnnvl monitored_barrier: not all ranks came: ", error.what());
+    }
+  });
 }
 
 std::optional<at::Device> ProcessGroupMNNVL::bound_device() {

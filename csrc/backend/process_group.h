@@ -51,8 +51,27 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   WorkPtr broadcast(Tensors& tensors, const c10d::BroadcastOptions& opts = {}) override {
     return run(collectives::broadcast(view(), tensors, opts));
   }
+  WorkPtr reduce(Tensors& tensors, const c10d::ReduceOptions& opts = {}) override {
+    return run(collectives::reduce(view(), tensors, opts));
+  }
+  WorkPtr reduce_scatter(Tensors& outputs, std::vector<Tensors>& inputs,
+                         const c10d::ReduceScatterOptions& opts = {}) override {
+    return run(collectives::reduce_scatter(view(), outputs, inputs, opts));
+  }
+  WorkPtr _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
+                               const c10d::ReduceScatterOptions& opts = {}) override {
+    return run(collectives::reduce_scatter_tensor(view(), output, input, opts));
+  }
+  WorkPtr reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs,
+                                          const c10d::ReduceScatterOptions& opts = {}) override {
+    return run(collectives::reduce_scatter_tensor_coalesced(view(), outputs, inputs, opts));
+  }
   WorkPtr allgather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts = {}) override {
     return run(collectives::all_gather(view(), outputs, inputs, opts));
+  }
+  WorkPtr allgather_coalesced(std::vector<Tensors>& outputs, Tensors& inputs,
+                              const c10d::AllgatherOptions& opts = {}) override {
+    return run(collectives::all_gather_coalesced(view(), outputs, inputs, opts));
   }
   WorkPtr _allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& opts = {}) override {
     return run(collectives::all_gather_into_tensor(view(), output, input, opts));
@@ -61,9 +80,25 @@ class ProcessGroupMNNVL final : public c10d::Backend {
                                           const c10d::AllgatherOptions& opts = {}) override {
     return run(collectives::all_gather_into_tensor_coalesced(view(), outputs, inputs, opts));
   }
+  WorkPtr gather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::GatherOptions& opts = {}) override {
+    return run(collectives::gather(view(), outputs, inputs, opts));
+  }
+  WorkPtr scatter(Tensors& outputs, std::vector<Tensors>& inputs, const c10d::ScatterOptions& opts = {}) override {
+    return run(collectives::scatter(view(), outputs, inputs, opts));
+  }
+  WorkPtr alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions& opts = {}) override {
+    return run(collectives::all_to_all(view(), outputs, inputs, opts));
+  }
+  WorkPtr alltoall_base(at::Tensor& output, at::Tensor& input, std::vector<int64_t>& output_splits,
+                        std::vector<int64_t>& input_splits, const c10d::AllToAllOptions& opts = {}) override {
+    return run(collectives::all_to_all_single(view(), output, input, output_splits, input_splits, opts));
+  }
   WorkPtr barrier(const c10d::BarrierOptions& opts = {}) override {
     return run(collectives::barrier(view(), bound_device(), opts));
   }
+  // Through the store: it needs no transport, and the group is as usable after a failure as before. The error names all
+  // ranks that didn't come in time, whatever `wait_all_ranks` says, and those that come later get it too.
+  void monitoredBarrier(const c10d::BarrierOptions& opts, bool wait_all_ranks = false) override;
 
   WorkPtr send(Tensors& tensors, int destination, int tag) override {
     return run(collectives::send(view(), tensors, destination, tag));
@@ -79,36 +114,6 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   void startCoalescing() override;
   WorkPtr endCoalescing() override;
 
-  WorkPtr allgather_coalesced(std::vector<Tensors>&, Tensors&, const c10d::AllgatherOptions& = {}) override {
-    collectives::refuse("all_gather_coalesced");
-  }
-  WorkPtr reduce(Tensors&, const c10d::ReduceOptions& = {}) override { collectives::refuse("reduce"); }
-  WorkPtr gather(std::vector<Tensors>&, Tensors&, const c10d::GatherOptions& = {}) override {
-    collectives::refuse("gather");
-  }
-  WorkPtr scatter(Tensors&, std::vector<Tensors>&, const c10d::ScatterOptions& = {}) override {
-    collectives::refuse("scatter");
-  }
-  WorkPtr reduce_scatter(Tensors&, std::vector<Tensors>&, const c10d::ReduceScatterOptions& = {}) override {
-    collectives::refuse("reduce_scatter");
-  }
-  WorkPtr _reduce_scatter_base(at::Tensor&, at::Tensor&, const c10d::ReduceScatterOptions& = {}) override {
-    collectives::refuse("reduce_scatter_tensor");
-  }
-  WorkPtr reduce_scatter_tensor_coalesced(Tensors&, Tensors&, const c10d::ReduceScatterOptions& = {}) override {
-    collectives::refuse("reduce_scatter_tensor_coalesced");
-  }
-  WorkPtr alltoall_base(at::Tensor&, at::Tensor&, std::vector<int64_t>&, std::vector<int64_t>&,
-                        const c10d::AllToAllOptions& = {}) override {
-    collectives::refuse("all_to_all_single");
-  }
-  WorkPtr alltoall(Tensors&, Tensors&, const c10d::AllToAllOptions& = {}) override {
-    collectives::refuse("all_to_all");
-  }
-  void monitoredBarrier(const c10d::BarrierOptions&, bool = false) override {
-    collectives::refuse("monitored_barrier");
-  }
-
   // Splitting makes a new group over the same store; nothing of the parent is shared.
   bool supportsSplitting() const override { return true; }
   c10::intrusive_ptr<c10d::Backend> split(const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
@@ -117,6 +122,7 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   void setTimeout(std::chrono::milliseconds timeout) override;
   void setSequenceNumberForGroup() override {}
   uint64_t getSequenceNumberForGroup() override { return sequence_; }
+  std::vector<FlightRecorder::Operation> last_operations() const { return state_->recorder()->operations(); }
   c10d::ErrorType getError() override;
 
   // Ends every wait of this rank and, through the abort words, of its peers. Idempotent, any thread.
@@ -132,6 +138,8 @@ class ProcessGroupMNNVL final : public c10d::Backend {
  private:
   GroupView view() { return {rank_, size_, coalescing_.collecting()}; }
   std::optional<at::Device> bound_device();
+  // Collectives are counted, by all ranks alike; messages aren't.
+  uint64_t next_sequence(const Call& call) { return call.has_messages() ? sequence_.load() : ++sequence_; }
 
   WorkPtr run(Call call);
   WorkPtr run_now(Call&& call);
@@ -155,6 +163,7 @@ class ProcessGroupMNNVL final : public c10d::Backend {
 
   // CPU, CUDA: held through a set-up, which may take until the timeout; taken before mutex_.
   std::mutex setup_mutex_[2];
+  std::mutex monitored_mutex_;  // held through a monitored barrier, of which a rank can be in one at a time
   std::mutex mutex_;  // what follows; held briefly, so that abort() never waits for a set-up
   std::shared_ptr<Transport> cpu_;
   std::shared_ptr<CudaQueue> cuda_;

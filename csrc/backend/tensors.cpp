@@ -1,49 +1,17 @@
 #include "backend/tensors.h"
 
+#include <ATen/MemoryOverlap.h>
+
+#include <algorithm>
+
+#include "protocol/arithmetic.h"
+#include "system/float_environment.h"
+
 namespace mnnvl {
+namespace {
 
-void check_tensor(const at::Tensor& tensor, const char* op, const char* argument) {
-  TORCH_CHECK_VALUE(tensor.defined(), "mnnvl ", op, ": ", argument, ": expected a tensor, got an undefined one");
-  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, "mnnvl ", op, ": ", argument,
-                    ": expected a dense tensor, got layout ", tensor.layout(), "; use .to_dense()");
-  TORCH_CHECK_VALUE(tensor.is_cpu() || tensor.is_cuda(), "mnnvl ", op, ": ", argument,
-                    ": expected a CPU or CUDA tensor, got device ", tensor.device());
-  // What moves is the memory, which holds the values before the view's conjugation or sign.
-  TORCH_CHECK_VALUE(!tensor.is_conj(), "mnnvl ", op, ": ", argument,
-                    ": expected a tensor with its values in memory, got a conjugate view; use .resolve_conj()");
-  TORCH_CHECK_VALUE(!tensor.is_neg(), "mnnvl ", op, ": ", argument,
-                    ": expected a tensor with its values in memory, got a negative view; use .resolve_neg()");
-}
-
-void check_dense(const at::Tensor& tensor, const char* op, const char* argument) {
-  check_tensor(tensor, op, argument);
-  TORCH_CHECK_VALUE(tensor.is_non_overlapping_and_dense(), "mnnvl ", op, ": ", argument,
-                    ": expected a dense, non-overlapping tensor, got sizes ", tensor.sizes(), " with strides ",
-                    tensor.strides(), "; use .contiguous()");
-}
-
-void check_single(const std::vector<at::Tensor>& tensors, const char* op) {
-  TORCH_CHECK_VALUE(tensors.size() == 1, "mnnvl ", op, ": expected one tensor per rank, got ", tensors.size());
-  check_dense(tensors[0], op, "tensor");
-}
-
-void check_same_device(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument) {
-  TORCH_CHECK_VALUE(tensor.device() == like.device(), "mnnvl ", op, ": ", argument, ": expected a tensor on ",
-                    like.device(), ", got one on ", tensor.device());
-}
-
-void check_same(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument) {
-  check_same_device(tensor, like, op, argument);
-  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), "mnnvl ", op, ": ", argument, ": expected dtype ",
-                   like.scalar_type(), ", got ", tensor.scalar_type());
-}
-
-at::Tensor flattened(const at::Tensor& tensor) {
-  return tensor.as_strided({tensor.numel()}, {1}, tensor.storage_offset());
-}
-
-Dtype message_dtype(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
     case at::kFloat: return Dtype::kFloat32;
     case at::kHalf: return Dtype::kFloat16;
     case at::kBFloat16: return Dtype::kBFloat16;
@@ -65,16 +33,187 @@ Dtype message_dtype(const at::Tensor& tensor) {
   }
 }
 
-std::optional<Dtype> kernel_dtype(const at::Tensor& tensor) {
-  const Dtype dtype = message_dtype(tensor);
-  const bool added = dtype == Dtype::kFloat32 || dtype == Dtype::kFloat16 || dtype == Dtype::kBFloat16;
-  return added ? std::optional<Dtype>(dtype) : std::nullopt;
+const char* name_of(const c10d::ReduceOp& op) {
+  static constexpr const char* kNames[] = {"SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR", "PREMUL_SUM"};
+  return op.op_ < std::size(kNames) ? kNames[op.op_] : "an unknown operation";
 }
 
-std::optional<ReduceOp> kernel_op(const c10d::ReduceOp& op) {
-  if (op == c10d::ReduceOp::SUM) return ReduceOp::kSum;
-  if (op == c10d::ReduceOp::AVG) return ReduceOp::kAvg;
-  return std::nullopt;
+bool overlap(const at::Tensor& a, const at::Tensor& b) {
+  return at::get_overlap_status(a, b) != at::MemOverlapStatus::No;
+}
+
+// Whether `tensor` overlaps one of `others`, the own-th excepted if both begin at the same place.
+bool overlaps_any(const at::Tensor& tensor, const Tensors& others, int own) {
+  for (int i = 0; i < int(others.size()); ++i) {
+    if (i == own && others[i].data_ptr() == tensor.data_ptr()) continue;
+    if (overlap(tensor, others[i])) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+void check_tensor(const at::Tensor& tensor, const char* op, const char* argument) {
+  TORCH_CHECK_VALUE(tensor.defined(), "mnnvl ", op, ": ", argument, ": expected a tensor, got an undefined one");
+  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, "mnnvl ", op, ": ", argument,
+                    ": expected a dense tensor, got layout ", tensor.layout(), "; use .to_dense()");
+  TORCH_CHECK_VALUE(tensor.is_cpu() || tensor.is_cuda(), "mnnvl ", op, ": ", argument,
+                    ": expected a CPU or CUDA tensor, got device ", tensor.device());
+  // What moves is the memory, which holds the values before the view's conjugation or sign, and without their scale.
+  TORCH_CHECK_VALUE(!tensor.is_conj(), "mnnvl ", op, ": ", argument,
+                    ": expected a tensor with its values in memory, got a conjugate view; use .resolve_conj()");
+  TORCH_CHECK_VALUE(!tensor.is_neg(), "mnnvl ", op, ": ", argument,
+                    ": expected a tensor with its values in memory, got a negative view; use .resolve_neg()");
+  TORCH_CHECK_TYPE(!tensor.is_quantized(), "mnnvl ", op, ": ", argument,
+                   ": expected a tensor with its values in memory, got a quantized dtype, ", tensor.scalar_type(),
+                   "; use .int_repr()");
+}
+
+void check_dense(const at::Tensor& tensor, const char* op, const char* argument) {
+  check_tensor(tensor, op, argument);
+  TORCH_CHECK_VALUE(tensor.is_non_overlapping_and_dense(), "mnnvl ", op, ": ", argument,
+                    ": expected a dense, non-overlapping tensor, got sizes ", tensor.sizes(), " with strides ",
+                    tensor.strides(), "; use .contiguous()");
+}
+
+void check_output(const at::Tensor& tensor, const char* op, const char* argument) {
+  check_tensor(tensor, op, argument);
+  // Found here and not by the copy at the end, when the peers have done their part.
+  TORCH_CHECK_VALUE(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, "mnnvl ", op, ": ", argument,
+                    ": expected a tensor whose elements have memory of their own, got sizes ", tensor.sizes(),
+                    " with strides ", tensor.strides(), " (expanded?); use .clone()");
+}
+
+void check_same_device(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument) {
+  TORCH_CHECK_VALUE(tensor.defined(), "mnnvl ", op, ": ", argument, ": expected a tensor, got an undefined one");
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), "mnnvl ", op, ": ", argument, ": expected a tensor on ",
+                    like.device(), ", got one on ", tensor.device());
+}
+
+void check_same(const at::Tensor& tensor, const at::Tensor& like, const char* op, const char* argument) {
+  check_same_device(tensor, like, op, argument);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), "mnnvl ", op, ": ", argument, ": expected dtype ",
+                   like.scalar_type(), ", got ", tensor.scalar_type());
+}
+
+void check_numel(const at::Tensor& tensor, int64_t numel, const char* op, const char* argument) {
+  TORCH_CHECK_VALUE(tensor.numel() == numel, "mnnvl ", op, ": ", argument, ": expected ", numel, " elements, got ",
+                    tensor.numel());
+}
+
+void check_list(const Tensors& list, size_t count, const at::Tensor& like, const char* op, const char* argument) {
+  TORCH_CHECK_VALUE(list.size() == count, "mnnvl ", op, ": ", argument, ": expected ", count, " tensors, got ",
+                    list.size());
+  for (const at::Tensor& tensor : list) check_same(tensor, like, op, argument);
+}
+
+const at::Tensor& only_tensor(const Tensors& tensors, const char* op) {
+  TORCH_CHECK_VALUE(tensors.size() == 1, "mnnvl ", op, ": expected one tensor per rank, got ", tensors.size());
+  check_tensor(tensors[0], op, "tensor");
+  return tensors[0];
+}
+
+const at::Tensor& only_dense_tensor(const Tensors& tensors, const char* op) {
+  const at::Tensor& tensor = only_tensor(tensors, op);
+  check_dense(tensor, op, "tensor");
+  return tensor;
+}
+
+const Tensors& only_list(const std::vector<Tensors>& lists) {
+  static const auto* none = new Tensors;
+  return lists.size() == 1 ? lists[0] : *none;
+}
+
+void check_root(GroupView group, int64_t root, const char* op) {
+  TORCH_CHECK_VALUE(root >= 0 && root < group.size, "mnnvl ", op, ": root: expected 0 to ", group.size - 1, ", got ",
+                    root);
+}
+
+at::Tensor flattened(const at::Tensor& tensor) {
+  return tensor.as_strided({tensor.numel()}, {1}, tensor.storage_offset());
+}
+
+Dtype message_dtype(const at::Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
+
+Reduction reduction_of(const at::Tensor& tensor, const c10d::ReduceOp& op, const char* name, const char* argument) {
+  static_assert(int(ReduceOp::kBxor) == int(c10d::ReduceOp::BXOR));
+  const at::ScalarType type = tensor.scalar_type();
+  const bool complex = at::isComplexType(type);
+  const Dtype dtype = dtype_of(complex ? c10::toRealValueType(type) : type);
+  TORCH_CHECK_TYPE(arithmetic::is_reduced(dtype, ReduceOp::kSum), "mnnvl ", name, ": ", argument,
+                   ": expected a floating-point, complex, integer or bool dtype that is reduced, got ", type);
+  const bool premultiply = op.op_ == c10d::ReduceOp::PREMUL_SUM;
+  const Reduction reduction{dtype, premultiply ? ReduceOp::kSum : ReduceOp(op.op_)};
+  const bool fits = premultiply ? at::isFloatingType(type) && op.supplement_ : arithmetic::is_reduced(dtype, reduction.op);
+  const bool adds = reduction.op == ReduceOp::kSum || reduction.op == ReduceOp::kAvg;
+  TORCH_CHECK_VALUE(fits && (adds || !complex), "mnnvl ", name, ": op: ", name_of(op), " is not supported for ", type);
+  return reduction;
+}
+
+at::Tensor premultiplied(const at::Tensor& tensor, const c10d::ReduceOp& op) {
+  if (op.op_ != c10d::ReduceOp::PREMUL_SUM) return tensor;
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const FloatEnvironment ieee;
+  const auto& by = static_cast<const c10d::NCCLPreMulSumSupplement&>(*op.supplement_);
+  const at::ScalarType type = tensor.scalar_type(), wide = type == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor factor =
+      by.tensor_factor.defined() ? by.tensor_factor.to(wide).reshape({}) : at::scalar_tensor(by.double_factor, wide);
+  at::Tensor product = tensor.to(wide).mul(factor);
+  if (type == at::kFloat8_e4m3fn) product.clamp_(-448, 448);  // as reductions do; ATen would make NaN of it
+  return product.to(type);
+}
+
+bool Parts::empty() const {
+  return std::all_of(bytes.begin(), bytes.end(), [](int64_t some) { return some == 0; });
+}
+
+bool Parts::even() const {
+  return std::all_of(bytes.begin(), bytes.end(), [&](int64_t some) { return some == bytes.front(); });
+}
+
+Parts parts_of(const Tensors& tensors) {
+  Parts parts;
+  for (const at::Tensor& tensor : tensors) {
+    parts.data.push_back(tensor.data_ptr());
+    parts.bytes.push_back(int64_t(tensor.nbytes()));
+  }
+  return parts;
+}
+
+Parts even_parts(const at::Tensor& whole, int count) {
+  Parts parts;
+  parts.bytes.assign(count, int64_t(whole.nbytes()) / count);
+  for (int i = 0; i < count; ++i) parts.data.push_back(static_cast<char*>(whole.data_ptr()) + i * parts.bytes[i]);
+  return parts;
+}
+
+at::Tensor safe_input(const at::Tensor& input, const Tensors& outputs, int own) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const at::Tensor dense = input.contiguous();
+  return overlaps_any(dense, outputs, own) ? dense.clone() : dense;
+}
+
+at::Tensor safe_output(const at::Tensor& output, const Tensors& inputs, int own) {
+  if (output.is_contiguous() && !overlaps_any(output, inputs, own)) return output;
+  return at::empty(output.sizes(), output.options());
+}
+
+Local copy_back(const Tensors& places, const Tensors& outputs) {
+  Tensors from, to;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (places[i].is_same(outputs[i])) continue;
+    from.push_back(places[i]);
+    to.push_back(outputs[i]);
+  }
+  if (from.empty()) return nullptr;
+  return [from, to] {
+    for (size_t i = 0; i < to.size(); ++i) to[i].copy_(from[i], /*non_blocking=*/true);
+  };
+}
+
+Local copy_of(const at::Tensor& input, const at::Tensor& output) {
+  if (input.data_ptr() == output.data_ptr() && input.is_contiguous() && output.is_contiguous()) return nullptr;
+  return [input = safe_input(input, {output}, /*own=*/-1), output] { output.copy_(input.reshape(output.sizes())); };
 }
 
 }  // namespace mnnvl

@@ -21,10 +21,10 @@ const CommunicatorOptions& checked(const CommunicatorOptions& options) {
   if (static_cast<int>(options.peer_pids.size()) != world_size)
     invalid(options.peer_pids.size(), " pids for ", world_size, " ranks");
   const Division division = divide(options.segment_bytes, world_size);
-  if (division.step_slot_bytes < int64_t{kCacheLine} ||
+  if (division.step_slot_bytes < least_slot_bytes(world_size) ||
       (world_size > 1 && division.ring_slot_bytes < kMinRingSlotBytes)) {
     invalid("a segment of ", options.segment_bytes, " bytes is too small; at least ",
-            segment_bytes_of(kCacheLine, kMinRingSlotBytes, world_size));
+            segment_bytes_of(least_slot_bytes(world_size), kMinRingSlotBytes, world_size));
   }
   for (std::byte* segment : options.segments) {
     if (segment == nullptr || reinterpret_cast<uintptr_t>(segment) % kCacheLine != 0)

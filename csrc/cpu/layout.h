@@ -97,12 +97,19 @@ struct Bell {  // channel.h
   std::atomic<uint32_t> sleepers;
 };
 
+// What a rank of an all_to_all says of the whole call, beside its first slot.
+struct Announcement {
+  alignas(kCacheLine) int64_t largest;  // of what follows
+  int64_t bytes[kMaxWorldSize];  // for each destination
+};
+
 struct Control {
   Signal posted;
   Signal reduced;
   Signal done;
   alignas(kCacheLine) std::atomic<uint32_t> abort;
   Bell bell;
+  Announcement announcements[kSlots];
 };
 
 static_assert(sizeof(Control) <= kControlBytes);

@@ -12,8 +12,13 @@ namespace mnnvl::cpu {
 
 // The strategy must be a concrete one, the same on every rank: which is best is not this layer's to know.
 void run(Steps& steps, const AllReduceRequest& request, int64_t timeout_ms);
+void run(Steps& steps, const ReduceScatterRequest& request, int64_t timeout_ms);
+void run(Steps& steps, const ReduceRequest& request, int64_t timeout_ms);
 void run(Steps& steps, const AllGatherRequest& request, int64_t timeout_ms);
 void run(Steps& steps, const BroadcastRequest& request, int64_t timeout_ms);
+void run(Steps& steps, const ScatterRequest& request, int64_t timeout_ms);
+void run(Steps& steps, const GatherRequest& request, int64_t timeout_ms);
+void run(Steps& steps, const AllToAllRequest& request, int64_t timeout_ms);
 void run(Steps& steps, const BarrierRequest& request, int64_t timeout_ms);
 
 }  // namespace mnnvl::cpu

@@ -1,5 +1,6 @@
-// The loop shared by all instruction sets. Included once by each reduce_*.cpp, after its target pragma, so that it is
-// compiled for that target; everything has internal linkage, or the linker might pick another target's copy.
+// The loop of float sums, shared by the instruction sets. Included once by each reduce_<isa>.cpp, after its target
+// pragma, so that it is compiled for that target; everything has internal linkage, or the linker might pick another
+// target's copy.
 //
 // A vector policy V has: kLanes, kElementBytes, Float (the accumulator), and static zero(), add(a, b), divide(a,
 // float), load(const std::byte*) -> Float, any alignment, store(std::byte*, Float), which rounds, turns -0 into +0 and
@@ -16,7 +17,7 @@ namespace {
 // `kBatch` vectors at once: their sums are independent, which hides the latency of the adds and of the loads.
 template <class V, bool kAvg, int kBatch>
 MNNVL_INLINE void reduce_batch(const std::byte* const* sources, int count, std::byte* out, std::byte* second,
-                               int64_t offset, float divisor) {
+                               int64_t offset) {
   constexpr int64_t kBytes = V::kLanes * V::kElementBytes;
   typename V::Float sum[kBatch];
 #pragma GCC unroll 8
@@ -28,7 +29,7 @@ MNNVL_INLINE void reduce_batch(const std::byte* const* sources, int count, std::
   }
 #pragma GCC unroll 8
   for (int k = 0; k < kBatch; ++k) {
-    if (kAvg) sum[k] = V::divide(sum[k], divisor);
+    if (kAvg) sum[k] = V::divide(sum[k], static_cast<float>(count));
     V::store(out + offset + k * kBytes, sum[k]);
     if (second != nullptr) V::store(second + offset + k * kBytes, sum[k]);
   }
@@ -37,7 +38,7 @@ MNNVL_INLINE void reduce_batch(const std::byte* const* sources, int count, std::
 // The last elements, fewer than a vector, through zero-padded copies.
 template <class V, bool kAvg>
 MNNVL_INLINE void reduce_tail(const std::byte* const* sources, int count, std::byte* out, std::byte* second,
-                              int64_t offset, int64_t bytes, float divisor) {
+                              int64_t offset, int64_t bytes) {
   constexpr int64_t kBytes = V::kLanes * V::kElementBytes;
   std::byte pack[kBytes] = {};
   typename V::Float sum = V::zero();
@@ -45,26 +46,25 @@ MNNVL_INLINE void reduce_tail(const std::byte* const* sources, int count, std::b
     __builtin_memcpy(pack, sources[r] + offset, bytes);
     sum = V::add(sum, V::load(pack));
   }
-  if (kAvg) sum = V::divide(sum, divisor);
+  if (kAvg) sum = V::divide(sum, static_cast<float>(count));
   V::store(pack, sum);
   __builtin_memcpy(out + offset, pack, bytes);
   if (second != nullptr) __builtin_memcpy(second + offset, pack, bytes);
 }
 
 template <class V, bool kAvg>
-void reduce(const std::byte* const* sources, int count, std::byte* out, std::byte* second, int64_t numel,
-            float divisor) {
+void reduce(const std::byte* const* sources, int count, std::byte* out, std::byte* second, int64_t numel) {
   constexpr int64_t kBytes = V::kLanes * V::kElementBytes;
   constexpr int kBatch = V::kBatch;
   const int64_t bytes = numel * V::kElementBytes;
   int64_t offset = 0;
   for (; offset + kBatch * kBytes <= bytes; offset += kBatch * kBytes) {
-    reduce_batch<V, kAvg, kBatch>(sources, count, out, second, offset, divisor);
+    reduce_batch<V, kAvg, kBatch>(sources, count, out, second, offset);
   }
   for (; offset + kBytes <= bytes; offset += kBytes) {
-    reduce_batch<V, kAvg, 1>(sources, count, out, second, offset, divisor);
+    reduce_batch<V, kAvg, 1>(sources, count, out, second, offset);
   }
-  if (offset < bytes) reduce_tail<V, kAvg>(sources, count, out, second, offset, bytes - offset, divisor);
+  if (offset < bytes) reduce_tail<V, kAvg>(sources, count, out, second, offset, bytes - offset);
 }
 
 }  // namespace

@@ -52,4 +52,11 @@ void Steps::fail_mismatch(int peer, uint32_t epoch, uint32_t seen) {
   waiter_.fail_mismatch(peer, epoch, seen, mismatch);
 }
 
+void Steps::fail_pair(int peer, uint32_t epoch, int64_t announced, int64_t expected) {
+  Mismatch mismatch{Mismatch::Kind::kPair, unpack(call_), unpack(call_)};
+  mismatch.mine.bytes = expected;
+  mismatch.theirs.bytes = announced;
+  waiter_.fail_mismatch(peer, epoch, epoch, mismatch);
+}
+
 }  // namespace mnnvl::cpu

@@ -68,6 +68,22 @@ struct ExchangeParams {
   LocalCopy copy;
 };
 
+// This rank's own values and a message of every peer, reduced in rank order, beside messages to the peers: one each at
+// most, at most world_size - 1. Ordered like an exchange on the channels of collectives.
+struct ReduceParams {
+  DeviceGroup group;
+  Operation operation = Operation::kReduce;
+  Dtype dtype = Dtype::kFloat32;
+  ReduceOp op = ReduceOp::kSum;
+  const ChannelMessage* sends = nullptr;
+  int send_count = 0;
+  RoleShape send_shape;
+  const void* own = nullptr;  // [bytes]
+  void* out = nullptr;        // [bytes]; may equal `own`; overlaps nothing that is sent
+  int64_t bytes = 0;          // of the result here; 0: this rank only sends
+  uint64_t call = 0;          // of the peers' messages, as in ChannelMessage
+};
+
 // What the host needs of the CUDA runtime.
 struct HostFunctions {
   // Set-up: loads every kernel onto `device`, as a lazy load while a peer spins would be a deadlock.
@@ -100,6 +116,7 @@ struct KernelTable {
   Row<AllReduceParams> oneshot_allreduce;  // Lamport: store to all, reduce locally
   Row<AllReduceParams> twoshot_allreduce;  // Lamport: scatter, reduce, store the result to all
   Row<ExchangeParams> exchange;            // pair channels: everything that moves
+  Row<ReduceParams> reduce;                // pair channels: every reduction
 
   HostFunctions host;
   DeviceOps device_ops;       // the probes of the set-up, over real kernels

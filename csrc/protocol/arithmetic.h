@@ -3,8 +3,9 @@
 // s = x[0] op x[1] op ... op x[n-1], from left to right (rank order), in the wide type of the dtype: float32 for
 // floating-point types of 32 bits and fewer, float64 for float64, 32 or 64 bits for integers. AVG divides the sum by n:
 // a true division, of integers one that truncates. Then one rounding to the dtype, to nearest even; what is too large
-// becomes infinity, in float8_e4m3fn its largest, 448. In floating point a result of -0 is written as +0 and NaN in its canonical
-// bits; a NaN among the inputs of MIN or MAX is the result. Integers wrap. Of bool, any byte but 0 is true.
+// becomes infinity, in float8_e4m3fn the largest value, 448. In floating point a result of -0 is written as +0 and NaN
+// in its canonical bits; a NaN among the inputs of MIN or MAX is the result. Integers wrap. Of bool, any byte but 0 is
+// true.
 #pragma once
 
 #include <cstdint>

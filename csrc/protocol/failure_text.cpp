@@ -3,8 +3,6 @@
 #include <cstdio>
 
 namespace mnnvl {
-namespace {
-
 const char* name(Dtype dtype) {
   switch (dtype) {
     case Dtype::kFloat32: return "float32";
@@ -42,6 +40,8 @@ const char* name(ReduceOp op) {
   }
   return "unknown reduction";
 }
+
+namespace {
 
 // "2 s", "2.3 s", "0.05 s": what a person wants to know of a wait.
 std::string seconds(double s) {
@@ -117,6 +117,10 @@ std::string mismatch_text(const FailureRecord& record, const FailureDetails& det
     case Mismatch::Kind::kEarlier:
       text += str("both are in ", mine, ", but their calls before it differed, where neither read from the other");
       break;
+    case Mismatch::Kind::kPair:
+      text += str("rank ", peer, " sends it ", details.mismatch->theirs.bytes, " bytes, and it expects ",
+                  details.mismatch->mine.bytes);
+      break;
     case Mismatch::Kind::kMessage: break;
   }
   return text + ". Every rank must make the same calls in the same order, with the same sizes and types";
@@ -151,7 +155,7 @@ std::string describe(const CallDescriptor& call) {
     case Operation::kScatter: return str(operation, " of ", call.bytes, " bytes a rank from root ", call.root);
     case Operation::kGather: return str(operation, " of ", call.bytes, " bytes a rank to root ", call.root);
     case Operation::kAllToAll:
-      return str(operation, " of ", call.bytes == 0 ? str() : str(call.bytes, " bytes "), name(call.dtype));
+      return str(operation, " of ", call.bytes == 0 ? std::string() : str(call.bytes, " bytes "), name(call.dtype));
     case Operation::kBroadcast: return str(operation, " of ", call.bytes, " bytes from root ", call.root);
     case Operation::kSend:
     case Operation::kRecv: return str("message ", message_text(call));

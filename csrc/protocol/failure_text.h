@@ -9,6 +9,9 @@
 
 namespace mnnvl {
 
+const char* name(Dtype dtype);  // "float32"
+const char* name(ReduceOp op);  // "sum"
+
 // "all_reduce of 192 bytes float32 sum (two-shot)", "broadcast of 16 bytes from root 0", "barrier".
 std::string describe(const CallDescriptor& call);
 
@@ -19,6 +22,7 @@ struct Mismatch {
     kWentOn,   // the peer has passed the step in a call in which it has no data to give, and is now in `theirs`
     kPassed,   // the same, and `theirs` isn't known
     kEarlier,  // the calls are alike, but some before them were not, which could not be seen while they ran
+    kPair,     // the calls are alike, but the peer sends `theirs.bytes`, where this rank expects `mine.bytes` of it
     kMessage,  // the peer sent `theirs`, where this rank received `mine`
   };
   Kind kind;

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kLeastScatteredBroadcast = int64_t{1} << 20;  // bytes
 
-void launch_one(const LaunchContext& context, const AllReduceRequest& request) {
+void launch_lamport(const LaunchContext& context, const AllReduceRequest& request) {
   const Strategy strategy = request.strategy == Strategy::kAuto ? context.strategy : request.strategy;
   const AllReduceChoice choice = choose_all_reduce(context.shape, request.numel, request.dtype, strategy);
   const kernels::KernelTable& table = kernels::table();
@@ -82,6 +82,100 @@ ChannelMessage message(const void* data, int64_t bytes, int peer, const CallDesc
   return {const_cast<void*>(data), bytes, pack(call), call.tag, peer};
 }
 
+// Messages to the peers, one each at most, and the reduction of theirs with this rank's own: `bytes` of it.
+struct Reduction {
+  Operation operation;
+  Dtype dtype;
+  ReduceOp op;
+  std::vector<ChannelMessage> sends;
+  const void* own = nullptr;
+  void* out = nullptr;
+  int64_t bytes = 0;
+};
+
+void launch_reduction(const LaunchContext& context, const Reduction& reduction, const CallDescriptor& call) {
+  if (reduction.sends.empty() && reduction.bytes == 0) return;
+  kernels::ReduceParams params;
+  params.group = context.group;
+  params.operation = reduction.operation;
+  params.dtype = reduction.dtype;
+  params.op = reduction.op;
+  params.sends = reduction.sends.data();
+  params.send_count = int(reduction.sends.size());
+  params.send_shape = shape_of(context, ChannelKind::kCollective, reduction.sends);
+  params.own = reduction.own;
+  params.out = reduction.out;
+  params.bytes = reduction.bytes;
+  params.call = pack(call);
+  kernels::Launch shape;
+  shape.threads = kernels::kMaxExchangeThreads;
+  shape.stream = context.stream;
+  kernels::table().reduce.launch(params, shape);
+}
+
+// What the Lamport kernels don't add. Every rank reduces a part and hands it to all: in place too, because what arrives
+// in the second launch was sent in the first.
+void launch_reduced(const LaunchContext& context, const AllReduceRequest& request) {
+  const int world = context.group.world_size, rank = context.group.rank;
+  const int64_t bytes = request.numel * element_size(request.dtype);
+  const CallDescriptor call = descriptor_of(request);
+  const int64_t part = align_up(ceil_div(bytes, world), kStageAlign);
+  const auto begin_of = [&](int owner) { return min64(owner * part, bytes); };
+  const auto bytes_of = [&](int owner) { return min64(part, bytes - begin_of(owner)); };
+  const auto* in = static_cast<const std::byte*>(request.in);
+  auto* out = static_cast<std::byte*>(request.out);
+  Reduction scattered{Operation::kAllReduce, request.dtype, request.op};
+  Exchange gathered(Operation::kAllReduce);
+  for (int peer = 0; peer < world; ++peer) {
+    if (peer == rank) continue;
+    if (bytes_of(peer) > 0) {
+      scattered.sends.push_back(message(in + begin_of(peer), bytes_of(peer), peer, call));
+      gathered.receives.push_back(message(out + begin_of(peer), bytes_of(peer), peer, call));
+    }
+    if (bytes_of(rank) > 0) gathered.sends.push_back(message(out + begin_of(rank), bytes_of(rank), peer, call));
+  }
+  scattered.own = in + begin_of(rank);
+  scattered.out = out + begin_of(rank);
+  scattered.bytes = bytes_of(rank);
+  launch_reduction(context, scattered, call);
+  launch_exchange(context, gathered);
+}
+
+void launch_one(const LaunchContext& context, const AllReduceRequest& request) {
+  if (is_float_sum(request.dtype, request.op)) return launch_lamport(context, request);
+  launch_reduced(context, request);
+}
+
+void launch_one(const LaunchContext& context, const ReduceScatterRequest& request) {
+  const int64_t element = element_size(request.dtype);
+  const CallDescriptor call = descriptor_of(request, context.group.world_size);
+  Reduction reduction{Operation::kReduceScatter, request.dtype, request.op};
+  for (int peer = 0; peer < context.group.world_size; ++peer) {
+    const int64_t bytes = request.numel_of(peer) * element;
+    if (peer == context.group.rank) {
+      reduction.own = request.ins[peer];
+      reduction.out = request.out;
+      reduction.bytes = bytes;
+    } else if (bytes > 0) {
+      reduction.sends.push_back(message(request.ins[peer], bytes, peer, call));
+    }
+  }
+  launch_reduction(context, reduction, call);
+}
+
+void launch_one(const LaunchContext& context, const ReduceRequest& request) {
+  const CallDescriptor call = descriptor_of(request);
+  Reduction reduction{Operation::kReduce, request.dtype, request.op};
+  if (context.group.rank == request.root) {
+    reduction.own = request.in;
+    reduction.out = request.out;
+    reduction.bytes = call.bytes;
+  } else if (call.bytes > 0) {
+    reduction.sends.push_back(message(request.in, call.bytes, request.root, call));
+  }
+  launch_reduction(context, reduction, call);
+}
+
 void launch_one(const LaunchContext& context, const AllGatherRequest& request) {
   const int world = context.group.world_size, rank = context.group.rank;
   const CallDescriptor call = descriptor_of(request, world);
@@ -129,6 +223,54 @@ void launch_one(const LaunchContext& context, const BroadcastRequest& request) {
   launch_exchange(context, second);
 }
 
+void launch_one(const LaunchContext& context, const ScatterRequest& request) {
+  const int rank = context.group.rank, root = request.root;
+  const CallDescriptor call = descriptor_of(request);
+  Exchange exchange(Operation::kScatter);
+  for (int peer = 0; rank == root && peer < context.group.world_size; ++peer) {
+    if (peer != rank) exchange.sends.push_back(message(request.ins[peer], request.bytes, peer, call));
+  }
+  if (rank != root) {
+    exchange.receives.push_back(message(request.out, request.bytes, root, call));
+  } else if (request.ins[rank] != request.out) {
+    exchange.copy = {request.ins[rank], request.out, request.bytes};
+  }
+  launch_exchange(context, exchange);
+}
+
+void launch_one(const LaunchContext& context, const GatherRequest& request) {
+  const int rank = context.group.rank, root = request.root;
+  const CallDescriptor call = descriptor_of(request);
+  Exchange exchange(Operation::kGather);
+  for (int peer = 0; rank == root && peer < context.group.world_size; ++peer) {
+    if (peer != rank) exchange.receives.push_back(message(request.outs[peer], request.bytes, peer, call));
+  }
+  if (rank != root) {
+    exchange.sends.push_back(message(request.in, request.bytes, root, call));
+  } else if (request.outs[rank] != request.in) {
+    exchange.copy = {request.in, request.outs[rank], request.bytes};
+  }
+  launch_exchange(context, exchange);
+}
+
+// Messages without bytes too, so that both ends find out where their sizes differ.
+void launch_one(const LaunchContext& context, const AllToAllRequest& request) {
+  const int rank = context.group.rank;
+  Exchange exchange(Operation::kAllToAll);
+  for (int peer = 0; peer < context.group.world_size; ++peer) {
+    if (peer == rank) continue;
+    CallDescriptor call = descriptor_of(request);
+    call.bytes = request.send_bytes[peer];
+    exchange.sends.push_back(message(request.ins[peer], call.bytes, peer, call));
+    call.bytes = request.receive_bytes[peer];
+    exchange.receives.push_back(message(request.outs[peer], call.bytes, peer, call));
+  }
+  if (request.outs[rank] != request.ins[rank]) {
+    exchange.copy = {request.ins[rank], request.outs[rank], request.receive_bytes[rank]};
+  }
+  launch_exchange(context, exchange);
+}
+
 void launch_one(const LaunchContext& context, const BarrierRequest& request) {
   Exchange exchange(Operation::kBarrier);
   for (int peer = 0; peer < context.group.world_size; ++peer) {
@@ -137,6 +279,12 @@ void launch_one(const LaunchContext& context, const BarrierRequest& request) {
     exchange.receives.push_back(exchange.sends.back());
   }
   launch_exchange(context, exchange);
+}
+
+// Until every operation has its function above.
+template <typename AnyRequest>
+void launch_one(const LaunchContext&, const AnyRequest& request) {
+  fail(ErrorKind::kInvalidArgument, "mnnvl: no ", name(operation_of(request)), " on GPUs yet");
 }
 
 }  // namespace

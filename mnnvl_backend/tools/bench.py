@@ -99,7 +99,10 @@ def sample_eager(place: Place, call: Callable[[], Any], size: int) -> Callable[[
 def measure(place: Place, peer: Peer, operation: Operation, size: int, dtype: torch.dtype, replays: int) -> Point:
     # Random values (zeros can be faster than any real data), anew before each sample and so small that they stay finite
     # however often they are summed in place within it.
-    values = (torch.randn(size // dtype.itemsize, device=place.device) * 2.0**-100).to(dtype)
+    numel = size // dtype.itemsize
+    if operation.divided:
+        numel -= numel % place.world_size
+    values = (torch.randn(numel, device=place.device) * 2.0**-100).to(dtype)
     prepared = peer.prepare(operation, values)
     verify(place, peer, operation, prepared)
     captured = place.device.type == "cuda" and operation.captured
@@ -149,7 +152,7 @@ def bench_operation(place: Place, results: Results, peers: list[Peer], sizes: li
                 continue
             results.points.append(point)
             if place.rank == 0:
-                print(f"{operation.name:<10} {human(size):>8}  {peer.name:<24} {point.median:10.1f} µs", flush=True)
+                print(f"{operation.name:<14} {human(size):>8}  {peer.name:<24} {point.median:10.1f} µs", flush=True)
 
 
 def run(

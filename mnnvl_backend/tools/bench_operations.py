@@ -1,6 +1,7 @@
 """What `mnnvl bench` times: each operation by what every rank has in the end, whoever carries it out.
 
-A rank's contribution has `numel` elements; a size in the tables is its bytes.
+A size in the tables is the bytes of what one rank puts in: of all_gather and gather its one part; of reduce_scatter,
+all_to_all and (rank 0) scatter its parts for all ranks together, in whole elements each.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import torch
 from mnnvl_backend.tools.launch import Place
 
 Contribution = Callable[[int], torch.Tensor]  # of a rank
+Expected = Callable[[Place, Contribution], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Operation:
     name: str
     meaning: str
-    expected: Callable[[Place, Contribution], torch.Tensor]  # what lies in the result of this rank
+    expected: Expected  # what lies in the result of this rank
+    divided: bool = False  # what a rank puts in is a part for each rank
     steps: int = 1  # that one call makes, one after the other; times are of one
     sized: bool = True  # else it moves nothing and is timed once
     captured: bool = True  # in a CUDA graph; else eagerly, for those that wait on the host
@@ -36,10 +39,38 @@ def _gathered(place: Place, of: Contribution) -> torch.Tensor:
     return torch.cat([of(rank) for rank in range(place.world_size)])
 
 
+def _part(place: Place, whole: torch.Tensor) -> torch.Tensor:
+    return whole.chunk(place.world_size)[place.rank]
+
+
+def _exchanged(place: Place, of: Contribution) -> torch.Tensor:
+    return torch.cat([_part(place, of(rank)) for rank in range(place.world_size)])
+
+
+def _at_root(expected: Expected) -> Expected:
+    """Rank 0; the others have nothing of it."""
+    return lambda place, of: expected(place, of) if place.rank == 0 else of(place.rank)[:0]
+
+
 _ALL = (
     Operation("all_reduce", "SUM, in place", _sum),
+    Operation(
+        "reduce_scatter",
+        "SUM, reduce_scatter_tensor of bytes / world size to each rank",
+        lambda place, of: _part(place, _sum(place, of)),
+        divided=True,
+    ),
+    Operation("reduce", "SUM, to rank 0, in place", _at_root(_sum)),
     Operation("all_gather", "into one tensor of world size times the bytes", _gathered),
+    Operation("gather", "to rank 0, world size times the bytes", _at_root(_gathered)),
     Operation("broadcast", "from rank 0, in place", lambda place, of: of(0)),
+    Operation(
+        "scatter",
+        "from rank 0, bytes / world size to each rank",
+        lambda place, of: _part(place, of(0)),
+        divided=True,
+    ),
+    Operation("all_to_all", "all_to_all_single, bytes / world size to each rank", _exchanged, divided=True),
     Operation("barrier", "eager calls", lambda place, of: of(place.rank), sized=False, captured=False),
     Operation(
         "send_recv",

@@ -48,8 +48,13 @@ class Group:
         dist.all_reduce(torch.zeros(1, device=place.device), group=self._group)  # sets it up, on all ranks
         self._makers: dict[str, Callable[[torch.Tensor], Prepared]] = {
             "all_reduce": self._all_reduce,
+            "reduce_scatter": self._reduce_scatter,
+            "reduce": self._reduce,
             "all_gather": self._all_gather,
+            "gather": self._gather,
             "broadcast": self._broadcast,
+            "scatter": self._scatter,
+            "all_to_all": self._all_to_all,
             "barrier": self._barrier,
             "send_recv": self._send_recv,
             "ping_pong": self._ping_pong,
@@ -61,12 +66,36 @@ class Group:
     def _all_reduce(self, x: torch.Tensor) -> Prepared:
         return Prepared(lambda: dist.all_reduce(x, group=self._group), x, x)
 
+    def _reduce_scatter(self, x: torch.Tensor) -> Prepared:
+        part = x.new_empty(x.numel() // self._place.world_size)
+        return Prepared(lambda: dist.reduce_scatter_tensor(part, x, group=self._group), x, part)
+
+    def _reduce(self, x: torch.Tensor) -> Prepared:
+        """What the others' tensors hold afterwards is up to the backend."""
+        return Prepared(lambda: dist.reduce(x, 0, group=self._group), x, x if self._place.rank == 0 else x[:0])
+
     def _all_gather(self, x: torch.Tensor) -> Prepared:
         whole = x.new_empty(self._place.world_size * x.numel())
         return Prepared(lambda: dist.all_gather_into_tensor(whole, x, group=self._group), x, whole)
 
+    def _gather(self, x: torch.Tensor) -> Prepared:
+        at_root, size = self._place.rank == 0, self._place.world_size
+        whole = x.new_empty(size * x.numel() if at_root else 0)
+        parts = list(whole.chunk(size)) if at_root else None
+        return Prepared(lambda: dist.gather(x, parts, 0, group=self._group), x, whole)
+
     def _broadcast(self, x: torch.Tensor) -> Prepared:
         return Prepared(lambda: dist.broadcast(x, 0, group=self._group), x, x)
+
+    def _scatter(self, x: torch.Tensor) -> Prepared:
+        size = self._place.world_size
+        part = x.new_empty(x.numel() // size)
+        parts = list(x.chunk(size)) if self._place.rank == 0 else None
+        return Prepared(lambda: dist.scatter(part, parts, 0, group=self._group), x, part)
+
+    def _all_to_all(self, x: torch.Tensor) -> Prepared:
+        y = torch.empty_like(x)
+        return Prepared(lambda: dist.all_to_all_single(y, x, group=self._group), x, y)
 
     def _barrier(self, x: torch.Tensor) -> Prepared:
         ids = [self._place.device.index] if self._place.device.type == "cuda" else None

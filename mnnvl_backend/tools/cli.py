@@ -43,9 +43,10 @@ def parser() -> argparse.ArgumentParser:
         "--operation",
         type=_operations,
         default=["all_reduce"],
-        help="comma-separated: all_reduce (the default), all_gather, broadcast, barrier, send_recv, ping_pong",
+        help="comma-separated: all_reduce (the default), reduce_scatter, reduce, all_gather, gather, broadcast, "
+        "scatter, all_to_all, barrier, send_recv, ping_pong",
     )
-    bench.add_argument("--min-bytes", type=_size, help="of a rank's contribution; default 1K, of all_reduce on CUDA 2K")
+    bench.add_argument("--min-bytes", type=_size, help="of what a rank puts in; default 1K, of all_reduce on CUDA 2K")
     bench.add_argument("--max-bytes", type=_size, help="default 64M; on CUDA 256M, but of all_reduce")
     bench.add_argument("--replays", type=int, default=31, help="samples per size and peer")
     bench.add_argument("--only", help="comma-separated peers, e.g. mnnvl,nccl")

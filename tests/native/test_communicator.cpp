@@ -24,7 +24,7 @@ Bytes numbers(uint64_t call, int rank, int64_t numel, Dtype dtype) {
   const uint64_t seed = mix(call * 1000 + static_cast<uint64_t>(rank));
   for (int64_t i = 0; i < numel; ++i) {
     const int64_t units = static_cast<int64_t>(mix(seed + static_cast<uint64_t>(i)) % 20001) - 10000;
-    const uint32_t bits = rounded_bits(static_cast<float>(units) / 977.0f, dtype);
+    const uint64_t bits = rounded_bits(static_cast<double>(units) / 977.0, dtype);
     std::memcpy(data.data() + i * element_size(dtype), &bits, static_cast<size_t>(element_size(dtype)));
   }
   return data;
@@ -51,8 +51,8 @@ void check_all_reduce(CpuRank& rank, int world_size, const Reduction& r) {
   Bytes& result = r.in_place ? in : out;
   rank.all_reduce({in.data() + r.shift, result.data() + r.shift, r.numel, r.dtype, r.op, r.strategy});
   for (int64_t i = 0; i < r.numel; ++i) {
-    const uint32_t expected = rank_order_bits(pointers, i, r.dtype, r.op);
-    const uint32_t seen = element_bits(result.data() + r.shift, i, r.dtype);
+    const uint64_t expected = rank_order_bits(pointers, i, r.dtype, r.op);
+    const uint64_t seen = element_bits(result.data() + r.shift, i, r.dtype);
     CHECK(seen == expected, "call ", r.call, ", rank ", rank.rank(), " of ", world_size, ", element ", i, " of ",
           r.numel, ": ", seen, " for ", expected);
   }

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from operations import WORLDS, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
@@ -62,6 +63,13 @@ def test_every_hazard_names_its_guard_or_says_that_there_is_none():
     assert len(rows) > 30
     for row in rows:
         assert re.search(r"tests/\w+/\w+\.py::test_|argument|design|no guard", row.rsplit("|", 2)[1]), row
+
+
+def test_the_readme_promises_what_is_tested():
+    """No more and no less: its tables are what tests/collectives/test_every_operation.py goes through."""
+    text = (ROOT / "README.md").read_text()
+    assert tables() in text, f"README.md should have these tables:\n\n{tables()}"
+    assert f"with {', '.join(map(str, WORLDS[:-1]))} and {WORLDS[-1]} ranks" in text
 
 
 def test_the_readme_keeps_within_200_lines():

@@ -1,52 +1,46 @@
 #include "backend/collectives/collectives.h"
-#include "backend/collectives/gathered_reduce.h"
-#include "backend/tensors.h"
 
 namespace mnnvl::collectives {
 namespace {
 
-// Checks the arguments too; empty for no elements.
-Body reduce_body(GroupView group, const at::Tensor& tensor, const c10d::ReduceOp& reduce_op, Tensors* landing) {
-  const std::optional<Dtype> dtype = kernel_dtype(tensor);
-  const std::optional<ReduceOp> op = kernel_op(reduce_op);
-  const bool by_kernel = dtype && op;
-  if (!by_kernel) check_gathered_reduce(tensor, reduce_op);
-  if (group.size == 1 || tensor.numel() == 0) return nullptr;
-  if (!by_kernel) return gathered_reduce_body(tensor, reduce_op.op_, group.size, landing);
-  AllReduceRequest request;
-  request.in = request.out = tensor.data_ptr();
-  request.numel = tensor.numel();
-  request.dtype = *dtype;
-  request.op = *op;
-  return [request](Transport& transport, const Run& run) { transport.run(request, run); };
-}
-
-Call reduce_all(c10d::OpType type, const char* title, GroupView group, const Tensors& tensors,
-                const c10d::AllreduceOptions& options) {
-  Call call = make_call(type, title, tensors.empty() ? at::Device(at::kCPU) : tensors[0].device(), options);
-  call.inputs = call.outputs = tensors;
-  std::vector<Body> bodies;
-  for (const at::Tensor& tensor : tensors) {
-    if (Body body = reduce_body(group, tensor, options.reduceOp, &call.landing)) bodies.push_back(std::move(body));
+Call reduce_all(Call call, GroupView group, const at::Tensor& tensor, const c10d::ReduceOp& op) {
+  const Reduction reduction = reduction_of(tensor, op, call.name, "tensor");
+  call.inputs = call.outputs = {tensor};
+  if (tensor.numel() == 0) return call;
+  const at::Tensor input = premultiplied(tensor, op);
+  if (group.size == 1) {
+    call.epilogue = copy_of(input, tensor);
+    return call;
   }
-  call.body = in_turn(std::move(bodies));
+  AllReduceRequest request;
+  request.in = input.data_ptr();
+  request.out = tensor.data_ptr();
+  request.dtype = reduction.dtype;
+  request.op = reduction.op;
+  request.numel = int64_t(tensor.nbytes()) / element_size(reduction.dtype);
+  call.body = [request](Transport& transport, const Run& run) { transport.run(request, run); };
+  if (!input.is_same(tensor)) call.landing = {input};
   return call;
 }
 
 }  // namespace
 
 Call all_reduce(GroupView group, Tensors& tensors, const c10d::AllreduceOptions& options) {
-  check_single(tensors, "all_reduce");
-  return reduce_all(c10d::OpType::ALLREDUCE, "mnnvl:all_reduce", group, tensors, options);
+  const at::Tensor& tensor = only_dense_tensor(tensors, "all_reduce");
+  Call call = make_call(c10d::OpType::ALLREDUCE, "mnnvl:all_reduce", tensor.device(), options);
+  return reduce_all(std::move(call), group, tensor, options.reduceOp);
 }
 
 Call all_reduce_coalesced(GroupView group, Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) {
-  constexpr const char* kName = "all_reduce_coalesced";
+  const Call whole = make_call(c10d::OpType::ALLREDUCE_COALESCED, "mnnvl:all_reduce_coalesced", device_of(tensors),
+                               options);
+  std::vector<Call> calls;
   for (const at::Tensor& tensor : tensors) {
-    check_dense(tensor, kName, "tensors");
-    check_same_device(tensor, tensors[0], kName, "tensors");
+    check_dense(tensor, whole.name, "tensors");
+    check_same_device(tensor, tensors[0], whole.name, "tensors");
+    calls.push_back(reduce_all(whole, group, tensor, options.reduceOp));
   }
-  return reduce_all(c10d::OpType::ALLREDUCE_COALESCED, "mnnvl:all_reduce_coalesced", group, tensors, options);
+  return merged(whole, std::move(calls));
 }
 
 }  // namespace mnnvl::collectives

@@ -1,7 +1,6 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "backend/collectives/collectives.h"
-#include "backend/tensors.h"
 #include "kernels/kernels.h"
 
 namespace mnnvl::collectives {

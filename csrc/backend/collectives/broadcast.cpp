@@ -1,13 +1,10 @@
 #include "backend/collectives/collectives.h"
-#include "backend/tensors.h"
 
 namespace mnnvl::collectives {
 
 Call broadcast(GroupView group, Tensors& tensors, const c10d::BroadcastOptions& options) {
-  check_single(tensors, "broadcast");
-  const at::Tensor& tensor = tensors[0];
-  TORCH_CHECK_VALUE(options.rootRank >= 0 && options.rootRank < group.size, "mnnvl broadcast: root: expected 0 to ",
-                    group.size - 1, ", got ", options.rootRank);
+  const at::Tensor& tensor = only_dense_tensor(tensors, "broadcast");
+  check_root(group, options.rootRank, "broadcast");
   Call call = make_call(c10d::OpType::BROADCAST, "mnnvl:broadcast", tensor.device(), options);
   call.inputs = call.outputs = tensors;
   if (group.size == 1 || tensor.numel() == 0) return call;

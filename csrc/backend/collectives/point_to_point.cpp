@@ -1,5 +1,4 @@
 #include "backend/collectives/collectives.h"
-#include "backend/tensors.h"
 
 namespace mnnvl::collectives {
 namespace {
@@ -10,9 +9,8 @@ constexpr const char* kRecv = "mnnvl:recv";
 // A Call of one message. `peer` has been checked, or is Message::kAnySource.
 Call one_message(c10d::OpType type, const char* title, const Tensors& tensors, int peer, int tag) {
   const char* name = public_name(title);
-  check_single(tensors, name);
+  const at::Tensor& tensor = only_dense_tensor(tensors, name);
   TORCH_CHECK_VALUE(tag >= 0, "mnnvl ", name, ": tag: expected 0 or more, got ", tag);
-  const at::Tensor& tensor = tensors[0];
   c10d::BarrierOptions options;  // c10d gives messages no options
   options.asyncOp = true;        // on a stream of its own, beside collectives
   Call call = make_call(type, title, tensor.device(), options);

@@ -37,6 +37,25 @@ struct DeviceParams {
   DeviceMessage messages[kMessages];
 };
 
+// Appends the messages of one role, those of each peer together, the next rank's first.
+template <typename Params>
+void add_role(Params& p, Role& role, const ChannelMessage* messages, int count, int& channels, int& filled) {
+  role.first_channel = channels;
+  const int world = p.group.world_size;
+  for (int distance = 1; distance < world; ++distance) {
+    const int peer = (p.group.rank + distance) % world;
+    DeviceChannel channel{int16_t(peer), int16_t(filled), 0};
+    for (int i = 0; i < count; ++i) {
+      if (messages[i].peer != peer) continue;
+      const Cut cut = Cut::make(p.group.layout.channel, messages[i].bytes);
+      p.messages[filled++] = {static_cast<std::byte*>(messages[i].data), cut, messages[i].call, messages[i].tag};
+      ++channel.count;
+    }
+    if (channel.count > 0) p.channels[channels++] = channel;
+  }
+  role.channels = channels - role.first_channel;
+}
+
 enum class Mode : int { kSendLines, kTakeLines, kCopy, kStop };
 
 struct Piece {

@@ -116,6 +116,19 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* shared, uint32_t phase) 
   }
 }
 
+// The same without waiting.
+__device__ __forceinline__ bool mbarrier_is_over(uint64_t* shared, uint32_t phase) {
+  uint32_t over;
+  asm volatile(
+      "{ .reg .pred p;\n\t"
+      "mbarrier.test_wait.parity.acquire.cta.shared.b64 p, [%1], %2;\n\t"
+      "selp.u32 %0, 1, 0, p; }"
+      : "=r"(over)
+      : "r"(uint32_t(__cvta_generic_to_shared(shared))), "r"(phase & 1)
+      : "memory");
+  return over != 0;
+}
+
 // Counts up to `wrap` and back to 0; relaxed, device scope.
 __device__ __forceinline__ uint32_t atom_inc_relaxed_gpu_u32(uint32_t* address, uint32_t wrap) {
   uint32_t old;

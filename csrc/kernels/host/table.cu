@@ -11,7 +11,8 @@ namespace mnnvl::kernels {
 #define MNNVL_FOR_EACH_KERNEL(X) \
   X(oneshot_allreduce) \
   X(twoshot_allreduce) \
-  X(exchange)
+  X(exchange) \
+  X(reduce)
 
 namespace rows {
 #define MNNVL_DECLARE(row) extern const decltype(KernelTable::row) row;

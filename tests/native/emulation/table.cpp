@@ -1,12 +1,18 @@
 // The table of kernels of the native tests: those whose source runs under emulation. Stands in for csrc/kernels/host/.
-#include "kernels/channel/exchange.cu"
+#include "kernels/kernels.h"
 
 namespace mnnvl::kernels {
+
+namespace rows {
+extern const KernelTable::Row<ExchangeParams> exchange;
+extern const KernelTable::Row<ReduceParams> reduce;
+}  // namespace rows
 
 const KernelTable& table() {
   static const KernelTable table = [] {
     KernelTable made{};
     made.exchange = rows::exchange;
+    made.reduce = rows::reduce;
     return made;
   }();
   return table;

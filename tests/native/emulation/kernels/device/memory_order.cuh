@@ -37,11 +37,28 @@ inline void ld_relaxed_sys_b128(const void* address, uint64_t& low, uint64_t& hi
 inline void st_release_cta_u32(uint32_t* shared, uint32_t v) { st_release_sys_u32(shared, v); }
 inline uint32_t ld_acquire_cta_u32(const uint32_t* shared) { return ld_acquire_sys_u32(shared); }
 
-// For one arrival a phase: the word counts phases.
-inline void mbarrier_init(uint64_t* shared, uint32_t /*arrivals*/) { *shared = 0; }
-inline void mbarrier_arrive(uint64_t* shared) { __atomic_fetch_add(shared, 1, __ATOMIC_RELEASE); }
+// Arrivals that a phase takes; arrivals that the running one lacks; phases that are over. A block is one thread of the
+// system, so plain arithmetic between two changes of fiber is atomic.
+struct EmulatedBarrier {
+  uint16_t arrivals, missing;
+  uint32_t phases;
+};
+inline EmulatedBarrier& emulated(uint64_t* shared) { return *reinterpret_cast<EmulatedBarrier*>(shared); }
+inline void mbarrier_init(uint64_t* shared, uint32_t arrivals) {
+  emulated(shared) = {uint16_t(arrivals), uint16_t(arrivals), 0};
+}
+inline void mbarrier_arrive(uint64_t* shared) {
+  EmulatedBarrier& barrier = emulated(shared);
+  if (--barrier.missing != 0) return;
+  barrier.missing = barrier.arrivals;
+  ++barrier.phases;
+}
+inline bool mbarrier_is_over(uint64_t* shared, uint32_t phase) {
+  emulation::Block::current()->yield();
+  return emulated(shared).phases % 2 != phase % 2;
+}
 inline void mbarrier_wait(uint64_t* shared, uint32_t phase) {
-  while (polled(shared, __ATOMIC_ACQUIRE) % 2 == phase % 2) {
+  while (!mbarrier_is_over(shared, phase)) {
   }
 }
 

@@ -1,0 +1,107 @@
+#include "backend/flight_recorder.h"
+
+#include <c10/util/Logging.h>
+
+#include <algorithm>
+#include <iomanip>
+#include <sstream>
+
+namespace mnnvl {
+namespace {
+
+// A lost context has no ends: then the state stays what it was.
+bool has_ended(const c10::Event& end) noexcept {
+  try {
+    return end.query();
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+void write_row(std::ostream& out, const FlightRecorder::Operation& operation,
+               std::chrono::system_clock::time_point now) {
+  const std::chrono::duration<double> age = now - operation.begun;
+  out << '\n'
+      << std::right << std::setw(10) << operation.sequence << "  " << std::left << std::setw(34) << operation.name
+      << std::right << std::setw(14) << operation.bytes << "  " << std::left << std::setw(14)
+      << (operation.dtype ? c10::toString(*operation.dtype) : "-") << std::setw(8) << operation.device.str()
+      << std::setw(6) << (operation.async ? "async" : "") << std::setw(10) << name(operation.state) << std::fixed
+      << std::setprecision(3) << age.count() << " s ago";
+}
+
+}  // namespace
+
+const char* name(FlightRecorder::State state) {
+  switch (state) {
+    case FlightRecorder::State::kEnqueued: return "enqueued";
+    case FlightRecorder::State::kCaptured: return "captured";
+    case FlightRecorder::State::kCompleted: return "completed";
+    case FlightRecorder::State::kFailed: return "failed";
+  }
+  return "?";
+}
+
+uint64_t FlightRecorder::begin(const Call& call) {
+  const std::vector<at::Tensor>& tensors = call.inputs.empty() ? call.outputs : call.inputs;
+  Operation operation;
+  operation.sequence = call.sequence;
+  operation.name = call.name;
+  for (const at::Tensor& tensor : tensors) operation.bytes += int64_t(tensor.nbytes());
+  if (!tensors.empty()) operation.dtype = tensors[0].scalar_type();
+  operation.device = call.device;
+  operation.async = call.async;
+  operation.begun = std::chrono::system_clock::now();
+  std::shared_ptr<c10::Event> old;  // goes when the lock is free
+  std::lock_guard<std::mutex> lock(mutex_);
+  operation.ticket = ++tickets_;
+  old = std::move(at(operation.ticket).end);
+  at(operation.ticket) = std::move(operation);
+  return tickets_;
+}
+
+void FlightRecorder::enqueued(uint64_t ticket, std::shared_ptr<c10::Event> end, bool capturing) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Operation& operation = at(ticket);
+  if (operation.ticket != ticket) return;
+  if (capturing) {
+    operation.state = State::kCaptured;
+  } else {
+    operation.end = std::move(end);
+  }
+}
+
+void FlightRecorder::end(uint64_t ticket, bool failed) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (at(ticket).ticket == ticket) at(ticket).state = failed ? State::kFailed : State::kCompleted;
+}
+
+std::vector<FlightRecorder::Operation> FlightRecorder::operations() const {
+  std::vector<Operation> all;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::copy_if(ring_.begin(), ring_.end(), std::back_inserter(all), [](const auto& one) { return one.ticket != 0; });
+  }
+  std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.ticket < b.ticket; });
+  for (Operation& one : all) {
+    if (one.state == State::kEnqueued && one.end && has_ended(*one.end)) one.state = State::kCompleted;
+  }
+  return all;
+}
+
+void FlightRecorder::report() noexcept {
+  if (reported_.exchange(true)) return;
+  try {
+    const std::vector<Operation> all = operations();
+    if (all.empty()) return;
+    std::ostringstream out;
+    out << "mnnvl: the last operations of rank " << rank_
+        << " (sequence, operation, bytes, dtype, device, state, when it was begun):";
+    const auto now = std::chrono::system_clock::now();
+    for (const Operation& one : all) write_row(out, one, now);
+    LOG(ERROR) << out.str();
+  } catch (const std::exception& error) {  // no memory: the failure itself is told by others
+    LOG(ERROR) << "mnnvl: cannot tell the last operations: " << error.what();
+  }
+}
+
+}  // namespace mnnvl
