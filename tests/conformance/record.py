@@ -18,7 +18,6 @@ from conformance.torch_suite import FAILED, PASSED, SKIPPED, Outcome
 import mnnvl_backend
 
 ROOT = Path(__file__).resolve().parents[2]
-NO_ERROR = re.compile(r"\[rank\d+\] *$|.*To execute this test|.*python \S+ TestDistBackend|.*PYTORCH_PRINT_REPRO")
 RESULTS = (PASSED, SKIPPED, FAILED)
 
 
@@ -56,11 +55,13 @@ def machine(run: Run) -> Iterator[str]:
 
 
 def error_line(reason: str) -> str:
-    """The first rank's error, of a report of all ranks: the last line that says one. Free of addresses in memory."""
-    first = [line for line in reason.splitlines() if line.startswith(reason.splitlines()[1].split(" ")[0])]
-    lines = [line for line in first or reason.splitlines() if not NO_ERROR.match(line)]
-    errors = [line for line in lines if re.match(r"(\[rank\d+\] )?[\w.]*(Error|Exception)\b|.*(killed|died)", line)]
-    return re.sub(r"^\[rank\d+\] ", "", (errors or lines)[-1])[:300].replace("|", "\\|")
+    """Of a report of all ranks, the last error of the first rank that has one; others were only killed afterwards."""
+    errors: dict[str, str] = {}
+    for rank, line in re.findall(r"^\[rank(\d+)\] (.*)$", reason, re.M):
+        if re.match(r"[\w.]*(Error|Exception|Interrupt)\b|died with|killed:", line):
+            errors[rank] = line
+    first = next((line for line in errors.values() if not line.startswith("killed:")), None)
+    return (first or next(iter(errors.values()), reason.strip().splitlines()[-1]))[:300].replace("|", "\\|")
 
 
 def counts(run: Run) -> Iterator[str]:

@@ -37,8 +37,8 @@ def run_one(pool: RankPool, name: str, backend: str, device: str, world_size: in
             (Path(folder) / part).mkdir()
         try:
             outcomes = pool.run(
-                run_method, world_size, device, SECONDS, ENVIRONMENT[device], (name, folder, backend, REFERENCE[device]),
-                backend=None,
+                run_method, world_size, device, SECONDS, ENVIRONMENT[device],
+                (name, folder, backend, REFERENCE[device]), backend=None,
             )  # fmt: skip
         except RankFailure as failure:
             return Outcome(FAILED, str(failure), time.monotonic() - begin)
@@ -104,8 +104,8 @@ def main(arguments: list[str]) -> int:
     at_least = 0 if args.only else REFERENCE_PASSES_AT_LEAST.get((args.device, world_size), 1)
     wrong = list(problems(results, reference, by_design, at_least))
     run = record.Run(
-        f"bash scripts/conformance.sh {' '.join(arguments)}".strip(), args.device, world_size, args.backend, reference_name,
-        results, reference, by_design, wrong, time.monotonic() - begin,
+        f"bash scripts/conformance.sh {' '.join(arguments)}".strip(), args.device, world_size, args.backend,
+        reference_name, results, reference, by_design, wrong, time.monotonic() - begin,
     )  # fmt: skip
     text = record.markdown(run)
     print(text)

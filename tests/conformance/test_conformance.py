@@ -59,7 +59,7 @@ def test_a_skip_is_seen(pool):
 
 
 def test_a_failure_is_seen(pool):
-    """That of a test which needs what mnnvl refuses by design. Last of the ranks' tests: it costs the pool its ranks."""
+    """Of a test that needs what mnnvl refuses by design. Last of those with ranks: it costs the pool its ranks."""
     outcome = run_one(pool, "test_sparse_all_reduce_sum", "mnnvl", "cpu", WORLD_SIZE)
     assert outcome.status == FAILED
     assert record.error_line(outcome.reason).startswith("ValueError: mnnvl all_reduce: tensor: expected a dense tensor")

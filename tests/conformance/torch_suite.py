@@ -64,8 +64,8 @@ class Stand(str):
 
 @functools.cache
 def suite(backend: str, reference: str, world_size: int) -> ModuleType:
-    """torch's module of tests, with `backend` in the place of `reference`. Once a process: it reads its environment when
-    it is imported."""
+    """torch's module of tests, with `backend` in the place of `reference`. Once a process: the module reads its
+    environment when it is imported."""
     os.environ.update(BACKEND=reference, WORLD_SIZE=str(world_size), INIT_METHOD="file://")
     module = importlib.import_module("torch.testing._internal.distributed.distributed_test")
     module.BACKEND = Stand(backend, reference)

@@ -13,7 +13,7 @@ from under_torchrun import join
 
 pytest.importorskip("lightning", reason="lightning is not installed; scripts/libraries_test.sh installs it")
 
-BATCH, EPOCHS = 4, 2
+BATCH, EPOCHS = 4, 3
 
 
 def module() -> Any:
@@ -73,6 +73,7 @@ def test_fits_as_with_gloo(ranks, tmp_path):
     assert [result.pop("backend") for result in gloo + mnnvl] == ["gloo"] * 2 + ["mnnvl"] * 2
     assert mnnvl == gloo
     assert mnnvl[0]["parameters"] == mnnvl[1]["parameters"]
-    assert mnnvl[0]["losses"][-1] < mnnvl[0]["losses"][0]
+    steps = len(mnnvl[0]["losses"]) // EPOCHS
+    assert sum(mnnvl[0]["losses"][-steps:]) < sum(mnnvl[0]["losses"][:steps])
     assert mnnvl[0]["object"] == {"from": 1}
     assert list((tmp_path / "mnnvl").glob("*.ckpt"))

@@ -1,5 +1,5 @@
-"""The Trainer of Hugging Face transformers on two CPU ranks, with a tiny model made on the spot: over mnnvl it gives the
-bits that it gives over gloo."""
+"""The Trainer of Hugging Face transformers on two CPU ranks, with a tiny model made on the spot: the bits that it gives
+over gloo."""
 
 from __future__ import annotations
 
