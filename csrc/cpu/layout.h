@@ -13,24 +13,28 @@
 //                                               the epoch beside it; r makes the wake call only if > 0
 //   posted.calls[i]   r                 peers   what r's call of its last posting step e with e % S = i    0
 //   posted.tags[i]                              was, and that step; stored before posted = e, see Calls    0
+//   announcements[i]  r                 peers   plain bytes, as those of the slot e % S = i: see Slots         anything
 //   abort             anyone, CAS       r       0, or protocol/failure.h's abort_word(...); never reset    0
 //
 // "Last step" means r's last step that had something to say with this word, or later.
 //
 // Epochs. A call is cut into steps; step numbers are 32 bits, continue from call to call, are never reset and are
-// compared with reached(). Every rank counts the same steps, because a call's steps are a pure function of its
-// arguments and of the segment size (plan.h). A communicator starts from the values that it finds in its own words, 0
-// in a fresh segment. `posted` and `reduced` skip steps in which r has nothing to say (broadcast, one-shot); a later
-// value includes all earlier, and every 2^20 steps at the latest they are brought up to date, since a word 2^31 steps
-// behind would compare as ahead.
+// compared with reached(). Every rank counts the same steps, because a call's steps are a pure function of the segment
+// size (plan.h) and of arguments that are the same on every rank, or that all have shown each other: an all_to_all
+// takes one step, in which every rank reads everybody's largest size, and then as many more as the largest of those
+// asks for. A rank finishes the steps it has taken before it takes more. A communicator starts from the values that it
+// finds in its own words, 0 in a fresh segment. `posted` and `reduced` skip steps in which r has nothing to say
+// (broadcast, scatter, one-shot); a later value includes all earlier, and every 2^20 steps at the latest they are
+// brought up to date, since a word 2^31 steps behind would compare as ahead.
 //
 // Slots: why a peer never reads bytes that are being overwritten. r writes into slot e % S in step e only (its
 // contribution; in two-shot then its reduced slice), and before the first such write has seen done >= e - S in every
 // peer's segment. A peer reads r's slot in step e only between having seen posted (or reduced) of r >= e and storing
 // its own done >= e. The slot's previous user was step e - S: all its readers have released it. All stores are seq_cst,
 // loads acquire, so the slot's bytes are ordered by the words. This argument needs nothing about which operation a step
-// belongs to: all_reduce, all_gather, broadcast and barrier interleave freely, and a broadcast's root may run up to S
-// steps ahead of its readers.
+// belongs to, nor about who reads which bytes of a slot: the operations interleave freely, whether all peers read the
+// whole slot (all_gather), one does (gather, reduce), or each a part of its own (scatter, reduce_scatter, all_to_all).
+// Who only posts runs up to S steps ahead of those that read. announcements[e % S] belong to the slot in all of this.
 //
 // Calls: why ranks whose calls differ are found out before one uses the other's data. Beside `posted`, in its cache
 // line, stand for each slot the descriptor of the call that filled it (CallDescriptor, packed) and a tag: the low 16
@@ -44,21 +48,24 @@
 // - If r did not post e (it was in a broadcast from another rank, or posted was brought up to date), the tag is of
 //   another step, and the stale slot isn't used. r's last post, posted itself, is then a step in e + 1 .. e + S - 1,
 //   not yet overwritten, and says which call r is in by now.
-// - Two ranks that both think to be the root of a broadcast post to each other and read nothing. The digests differ
-//   from there on: the first later step in which one of them reads the other finds it. Digests are compared in 16 bits
-//   a step, so each step misses it with a chance of 2^-16, and the next is another chance. What can't be found: calls
-//   that differ where nobody reads from anybody until the end of the program.
+// - Two ranks that both think to be the root of a broadcast or scatter post to each other and read nothing. (In a
+//   gather or reduce the roots wait for each other; they post too, for this alone.) The digests differ from there on:
+//   the first later step in which one of them reads the other finds it. Digests are compared in 16 bits a step, so each
+//   step misses it with a chance of 2^-16, and the next is another chance. What can't be found: calls that differ where
+//   nobody reads from anybody until the end of the program.
 // - A rank that waits for a post which never comes is told by a rank that found the difference, or times out.
+// - The sizes of an all_to_all are no part of the call that stands beside `posted`. The reader compares what was
+//   announced for it with what it expects, in the first step, before it touches the slot.
 //
 // The slice's second use. In a two-shot step r's own slice of its own slot is a hole: r doesn't publish to itself. r
 // puts the reduced slice there, then stores reduced = e. Peers read the hole only after reduced >= e, and the rest of
 // the slot only in the reduce before; the two never overlap, so a second stage costs no memory and no cache.
 //
 // Progress: why no cycle of waits can form. All ranks run the same program of posts, reductions and copies: per call,
-// for i = 0, 1, ...: post(i + kPostAhead), reduce(i), copy(i - kCopyBehind). Each wait is for something a peer
-// publishes at a strictly earlier place of that program: reduce(i) needs post(i); copy(i) needs reduce(i); post(i)
-// needs done(i - S), stored after copy(i - S), which comes earlier because S > kPostAhead + kCopyBehind. So the rank
-// that is furthest behind can always go on.
+// for i = 0, 1, ...: post(i + kPostAhead), reduce(i), copy(i - kCopyBehind), of which most operations leave out one or
+// two (Steps::run()). Each wait is for something a peer publishes at a strictly earlier place of that program:
+// reduce(i) needs post(i); copy(i) needs reduce(i); post(i) needs done(i - S), stored after copy(i - S), which comes
+// earlier because S > kPostAhead + kCopyBehind. So the rank that is furthest behind can always go on.
 //
 // Sleeping: why no wake-up is lost. The sleeper does sleepers.fetch_add(1), then futex_wait(epoch, value seen before);
 // the writer does epoch.store(e), then loads sleepers. These four are seq_cst. If the writer loads 0, its store

@@ -1,4 +1,10 @@
 // The portable reductions, and the choice among instruction sets.
+#if !defined(__clang__)  // which assumes it without a word
+// Nobody looks at floating-point exceptions, so a choice between two results may compute both: that is how a loop over
+// such choices is vectorised.
+#pragma GCC optimize("no-trapping-math")
+#endif
+
 #include "cpu/reduce.h"
 
 #include <array>

@@ -36,30 +36,28 @@ struct SmallFloat {
   static constexpr int kWidth = kMantissa + (kBias == 7 ? 4 : 5) + 1;
   static constexpr uint32_t kSign = 1u << (kWidth - 1), kNaN = kSign - 1;
 
+  // Both choose among results instead of ways to them, so that compilers vectorise loops over them.
   static MNNVL_HOST_DEVICE float widen(uint32_t bits) {
     const uint32_t sign = (bits & kSign) << (32 - kWidth), magnitude = bits & (kSign - 1);
-    if (!kSpecials && magnitude == kNaN) return bits_as<float>(0x7fffffffu);
-    if (kSpecials && magnitude >= kOverflow) return bits_as<float>(sign | 0x7f800000u | magnitude << kDropped);
-    if (magnitude >> kMantissa != 0) {
-      return bits_as<float>(sign | ((magnitude << kDropped) + (uint32_t(127 - kBias) << 23)));
-    }
     // Zero or subnormal, exact: the unit is 2^(1 - kBias - kMantissa).
-    return bits_as<float>(sign | bits_as<uint32_t>(float(magnitude) * bits_as<float>(unit_exponent() << 23)));
+    const uint32_t subnormal = bits_as<uint32_t>(float(int32_t(magnitude)) * bits_as<float>(unit_exponent() << 23));
+    const uint32_t normal = (magnitude << kDropped) + (uint32_t(127 - kBias) << 23);
+    const uint32_t special = kSpecials ? 0x7f800000u | magnitude << kDropped : 0x7fffffffu;
+    const uint32_t finite = magnitude >> kMantissa != 0 ? normal : subnormal;
+    return bits_as<float>(sign | (magnitude >= (kSpecials ? kOverflow : kNaN) ? special : finite));
   }
 
   static MNNVL_HOST_DEVICE uint32_t narrow(float v) {
-    if (v != v) return kNaN;
     const uint32_t bits = bits_as<uint32_t>(v), magnitude = bits & 0x7fffffffu;
-    uint32_t small;
-    if (magnitude >= uint32_t(127 - kBias + 1) << 23) {  // normal: round what is dropped; a carry may reach too far
-      const uint32_t shifted = magnitude - (uint32_t(127 - kBias) << 23);
-      const uint32_t rounded = (shifted + (1u << (kDropped - 1)) - 1 + (magnitude >> kDropped & 1)) >> kDropped;
-      small = rounded < kOverflow ? rounded : kOverflow;
-    } else {  // subnormal: adding a value whose last bit is the unit makes the addition round
-      const float shift = bits_as<float>((unit_exponent() + 23) << 23);
-      small = bits_as<uint32_t>(bits_as<float>(magnitude) + shift) - bits_as<uint32_t>(shift);
-    }
-    return small == 0 ? 0 : small | (bits >> 31) << (kWidth - 1);
+    // Normal: round what is dropped; a carry may reach too far.
+    const uint32_t shifted = magnitude - (uint32_t(127 - kBias) << 23);
+    const uint32_t rounded = (shifted + (1u << (kDropped - 1)) - 1 + (magnitude >> kDropped & 1)) >> kDropped;
+    const uint32_t normal = rounded < kOverflow ? rounded : kOverflow;
+    // Subnormal: adding a value whose last bit is the unit makes the addition round.
+    const float shift = bits_as<float>((unit_exponent() + 23) << 23);
+    const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + shift) - bits_as<uint32_t>(shift);
+    const uint32_t small = magnitude >= uint32_t(127 - kBias + 1) << 23 ? normal : subnormal;
+    return v != v ? kNaN : small == 0 ? 0 : small | (bits >> 31) << (kWidth - 1);
   }
 
  private:
@@ -194,8 +192,9 @@ constexpr ReduceOp computed(Dtype dtype, ReduceOp op) {
 // All that is reduced, as computed(): X(dtype, op).
 #define MNNVL_FOR_EACH_NUMBER(X, op) \
   X(kFloat32, op) \
-  X(kFloat16, op) X(kBFloat16, op) X(kFloat64, op) X(kFloat8E4M3, op) X(kFloat8E5M2, op) X(kInt8, op) X(kUInt8, op) \
-      X(kInt16, op) X(kInt32, op) X(kInt64, op)
+  X(kFloat16, op) \
+  X(kBFloat16, op) X(kFloat64, op) X(kFloat8E4M3, op) X(kFloat8E5M2, op) X(kInt8, op) X(kUInt8, op) X(kInt16, op) \
+      X(kInt32, op) X(kInt64, op)
 #define MNNVL_FOR_EACH_SET_OF_BITS(X, op) \
   X(kInt8, op) X(kUInt8, op) X(kInt16, op) X(kInt32, op) X(kInt64, op) X(kBool, op)
 #define MNNVL_FOR_EACH_REDUCTION(X) \

@@ -118,7 +118,7 @@ std::string mismatch_text(const FailureRecord& record, const FailureDetails& det
       text += str("both are in ", mine, ", but their calls before it differed, where neither read from the other");
       break;
     case Mismatch::Kind::kPair:
-      text += str("rank ", peer, " sends it ", details.mismatch->theirs.bytes, " bytes, and it expects ",
+      text += str("rank ", peer, " sends ", details.mismatch->theirs.bytes, " bytes to rank ", me, ", which expects ",
                   details.mismatch->mine.bytes);
       break;
     case Mismatch::Kind::kMessage: break;

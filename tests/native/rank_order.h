@@ -1,5 +1,5 @@
-// The reductions by definition, for tests: element by element, in rank order, rounded through exact arithmetic. Slow, and
-// written without a look at cpu/reduce.* and protocol/arithmetic.h.
+// The reductions by definition, for tests: element by element, in rank order, rounded through exact arithmetic. Slow,
+// and written without a look at cpu/reduce.* and protocol/arithmetic.h.
 #pragma once
 
 #include <cstddef>

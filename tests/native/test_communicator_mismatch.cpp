@@ -11,6 +11,10 @@ namespace {
 
 constexpr int64_t kSlotBytes = 512;
 
+constexpr Operation kCollectives[] = {Operation::kAllReduce,     Operation::kAllGather, Operation::kBroadcast,
+                                      Operation::kBarrier,       Operation::kReduce,    Operation::kScatter,
+                                      Operation::kReduceScatter, Operation::kGather,    Operation::kAllToAll};
+
 struct Call {
   Operation operation = Operation::kBarrier;
   int64_t numel = 0;
@@ -20,8 +24,8 @@ struct Call {
 
 Call random_call(Random& random, int world_size) {
   const int64_t most = random.below(4) == 0 ? 700 : 40;  // beyond 128 elements: several steps
-  return {static_cast<Operation>(random.below(4)), random.below(most), static_cast<int>(random.below(world_size)),
-          random.below(2) == 0 ? Strategy::kOneShot : Strategy::kTwoShot};
+  return {kCollectives[random.below(std::size(kCollectives))], random.below(most),
+          static_cast<int>(random.below(world_size)), random.below(2) == 0 ? Strategy::kOneShot : Strategy::kTwoShot};
 }
 
 // What rank `rank` brings to its call number `index`.
@@ -45,30 +49,47 @@ class Caller {
   // Runs the next call; true if the result is what that call makes of all ranks' values.
   bool right(const Call& call) {
     const size_t index = calls_++;
-    std::vector<float> mine(static_cast<size_t>(call.numel), value_of(index, rank_));
-    switch (call.operation) {
-      case Operation::kBarrier: communicator_.run(BarrierRequest{}, timeout_ms_); return true;
-      case Operation::kBroadcast:
-        communicator_.run(BroadcastRequest{mine.data(), call.numel * 4, call.root}, timeout_ms_);
-        return all_are(mine, value_of(index, call.root));
-      case Operation::kAllReduce: {
-        float sum = 0;
-        for (int r = 0; r < world_size_; ++r) sum += value_of(index, r);
-        communicator_.run(
-            AllReduceRequest{mine.data(), mine.data(), call.numel, Dtype::kFloat32, ReduceOp::kSum, call.strategy},
-            timeout_ms_);
-        return all_are(mine, sum);
-      }
-      default: break;
-    }
-    std::vector<std::vector<float>> all(static_cast<size_t>(world_size_), std::vector<float>(mine.size()));
+    const int64_t numel = call.numel, bytes = numel * 4;
+    const bool is_root = rank_ == call.root;
+    std::vector<float> mine(static_cast<size_t>(numel), value_of(index, rank_));
+    float* const data = mine.data();
+    const std::vector<const void*> ins(static_cast<size_t>(world_size_), data);  // the same for everybody
+    const std::vector<int64_t> sizes(ins.size(), bytes);
+    std::vector<std::vector<float>> all(ins.size(), std::vector<float>(mine.size()));
     std::vector<void*> outs;
     for (auto& one : all) outs.push_back(one.data());
-    communicator_.run(AllGatherRequest{mine.data(), outs.data(), call.numel * 4}, timeout_ms_);
-    for (int r = 0; r < world_size_; ++r) {
-      if (!all_are(all[static_cast<size_t>(r)], value_of(index, r))) return false;
+    float sum = 0;
+    for (int r = 0; r < world_size_; ++r) sum += value_of(index, r);
+    const auto run = [&](const Request& request) { communicator_.run(request, timeout_ms_); };
+    const auto all_are_theirs = [&] {
+      for (int r = 0; r < world_size_; ++r) {
+        if (!all_are(all[static_cast<size_t>(r)], value_of(index, r))) return false;
+      }
+      return true;
+    };
+    switch (call.operation) {
+      case Operation::kBroadcast:
+        run(BroadcastRequest{data, bytes, call.root});
+        return all_are(mine, value_of(index, call.root));
+      case Operation::kAllReduce:
+        run(AllReduceRequest{data, data, numel, Dtype::kFloat32, ReduceOp::kSum, call.strategy});
+        return all_are(mine, sum);
+      case Operation::kReduce: run(ReduceRequest{data, data, numel, call.root}); return !is_root || all_are(mine, sum);
+      case Operation::kReduceScatter:
+        run(ReduceScatterRequest{ins.data(), outs[0], numel});
+        return all_are(all[0], sum);
+      case Operation::kScatter:
+        run(ScatterRequest{ins.data(), outs[0], bytes, call.root});
+        return all_are(all[0], value_of(index, call.root));
+      case Operation::kGather:
+        run(GatherRequest{data, outs.data(), bytes, call.root});
+        return !is_root || all_are_theirs();
+      case Operation::kAllGather: run(AllGatherRequest{data, outs.data(), bytes}); return all_are_theirs();
+      case Operation::kAllToAll:
+        run(AllToAllRequest{ins.data(), sizes.data(), outs.data(), sizes.data(), Dtype::kFloat32});
+        return all_are_theirs();
+      default: run(BarrierRequest{}); return true;
     }
-    return true;
   }
   void abort() { communicator_.abort(); }
 
@@ -153,8 +174,7 @@ TEST(communicator_like_programs_are_never_parted) {
 }
 
 TEST(communicator_packs_calls) {
-  for (Operation operation :
-       {Operation::kAllReduce, Operation::kAllGather, Operation::kBroadcast, Operation::kBarrier}) {
+  for (Operation operation : kCollectives) {
     for (Strategy strategy : {Strategy::kOneShot, Strategy::kTwoShot}) {
       const CallDescriptor call{operation,        (int64_t{1} << 40) - 3, kMaxWorldSize - 1,
                                 Dtype::kBFloat16, ReduceOp::kAvg,         strategy};
