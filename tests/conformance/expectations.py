@@ -6,7 +6,7 @@ from __future__ import annotations
 MONITORED = "torch's own function refuses every backend but gloo, by name; the group's monitored_barrier works"
 BY_DESIGN: dict[str, dict[str, str]] = {
     "cpu": {
-        "test_ddp_logging_data_cpu": "wants the backend's name in DDP's log, where torch has \"custom\" for all plugins",
+        "test_ddp_logging_data_cpu": "wants the backend's name in DDP's log, which says \"custom\" of all plugins",
         "test_monitored_barrier_failure_order": MONITORED,
         "test_monitored_barrier_gloo": MONITORED,
         "test_monitored_barrier_gloo_subgroup": MONITORED,

@@ -16,8 +16,10 @@ die on time-out and serve many tests, where torch's harness starts as many proce
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.machinery
+import importlib.util
 import os
+import sys
 import time
 import unittest
 from collections.abc import Iterator
@@ -62,11 +64,21 @@ class Stand(str):
     __hash__ = str.__hash__
 
 
+def stand_in_for_expecttest() -> None:
+    """torch's base class of tests derives from that package's; nothing here needs more of it, nor the package."""
+    if importlib.util.find_spec("expecttest") is None:
+        module = ModuleType("expecttest")
+        module.__spec__ = importlib.machinery.ModuleSpec("expecttest", None)
+        module.TestCase = unittest.TestCase  # type: ignore[attr-defined]
+        sys.modules["expecttest"] = module
+
+
 @functools.cache
 def suite(backend: str, reference: str, world_size: int) -> ModuleType:
     """torch's module of tests, with `backend` in the place of `reference`. Once a process: the module reads its
     environment when it is imported."""
     os.environ.update(BACKEND=reference, WORLD_SIZE=str(world_size), INIT_METHOD="file://")
+    stand_in_for_expecttest()
     module = importlib.import_module("torch.testing._internal.distributed.distributed_test")
     module.BACKEND = Stand(backend, reference)
     for devices in ("", "CUDA_", "SEND_RECV_"):  # a plugin's calls are expected in profiles too
@@ -119,8 +131,6 @@ def skip_reason(error: unittest.SkipTest | SystemExit) -> str:
 def run_method(rank: Rank, name: str, folder: str, backend: str, reference: str) -> Outcome:
     """A body: one test on this rank, with what torch's harness gives a process: variables, an empty folder to meet in,
     a seed and a default group. A failure is raised."""
-    from torch.testing._internal.common_utils import set_rng_seed
-
     begin = time.monotonic()
     module = suite(backend, reference, rank.world_size)
     os.environ.update(BACKEND=reference, WORLD_SIZE=str(rank.world_size), TEMP_DIR=folder)
@@ -130,7 +140,7 @@ def run_method(rank: Rank, name: str, folder: str, backend: str, reference: str)
     case.rank, case.file_name = rank.rank, f"{folder}/init_dir/default_group"
     with default_group(module, case, name):
         case._barrier()
-        set_rng_seed()
+        importlib.import_module("torch.testing._internal.common_utils").set_rng_seed()
         try:
             getattr(case, name)()
         except (unittest.SkipTest, SystemExit) as error:
