@@ -85,6 +85,15 @@ def failures(run: Run) -> Iterator[str]:
             return
 
 
+def alone(run: Run) -> Iterator[str]:
+    """Tests of operations that the reference doesn't have."""
+    names = [name for name, outcome in run.results.items() if outcome.status == PASSED]
+    names = [name for name in names if run.reference[name].status == SKIPPED]
+    if names:
+        yield f"\n## Passed with {run.backend} where {run.reference_name} is skipped: {len(names)}\n"
+        yield ", ".join(f"`{name}`" for name in names)
+
+
 def skips(run: Run) -> Iterator[str]:
     reasons = defaultdict(list)
     for test, outcome in run.results.items():
@@ -101,6 +110,6 @@ def markdown(run: Run) -> str:
     wrong = [f"- {what}" for what in run.wrong] or ["Nothing."]
     lines = [
         f"{title}, {run.device}", "", *machine(run), "", *counts(run), "", "## Not as expected", "", *wrong,
-        *failures(run), *skips(run),
+        *failures(run), *alone(run), *skips(run),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from conformance import record
 from conformance.expectations import BY_DESIGN, REFERENCE_PASSES_AT_LEAST
-from conformance.torch_suite import FAILED, PASSED, REFERENCE, SKIPPED, Outcome, list_methods, run_method
+from conformance.torch_suite import ALONE, FAILED, PASSED, REFERENCE, SKIPPED, Outcome, list_methods, run_method
 from launcher import RankFailure, RankPool
 
 SECONDS = 420  # torch's harness allows its slowest test 400
@@ -29,17 +29,16 @@ LOG = Path("build/conformance.log")
 ENVIRONMENT = {"cpu": {"CUDA_VISIBLE_DEVICES": ""}, "cuda": {}}
 
 
-def run_one(pool: RankPool, name: str, backend: str, device: str, world_size: int) -> Outcome:
-    """One test on all ranks. Its folder is new, so that nothing of another test is met there."""
+def run_one(pool: RankPool, name: str, backend: str, reference: str, device: str, world_size: int) -> Outcome:
+    """One test on all ranks, `backend` in the place of `reference`. Its folder is new, so that nothing of another test
+    is met there."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mnnvl-conformance-") as folder:
         for part in ("barrier", "test_dir", "init_dir"):
             (Path(folder) / part).mkdir()
+        arguments = (name, folder, backend, reference)
         try:
-            outcomes = pool.run(
-                run_method, world_size, device, SECONDS, ENVIRONMENT[device],
-                (name, folder, backend, REFERENCE[device]), backend=None,
-            )  # fmt: skip
+            outcomes = pool.run(run_method, world_size, device, SECONDS, ENVIRONMENT[device], arguments, backend=None)
         except RankFailure as failure:
             return Outcome(FAILED, str(failure), time.monotonic() - begin)
     if len({(outcome.status, outcome.reason) for outcome in outcomes}) > 1:
@@ -47,14 +46,25 @@ def run_one(pool: RankPool, name: str, backend: str, device: str, world_size: in
     return outcomes[0]
 
 
+def listed(pool: RankPool, backend: str, device: str, world_size: int) -> dict[str, tuple[str, str | None]]:
+    """Each test's name -> in whose place the backend runs it, and why not."""
+    references = [REFERENCE[device]] + [ALONE] * (backend == "mnnvl" and device == "cpu")
+    usual, *alone = (
+        pool.run(list_methods, world_size, device, SECONDS, ENVIRONMENT[device], (backend, reference), backend=None)[0]
+        for reference in references
+    )
+    tests = {name: (references[0], skipped) for name, skipped in usual.items()}
+    for name, skipped in (alone[0] if alone else {}).items():
+        if skipped is None and tests[name][1] is not None:
+            tests[name] = (ALONE, None)
+    return tests
+
+
 def run_suite(backend: str, device: str, world_size: int, only: str) -> dict[str, Outcome]:
     """Every test whose name contains `only`. What ranks print and how they fail goes to LOG."""
     results: dict[str, Outcome] = {}
     with RankPool() as pool:
-        listed = pool.run(
-            list_methods, world_size, device, SECONDS, ENVIRONMENT[device], (backend, REFERENCE[device]), backend=None
-        )[0]
-        for name, skipped in listed.items():
+        for name, (reference, skipped) in listed(pool, backend, device, world_size).items():
             if only not in name:
                 continue
             if skipped is not None:
@@ -62,7 +72,7 @@ def run_suite(backend: str, device: str, world_size: int, only: str) -> dict[str
                 continue
             with LOG.open("a") as log, contextlib.redirect_stdout(log):
                 print(f"\n---- {backend}, {world_size} ranks, {device}: {name}", flush=True)
-                results[name] = outcome = run_one(pool, name, backend, device, world_size)
+                results[name] = outcome = run_one(pool, name, backend, reference, device, world_size)
                 print(outcome.reason)
             print(f"{backend}: {name} {outcome.status}, {outcome.seconds:.1f} s", flush=True)
     return results
@@ -81,6 +91,9 @@ def problems(
             yield f"{name}: passes; take it off the list of tests that can't"
         elif name not in by_design and not passed:
             yield f"{name}: {results[name].status}, the reference passes"
+    for name, outcome in results.items():
+        if outcome.status == FAILED and reference[name].status == SKIPPED:
+            yield f"{name}: failed, the reference skips it"
 
 
 def main(arguments: list[str]) -> int:

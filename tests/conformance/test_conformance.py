@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from conformance import record
 from conformance.runner import problems, run_one
-from conformance.torch_suite import FAILED, PASSED, SKIPPED, Outcome, Stand
+from conformance.torch_suite import ALONE, FAILED, PASSED, SKIPPED, Outcome, Stand
 from launcher import RankPool
 
 WORLD_SIZE = 4
@@ -36,6 +36,7 @@ QUICK = (
     "test_send_recv_any_source_torch_profiler",
     "test_send_recv_with_tag",
 )
+QUICK_ALONE = ("test_all_to_all", "test_all_to_all_single_unequal_split_complex")
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +48,23 @@ def pool() -> Iterator[RankPool]:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_passes_as_with_gloo(pool, name):
-    outcome = run_one(pool, name, "mnnvl", "cpu", WORLD_SIZE)
+    outcome = run_one(pool, name, "mnnvl", "gloo", "cpu", WORLD_SIZE)
+    assert outcome.status == PASSED, outcome.reason
+
+
+@pytest.mark.parametrize("name", QUICK_ALONE)
+def test_passes_where_gloo_has_no_such_operation(pool, name):
+    outcome = run_one(pool, name, "mnnvl", ALONE, "cpu", WORLD_SIZE)
     assert outcome.status == PASSED, outcome.reason
 
 
 def test_a_skip_is_seen(pool):
-    assert run_one(pool, "test_barrier_cuda", "mnnvl", "cpu", WORLD_SIZE).status == SKIPPED
+    assert run_one(pool, "test_barrier_cuda", "mnnvl", "gloo", "cpu", WORLD_SIZE).status == SKIPPED
 
 
 def test_a_failure_is_seen(pool):
     """Of a test that needs what mnnvl refuses by design. Last of those with ranks: it costs the pool its ranks."""
-    outcome = run_one(pool, "test_sparse_all_reduce_sum", "mnnvl", "cpu", WORLD_SIZE)
+    outcome = run_one(pool, "test_sparse_all_reduce_sum", "mnnvl", "gloo", "cpu", WORLD_SIZE)
     assert outcome.status == FAILED
     assert record.error_line(outcome.reason).startswith("ValueError: mnnvl all_reduce: tensor: expected a dense tensor")
 
@@ -76,6 +83,11 @@ def test_what_is_not_as_expected(outcome, by_design, expected):
     reference = {"test_a": Outcome(PASSED), "test_b": Outcome(SKIPPED), "test_c": Outcome(FAILED)}
     results = {"test_a": Outcome(outcome), "test_b": Outcome(SKIPPED), "test_c": Outcome(FAILED)}
     assert list(problems(results, reference, by_design, 1)) == expected
+
+
+def test_a_failure_where_the_reference_is_skipped_is_an_error():
+    reference, results = {"test_a": Outcome(SKIPPED)}, {"test_a": Outcome(FAILED)}
+    assert list(problems(results, reference, {}, 0)) == ["test_a: failed, the reference skips it"]
 
 
 def test_a_reference_that_runs_nothing_is_an_error():

@@ -15,7 +15,6 @@ die on time-out and serve many tests, where torch's harness starts as many proce
 
 from __future__ import annotations
 
-import functools
 import importlib.machinery
 import importlib.util
 import os
@@ -32,8 +31,11 @@ from typing import Any
 import torch.distributed as dist
 from launcher import Rank
 
+MODULE = "torch.testing._internal.distributed.distributed_test"
 REFERENCE = {"cpu": "gloo", "cuda": "nccl"}
+ALONE = "mpi"  # torch runs some tests of CPU tensors, all_to_all's, with MPI alone
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
+_suites: dict[tuple[str, str, int], ModuleType] = {}
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,23 @@ def stand_in_for_expecttest() -> None:
         sys.modules["expecttest"] = module
 
 
-@functools.cache
 def suite(backend: str, reference: str, world_size: int) -> ModuleType:
-    """torch's module of tests, with `backend` in the place of `reference`. Once a process: the module reads its
-    environment when it is imported."""
-    os.environ.update(BACKEND=reference, WORLD_SIZE=str(world_size), INIT_METHOD="file://")
-    stand_in_for_expecttest()
-    module = importlib.import_module("torch.testing._internal.distributed.distributed_test")
-    module.BACKEND = Stand(backend, reference)
-    for devices in ("", "CUDA_", "SEND_RECV_"):  # a plugin's calls are expected in profiles too
-        getattr(module, f"{devices}PROFILING_SUPPORTED_BACKENDS").append(backend)
-    return module
+    """torch's module of tests, with `backend` in the place of `reference`.
+
+    It reads its environment when it is imported, so there is one for each pair. The one in use stands under its name in
+    sys.modules, where pickles look for its classes.
+    """
+    key = (backend, reference, world_size)
+    if key not in _suites:
+        stand_in_for_expecttest()
+        os.environ.update(BACKEND=reference, WORLD_SIZE=str(world_size), INIT_METHOD="file://")
+        sys.modules.pop(MODULE, None)
+        _suites[key] = module = importlib.import_module(MODULE)
+        module.BACKEND = Stand(backend, reference)
+        for devices in ("", "CUDA_", "SEND_RECV_"):  # a plugin's calls are expected in profiles too
+            getattr(module, f"{devices}PROFILING_SUPPORTED_BACKENDS").append(backend)
+    sys.modules[MODULE] = _suites[key]
+    return _suites[key]
 
 
 def case_class(module: ModuleType) -> Any:
