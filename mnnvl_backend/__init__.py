@@ -43,11 +43,11 @@ _LAZY = {
 
 if TYPE_CHECKING:
     __version__: str
-    from mnnvl_backend.flight_recorder import last_operations
     from mnnvl_backend.flashinfer.allreduce import trtllm_mnnvl_allreduce
     from mnnvl_backend.flashinfer.mapping import Mapping
     from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy
     from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace
+    from mnnvl_backend.flight_recorder import last_operations
     from mnnvl_backend.options import Options
 
 __all__ = [

@@ -13,9 +13,9 @@ def last_operations(group: dist.ProcessGroup | None = None) -> list[dict[str, An
     """The last operations, up to 64, that this rank has begun in a group (None: the default one), the oldest first.
 
     Each is a dict: "sequence" (of the group's collectives; a message has that of the collective before), "operation",
-    "bytes" of this rank's inputs, "dtype" (None of a barrier), "device", "async", "state" ("enqueued", "completed",
-    "failed", or "captured" in a CUDA graph) and "time", seconds since the epoch. What has nothing to send isn't among
-    them. The same list goes to the error log when the group first fails.
+    "bytes" of this rank's inputs, "dtype" (None of a barrier), "device", "async", "state" and "time", seconds since the
+    epoch. The state is "enqueued", then "completed" or "failed"; on a GPU "ended", well or not, or "captured" in a CUDA
+    graph. What has nothing to send isn't among them. The same list goes to the error log when the group first fails.
 
     Raises:
         ValueError: no backend of the group is "mnnvl".

@@ -56,6 +56,7 @@ c10::intrusive_ptr<CpuWork> CpuQueue::submit(Call call, std::shared_ptr<Transpor
                        str("mnnvl: rank ", state_->rank(), " got no thread for its collectives: ", error.what())));
     at_torch_boundary([this] { state_->check(); });
   }
+  if (!taken) state_->recorder()->end(ticket, /*failed=*/true);
   TORCH_CHECK_WITH(DistBackendError, taken, "mnnvl: this process group has been shut down");
   return work;
 }

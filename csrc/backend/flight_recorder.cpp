@@ -35,6 +35,7 @@ const char* name(FlightRecorder::State state) {
   switch (state) {
     case FlightRecorder::State::kEnqueued: return "enqueued";
     case FlightRecorder::State::kCaptured: return "captured";
+    case FlightRecorder::State::kEnded: return "ended";
     case FlightRecorder::State::kCompleted: return "completed";
     case FlightRecorder::State::kFailed: return "failed";
   }
@@ -83,7 +84,7 @@ std::vector<FlightRecorder::Operation> FlightRecorder::operations() const {
   }
   std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.ticket < b.ticket; });
   for (Operation& one : all) {
-    if (one.state == State::kEnqueued && one.end && has_ended(*one.end)) one.state = State::kCompleted;
+    if (one.state == State::kEnqueued && one.end && has_ended(*one.end)) one.state = State::kEnded;
   }
   return all;
 }

@@ -23,7 +23,8 @@ class FlightRecorder {
  public:
   static constexpr size_t kOperations = 64;
 
-  enum class State { kEnqueued, kCaptured, kCompleted, kFailed };
+  // kEnded: on a GPU, well or not.
+  enum class State { kEnqueued, kCaptured, kEnded, kCompleted, kFailed };
   struct Operation {
     uint64_t ticket = 0;
     uint64_t sequence = 0;  // of the group's collectives; of messages, that of the collective before

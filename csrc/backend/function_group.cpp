@@ -24,7 +24,8 @@ void check_arguments(const at::Tensor& input, const at::Tensor& output, at::Devi
                     " like the input, got ", output.sizes(), " and ", output.strides());
   TORCH_CHECK_VALUE(at::get_overlap_status(input, output) != at::MemOverlapStatus::Partial, "mnnvl ", kName,
                     ": output: expected the input itself or memory apart from it, got memory that overlaps it in part");
-  TORCH_CHECK_TYPE(is_float_sum(message_dtype(input), ReduceOp::kSum), "mnnvl ", kName, ": input: expected dtype float32, float16 or bfloat16, got ",
+  const bool is_added = is_float_sum(message_dtype(input), ReduceOp::kSum);
+  TORCH_CHECK_TYPE(is_added, "mnnvl ", kName, ": input: expected dtype float32, float16 or bfloat16, got ",
                    input.scalar_type());
 }
 

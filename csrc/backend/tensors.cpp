@@ -38,6 +38,10 @@ const char* name_of(const c10d::ReduceOp& op) {
   return op.op_ < std::size(kNames) ? kNames[op.op_] : "an unknown operation";
 }
 
+void check_single(const Tensors& tensors, const char* op) {
+  TORCH_CHECK_VALUE(tensors.size() == 1, "mnnvl ", op, ": expected one tensor per rank, got ", tensors.size());
+}
+
 bool overlap(const at::Tensor& a, const at::Tensor& b) {
   return at::get_overlap_status(a, b) != at::MemOverlapStatus::No;
 }
@@ -108,15 +112,15 @@ void check_list(const Tensors& list, size_t count, const at::Tensor& like, const
 }
 
 const at::Tensor& only_tensor(const Tensors& tensors, const char* op) {
-  TORCH_CHECK_VALUE(tensors.size() == 1, "mnnvl ", op, ": expected one tensor per rank, got ", tensors.size());
+  check_single(tensors, op);
   check_tensor(tensors[0], op, "tensor");
   return tensors[0];
 }
 
 const at::Tensor& only_dense_tensor(const Tensors& tensors, const char* op) {
-  const at::Tensor& tensor = only_tensor(tensors, op);
-  check_dense(tensor, op, "tensor");
-  return tensor;
+  check_single(tensors, op);
+  check_dense(tensors[0], op, "tensor");
+  return tensors[0];
 }
 
 const Tensors& only_list(const std::vector<Tensors>& lists) {
@@ -144,7 +148,8 @@ Reduction reduction_of(const at::Tensor& tensor, const c10d::ReduceOp& op, const
                    ": expected a floating-point, complex, integer or bool dtype that is reduced, got ", type);
   const bool premultiply = op.op_ == c10d::ReduceOp::PREMUL_SUM;
   const Reduction reduction{dtype, premultiply ? ReduceOp::kSum : ReduceOp(op.op_)};
-  const bool fits = premultiply ? at::isFloatingType(type) && op.supplement_ : arithmetic::is_reduced(dtype, reduction.op);
+  const bool fits =
+      premultiply ? at::isFloatingType(type) && op.supplement_ : arithmetic::is_reduced(dtype, reduction.op);
   const bool adds = reduction.op == ReduceOp::kSum || reduction.op == ReduceOp::kAvg;
   TORCH_CHECK_VALUE(fits && (adds || !complex), "mnnvl ", name, ": op: ", name_of(op), " is not supported for ", type);
   return reduction;
@@ -212,7 +217,8 @@ Local copy_back(const Tensors& places, const Tensors& outputs) {
 }
 
 Local copy_of(const at::Tensor& input, const at::Tensor& output) {
-  if (input.data_ptr() == output.data_ptr() && input.is_contiguous() && output.is_contiguous()) return nullptr;
+  const bool same_place = input.data_ptr() == output.data_ptr() && input.is_contiguous() && output.is_contiguous();
+  if (same_place || input.is_same(output)) return nullptr;
   return [input = safe_input(input, {output}, /*own=*/-1), output] { output.copy_(input.reshape(output.sizes())); };
 }
 

@@ -17,7 +17,14 @@ from reference import (
     random_input,
     rank_order_sum,
 )
-from torch._C._distributed_c10d import AllgatherOptions
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllToAllOptions,
+    GatherOptions,
+    ReduceOptions,
+    ReduceScatterOptions,
+    ScatterOptions,
+)
 
 
 def refused_body(
@@ -30,39 +37,6 @@ def refused_body(
         all_reduce_works(rank)
 
 
-def refused_operations(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
-    """Every function of torch.distributed that the backend doesn't serve, and the public name in its error. Those of
-    objects and batches stand on others, which are named."""
-    n, device = rank.world_size, rank.device
-    x, whole = torch.ones(4, device=device), torch.ones(4 * n, device=device)
-    parts = [torch.ones(4, device=device) for _ in range(n)]
-    root = rank.rank == 0
-    objects: list[Any] = [None] * n
-    calls: dict[str, tuple[Callable[[], Any], str]] = {
-        "reduce": (lambda: dist.reduce(x, 0), "reduce"),
-        "async reduce": (lambda: dist.reduce(x, 0, async_op=True), "reduce"),
-        "gather": (lambda: dist.gather(x, parts if root else None, dst=0), "gather"),
-        "gather_object": (lambda: dist.gather_object(rank.rank, objects if root else None), "gather"),
-        "scatter": (lambda: dist.scatter(x, parts if root else None, src=0), "scatter"),
-        "scatter_object_list": (lambda: dist.scatter_object_list([None], list(range(n)) if root else None), "scatter"),
-        "reduce_scatter": (lambda: dist.reduce_scatter(x, parts), "reduce_scatter"),
-        "reduce_scatter_tensor": (lambda: dist.reduce_scatter_tensor(x, whole), "reduce_scatter_tensor"),
-        "all_to_all": (lambda: dist.all_to_all(parts, parts), "all_to_all"),
-        "all_to_all_single": (lambda: dist.all_to_all_single(whole.clone(), whole), "all_to_all_single"),
-        "all_gather_coalesced": (lambda: dist.all_gather_coalesced([parts], [x]), "all_gather_coalesced"),
-    }
-    # The name stands alone: not as a part of torch's internal ones.
-    return {
-        name: (call, RuntimeError, rf"mnnvl\b.*(?<!\w){public}(?!\w).*group of another backend")
-        for name, (call, public) in calls.items()
-    }
-
-
-def test_operations_that_are_refused(ranks, device):
-    """By their public name, and with what to do instead. Some begin with a collective that is served."""
-    ranks(refused_body, 2, device, args=(refused_operations,))
-
-
 def bad_input(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
     n, device = rank.world_size, rank.device
     x, grid = torch.ones(4, device=device), torch.ones(4, 6, device=device)
@@ -73,15 +47,16 @@ def bad_input(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception],
 
     return {
         "sparse": (lambda: dist.all_reduce(grid.to_sparse()), ValueError, "mnnvl all_reduce.*dense.*Sparse"),
-        "fp8": (lambda: dist.all_reduce(x.to(torch.float8_e5m2)), TypeError, "mnnvl all_reduce.*dtype.*Float8_e5m2"),
+        "fp8": (lambda: dist.all_reduce(x.to(torch.float8_e5m2fnuz)), TypeError, "mnnvl all_reduce.*dtype.*e5m2fnuz"),
         "uint32": (lambda: dist.all_reduce(x.to(torch.uint32)), TypeError, "mnnvl all_reduce.*dtype.*got UInt32"),
         "BAND": (lambda: dist.all_reduce(x, op=dist.ReduceOp.BAND), ValueError, "mnnvl all_reduce.*BAND.*Float"),
-        "AVG": (lambda: dist.all_reduce(x.int(), op=dist.ReduceOp.AVG), ValueError, "mnnvl all_reduce.*AVG.*Int"),
+        "AVG": (lambda: dist.all_reduce(x.bool(), op=dist.ReduceOp.AVG), ValueError, "mnnvl all_reduce.*AVG.*Bool"),
+        "PREMUL_SUM": (lambda: dist.all_reduce(x.int(), op=dist._make_nccl_premul_sum(2.0)), ValueError,
+                       "mnnvl all_reduce.*PREMUL_SUM.*Int"),
         "columns": (lambda: dist.all_reduce(grid[:, ::2]), ValueError, f"mnnvl all_reduce.*{dense}"),
         "expanded": (lambda: dist.all_reduce(x[:1].expand(5)), ValueError, f"mnnvl all_reduce.*{dense}"),
         "broadcast of columns": (lambda: dist.broadcast(grid[:, ::2], 0), ValueError, f"mnnvl broadcast.*{dense}"),
         "broadcast root": (lambda: dist.broadcast(x, n), ValueError, f"root: expected 0 to {n - 1}, got {n}"),
-        "gather of columns": (lambda: dist.all_gather(several(4, 3), grid[:, ::2]), ValueError, dense),
         "short list": (lambda: dist.all_gather(several(4)[1:], x), ValueError, f"expected {n} tensors, got {n - 1}"),
         "list's numel": (lambda: dist.all_gather(several(3), x), ValueError, "4 elements.*got 3"),
         "list's dtype": (lambda: dist.all_gather(several(4, dtype=torch.half), x), ValueError, "dtypes"),
@@ -97,6 +72,80 @@ def bad_input(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception],
 
 def test_bad_input_leaves_the_group_usable(ranks, device):
     ranks(refused_body, 2, device, args=(bad_input,))
+
+
+def bad_operations(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
+    """Of what this rank itself can see, so that nothing has been sent; on roots and on the others."""
+    n, me, device = rank.world_size, rank.rank, rank.device
+    x, whole, grid = (torch.ones(shape, device=device) for shape in ((4,), (4 * n,), (4, 6)))
+    group, root = dist.group.WORLD, rank.rank == 0
+    dense = "expected a dense, non-overlapping tensor.*contiguous"
+    expanded = torch.ones(1, device=device).expand(4)
+    own = "this rank's own"
+
+    def several(*shape, **kwargs):
+        return [torch.ones(*shape, device=device, **kwargs) for _ in range(n)]
+
+    def unlike(count):
+        """As many as ranks, of which the own one differs."""
+        return [torch.ones(count if r == me else 4, device=device) for r in range(n)]
+
+    def single(out=whole, go=None, come=None, into=None):
+        return lambda: dist.all_to_all_single(whole.clone() if into is None else into, out, come, go)
+
+    rs, a2a = "mnnvl reduce_scatter", "mnnvl all_to_all_single"
+    return {
+        "reduce columns": (lambda: dist.reduce(grid[:, ::2], 0), ValueError, f"mnnvl reduce.*{dense}"),
+        "reduce root": (lambda: group.reduce([x], reduce_opts(n)), ValueError, f"mnnvl reduce: root: expected 0 to {n - 1}"),
+        "reduce uint32": (lambda: dist.reduce(x.to(torch.uint32), 0), TypeError, "mnnvl reduce: tensor.*got UInt32"),
+        "reduce_scatter list": (lambda: dist.reduce_scatter(x, several(4)[1:]), ValueError, f"{rs}: input_list: expected {n}"),
+        "reduce_scatter own": (lambda: dist.reduce_scatter(x, unlike(5)), ValueError, f"{rs}: .*{own}.*expected 4 elements, got 5"),
+        "reduce_scatter expanded": (lambda: dist.reduce_scatter(expanded, several(4)), ValueError, f"{rs}: output.*expanded"),
+        "reduce_scatter BAND": (lambda: dist.reduce_scatter(x, several(4), op=dist.ReduceOp.BAND), ValueError, f"{rs}: op: BAND.*Float"),
+        "tensor numel": (lambda: dist.reduce_scatter_tensor(x, whole[1:]), ValueError, f"{rs}_tensor: input: expected {4 * n} elements"),
+        "tensor dtype": (lambda: dist.reduce_scatter_tensor(x.half(), whole), TypeError, f"{rs}_tensor: output: expected dtype Float"),
+        "scatter root": (lambda: group.scatter([x], [], scatter_opts(-1)), ValueError, "mnnvl scatter: root: expected 0"),
+        "scatter list": (lambda: group.scatter([x], [several(4)[1:] if root else several(4)], scatter_opts(0)), ValueError,
+                         f"mnnvl scatter: scatter_list: expected {n if root else 0} tensors, got {n - 1 if root else n}"),
+        "scatter numel": (lambda: group.scatter([x], [unlike(5)], scatter_opts(me)), ValueError, "scatter_list: expected 4 elements, got 5"),
+        "scatter expanded": (lambda: dist.scatter(expanded, several(4) if root else None, 0), ValueError, "mnnvl scatter: tensor.*expanded"),
+        "gather root": (lambda: group.gather([], [x], gather_opts(n)), ValueError, "mnnvl gather: root: expected 0"),
+        "gather list": (lambda: group.gather([several(4)[1:] if root else several(4)], [x], gather_opts(0)), ValueError,
+                        f"mnnvl gather: gather_list: expected {n if root else 0} tensors, got {n - 1 if root else n}"),
+        "gather numel": (lambda: group.gather([unlike(5)], [x], gather_opts(me)), ValueError, "gather_list: expected 4 elements, got 5"),
+        "gather dtype": (lambda: group.gather([several(4, dtype=torch.half)], [x], gather_opts(me)), TypeError, "gather_list: expected dtype"),
+        "all_to_all list": (lambda: dist.all_to_all(several(4), several(4)[1:]), ValueError, f"mnnvl all_to_all: input.*expected {n} tensors"),
+        "all_to_all own": (lambda: dist.all_to_all(several(4), unlike(5)), ValueError, f"mnnvl all_to_all: output.*{own}.*20 bytes.*got 16"),
+        "rows": (single(whole[1:]), ValueError, f"{a2a}: input: expected dim 0 to be divisible by {n}"),
+        "scalar": (single(whole.sum()), ValueError, f"{a2a}: input: expected at least one dimension"),
+        "sum of splits": (single(go=[1] * n), ValueError, f"{a2a}: input_split_sizes: expected {n} sizes that add up to.*{4 * n}"),
+        "negative split": (single(come=[-1, 4 * n + 1] + [0] * (n - 2)), ValueError, f"{a2a}: output_split_sizes: expected"),
+        "own split": (single(go=[4 - (r == me) + (r == (me + 1) % n) for r in range(n)]), ValueError, f"{a2a}: output.*{own}"),
+        "expanded": (single(into=expanded[:1].expand(4 * n)), ValueError, f"{a2a}: output.*expanded"),
+        "lists of lists": (lambda: dist.all_gather_coalesced([several(4)], [x]), ValueError, "all_gather_coalesced: output_tensor_lists.*lists"),
+    }  # fmt: skip
+
+
+def reduce_opts(root: int) -> ReduceOptions:
+    opts = ReduceOptions()
+    opts.rootRank = root
+    return opts
+
+
+def scatter_opts(root: int) -> ScatterOptions:
+    opts = ScatterOptions()
+    opts.rootRank = root
+    return opts
+
+
+def gather_opts(root: int) -> GatherOptions:
+    opts = GatherOptions()
+    opts.rootRank = root
+    return opts
+
+
+def test_bad_operations_leave_the_group_usable(ranks, device):
+    ranks(refused_body, 2, device, args=(bad_operations,), timeout=120)
 
 
 def bad_messages(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
@@ -167,6 +216,19 @@ def views(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str
             "all_gather_into_tensor: input": lambda x=x, whole=whole: backend._allgather_base(
                 whole, x, AllgatherOptions()
             ),
+            "reduce": lambda x=x: backend.reduce([x], ReduceOptions()),
+            "reduce_scatter: input_list": lambda x=x, parts=parts, dense=dense: backend.reduce_scatter(
+                [dense], [[x, *parts[1:]]], ReduceScatterOptions()
+            ),
+            "reduce_scatter_tensor: input": lambda bad_whole=bad_whole, dense=dense: backend._reduce_scatter_base(
+                dense, bad_whole, ReduceScatterOptions()
+            ),
+            "scatter": lambda x=x: backend.scatter([x], [], ScatterOptions()),
+            "gather": lambda x=x: backend.gather([], [x], GatherOptions()),
+            "all_to_all": lambda x=x, parts=parts: backend.alltoall(parts, [x, *parts[1:]], AllToAllOptions()),
+            "all_to_all_single: output": lambda whole=whole, bad_whole=bad_whole: backend.alltoall_base(
+                bad_whole, whole, [], [], AllToAllOptions()
+            ),
             "all_gather_into_tensor: output": lambda dense=dense, bad_whole=bad_whole: backend._allgather_base(
                 bad_whole, dense, AllgatherOptions()
             ),
@@ -174,6 +236,21 @@ def views(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str
         for name, call in calls.items():
             cases[f"{kind} {name}"] = (call, ValueError, f"mnnvl {name}.*{kind}")
     return cases
+
+
+def quantized(rank: Rank) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
+    x = torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.quint8)
+    backend = dist.group.WORLD._get_backend(rank.device)
+    text = "mnnvl {}: tensor.*quantized.*int_repr"
+    return {
+        "all_reduce": (lambda: backend.allreduce([x], dist.AllreduceOptions()), TypeError, text.format("all_reduce")),
+        "gather": (lambda: backend.gather([[x] * 2], [x], gather_opts(rank.rank)), TypeError, text.format("gather")),
+        "send": (lambda: backend.send([x], 1 - rank.rank, 0), TypeError, text.format("send")),
+    }
+
+
+def test_quantized_tensors(ranks):
+    ranks(refused_body, 2, args=(quantized,))
 
 
 def test_conjugate_and_negative_views(ranks, device):

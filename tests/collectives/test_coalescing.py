@@ -82,21 +82,76 @@ def all_reduce(rank: Rank, numel: int, seed: int) -> Check:
     return lambda: assert_bits(x, rank_order_sum(inputs), "all_reduce")
 
 
+def reduce_scatter_tensor(rank: Rank, numel: int, seed: int) -> Check:
+    n, me = rank.world_size, rank.rank
+    inputs = [random_input(r, numel * n, torch.float32, seed) for r in range(n)]
+    out = torch.zeros(numel, device=rank.device)
+    dist.reduce_scatter_tensor(out, inputs[me].to(rank.device))
+    return lambda: assert_bits(out, rank_order_sum([x.chunk(n)[me] for x in inputs]), "reduce_scatter_tensor")
+
+
+def reduce_scatter(rank: Rank, numel: int, seed: int) -> Check:
+    """A transposed output."""
+    n, me = rank.world_size, rank.rank
+    inputs = [random_input(r, 2 * numel * n, torch.float32, seed) for r in range(n)]
+    out = torch.zeros(numel, 2, device=rank.device).t()
+    dist.reduce_scatter(out, [part.view(2, numel).to(rank.device) for part in inputs[me].chunk(n)])
+    expected = rank_order_sum([x.chunk(n)[me] for x in inputs])
+    return lambda: assert_bits(out, expected.view(2, numel), "reduce_scatter")
+
+
+def reduce(rank: Rank, numel: int, seed: int) -> Check:
+    inputs = [random_input(r, numel, torch.float32, seed) for r in range(rank.world_size)]
+    x, root = inputs[rank.rank].clone().to(rank.device), seed % rank.world_size
+    dist.reduce(x, root)
+    expected = rank_order_sum(inputs) if rank.rank == root else inputs[rank.rank]
+    return lambda: assert_bits(x, expected, "reduce")
+
+
+def gather(rank: Rank, numel: int, seed: int) -> Check:
+    inputs = [random_input(r, numel, torch.float32, seed) for r in range(rank.world_size)]
+    root = seed % rank.world_size
+    outs = [torch.zeros(numel, device=rank.device) for _ in inputs] if rank.rank == root else []
+    dist.gather(inputs[rank.rank].to(rank.device), outs or None, root)
+    return lambda: assert_bits(torch.cat(outs), torch.cat(inputs), "gather") if outs else None
+
+
+def scatter(rank: Rank, numel: int, seed: int) -> Check:
+    root, n = seed % rank.world_size, rank.world_size
+    parts = [random_input(d, numel, torch.float32, seed) for d in range(n)]
+    out = torch.zeros(numel, device=rank.device)
+    dist.scatter(out, [part.to(rank.device) for part in parts] if rank.rank == root else None, root)
+    return lambda: assert_bits(out, parts[rank.rank], "scatter")
+
+
+def all_to_all(rank: Rank, numel: int, seed: int) -> Check:
+    n, me = rank.world_size, rank.rank
+    inputs = [random_input(r, numel * n, torch.float32, seed).chunk(n) for r in range(n)]
+    outs = [torch.zeros(numel, device=rank.device) for _ in range(n)]
+    dist.all_to_all(outs, [part.to(rank.device) for part in inputs[me]])
+    return lambda: assert_bits(torch.cat(outs), torch.cat([inputs[r][me] for r in range(n)]), "all_to_all")
+
+
 def barrier(rank: Rank, numel: int, seed: int) -> Check:
     dist.barrier(device_ids=[rank.device.index] if rank.device.type == "cuda" else None)
     return lambda: None
 
 
-# Of those that torch itself collects, a manager takes one kind: all_reduce or all_gather_into_tensor.
+# Of those that torch itself collects, a manager takes one kind: all_reduce, all_gather_into_tensor or
+# reduce_scatter_tensor.
 KINDS: dict[str, list[Callable[[Rank, int, int], Check]]] = {
     "messages": [messages] * 3,
     "broadcast": [broadcast] * 4,
     "all_gather": [all_gather, uneven_all_gather, all_gather],
     "all_gather_into_tensor": [all_gather_into_tensor] * 3,
     "all_reduce": [all_reduce] * 3,
+    "reduce_scatter_tensor": [reduce_scatter_tensor] * 3,
+    "rooted": [reduce, gather, scatter] * 2,
+    "all to all": [reduce_scatter, all_to_all, reduce_scatter, all_to_all],
     "barrier": [barrier, barrier],
     "mixed": [messages, broadcast, all_gather, barrier, messages, uneven_all_gather, broadcast, messages],
     "mixed with all_reduce": [all_reduce, broadcast, messages, all_reduce],
+    "mixed with reduce_scatter_tensor": [reduce, reduce_scatter_tensor, all_to_all, messages, reduce_scatter_tensor],
     "mixed with all_gather_into_tensor": [messages, all_gather_into_tensor, all_gather, all_gather_into_tensor],
 }
 
@@ -122,7 +177,7 @@ def test_coalesced_calls(ranks, device, world_size, kind):
 
 
 def one_rank_body(rank: Rank) -> None:
-    for kind in ("broadcast", "all_gather", "all_reduce", "barrier"):
+    for kind in ("broadcast", "all_gather", "all_reduce", "reduce_scatter_tensor", "rooted", "all to all", "barrier"):
         kinds_body(rank, kind)
 
 

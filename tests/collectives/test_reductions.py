@@ -1,68 +1,101 @@
-"""all_reduce of what the all-reduce kernels don't do: other operations and other dtypes, gathered and folded."""
+"""What reductions compute, on all_reduce; that the other operations compute the same is test_every_operation.py's."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
-from reference import DTYPES, all_reduce_works, random_input, values
+from reference import CANONICAL_NAN, FOLDS, all_reduce_works, random_input, raw_bytes, reduced, values
 
-FOLDS: dict[Any, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    dist.ReduceOp.SUM: torch.add, dist.ReduceOp.AVG: torch.add, dist.ReduceOp.PRODUCT: torch.mul,
-    dist.ReduceOp.MIN: torch.minimum, dist.ReduceOp.MAX: torch.maximum, dist.ReduceOp.BAND: torch.bitwise_and,
-    dist.ReduceOp.BOR: torch.bitwise_or, dist.ReduceOp.BXOR: torch.bitwise_xor,
-}  # fmt: skip
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
-FLOATS = [*DTYPES, torch.float64]
-LOGICAL = {dist.ReduceOp.SUM: torch.logical_or, dist.ReduceOp.PRODUCT: torch.logical_and}
 
 
-def other_reductions_body(rank: Rank, numel: int, ops: list[Any]) -> None:
-    """What the all-reduce kernels don't do: folded in rank order, 16-bit floats in float32 and rounded once."""
-    for op in ops:
-        fold = FOLDS[op]
-        bitwise = op in (dist.ReduceOp.BAND, dist.ReduceOp.BOR, dist.ReduceOp.BXOR)
-        integers = [] if op == dist.ReduceOp.AVG else [*INTEGERS, torch.bool]
-        for seed, dtype in enumerate(integers + ([] if bitwise else FLOATS)):
-            floating = dtype.is_floating_point
-            make = random_input if floating else values
-            inputs = [make(r, numel, dtype, seed) for r in range(rank.world_size)]
+def every_reduction_body(rank: Rank, numel: int) -> None:
+    """All that README's table lists, of any bits at all."""
+    for op in FOLDS:
+        floats = [] if op in ("BAND", "BOR", "BXOR") else CANONICAL_NAN
+        flags = [] if op == "AVG" else [torch.bool]
+        for seed, dtype in enumerate([*INTEGERS, *flags, *floats]):
+            inputs = [values(r, numel, dtype, seed) for r in range(rank.world_size)]
             x = inputs[rank.rank].clone().to(rank.device)
-            dist.all_reduce(x, op=op, async_op=True).wait()
-            wide = [i.float() if dtype in DTYPES else i for i in inputs]
-            expected = wide[0]
-            for theirs in wide[1:]:
-                expected = (LOGICAL.get(op, fold) if dtype == torch.bool else fold)(expected, theirs)
-            if op == dist.ReduceOp.AVG:
-                expected = expected / rank.world_size
-            assert x.dtype == dtype
-            assert torch.equal(x.cpu(), expected.to(dtype)), f"{op} of {numel} x {dtype}"
+            dist.all_reduce(x, op=getattr(dist.ReduceOp, op), async_op=True).wait()
+            assert torch.equal(raw_bytes(x), raw_bytes(reduced(op, inputs))), f"{op} of {numel} x {dtype}"
 
 
 @pytest.mark.parametrize("numel", [1, 1001])
-def test_every_other_reduction(ranks, device, numel):
-    ranks(other_reductions_body, 3, device, args=(numel, list(FOLDS)))
+def test_every_reduction(ranks, device, numel):
+    ranks(every_reduction_body, 3, device, args=(numel,))
 
 
-def test_other_reductions_of_large_tensors(ranks, device):
-    ranks(other_reductions_body, 2, device, args=(1_100_000, [dist.ReduceOp.MAX]))
+def edges_body(rank: Rank) -> None:
+    nan, inf = float("nan"), float("inf")
+
+    def all_reduced(op: str, dtype: torch.dtype, *pairs: tuple[float, float]) -> list[float]:
+        x = torch.tensor([pair[rank.rank] for pair in pairs], dtype=torch.float64).to(dtype).to(rank.device)
+        dist.all_reduce(x, op=getattr(dist.ReduceOp, op))
+        zeros = x.cpu().double()
+        assert not bool(torch.signbit(zeros[zeros == 0]).any()), f"{op} of {dtype} gives -0"
+        return [repr(value) for value in x.double().tolist()]
+
+    for dtype in CANONICAL_NAN:
+        for op in ("MIN", "MAX", "SUM", "PRODUCT", "AVG"):
+            for pair in ((nan, 1.0), (1.0, nan)):
+                assert all_reduced(op, dtype, pair) == ["nan"], f"{op} of {dtype}"
+            assert all_reduced(op, dtype, (-0.0, -0.0)) == ["0.0"]
+        assert all_reduced("MIN", dtype, (-0.0, 0.0), (0.0, -0.0)) == ["0.0", "0.0"]
+    assert all_reduced("SUM", torch.float8_e4m3fn, (448.0, 448.0), (-448.0, -32.0)) == ["448.0", "-448.0"]
+    assert all_reduced("PRODUCT", torch.float8_e5m2, (57344.0, 2.0), (-57344.0, 2.0)) == [repr(inf), repr(-inf)]
+    for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+        assert all_reduced("AVG", dtype, (-1.0, -2.0), (1.0, 2.0), (-4.0, 1.0)) == ["-1.0", "1.0", "-1.0"]
+
+
+def test_edges(ranks, device):
+    """Signs of zero, NaN, what is too large; averages of integers are cut off."""
+    ranks(edges_body, 2, device)
 
 
 def complex_body(rank: Rank) -> None:
-    for part in (torch.float32, torch.float64):
-        parts = [random_input(r, 60, part, 9) for r in range(rank.world_size)]
-        x = torch.view_as_complex(parts[rank.rank].view(30, 2).clone()).to(rank.device)
-        dist.all_reduce(x)
-        expected = sum(parts[1:], parts[0])
-        assert torch.equal(torch.view_as_real(x).flatten().cpu(), expected)
+    backend = dist.group.WORLD._get_backend(rank.device)  # torch's own functions make real numbers of them
+    for part, whole in ((torch.float32, torch.complex64), (torch.float64, torch.complex128)):
+        for op in ("SUM", "AVG"):
+            parts = [random_input(r, 60, part, 9) for r in range(rank.world_size)]
+            expected = raw_bytes(reduced(op, parts))
+            x = parts[rank.rank].clone().view(whole).to(rank.device)
+            dist.all_reduce(x, op=getattr(dist.ReduceOp, op))
+            assert torch.equal(raw_bytes(x), expected)
+            x = parts[rank.rank].clone().view(whole).to(rank.device)
+            opts = dist.AllreduceOptions()
+            opts.reduceOp = getattr(dist.ReduceOp, op)
+            backend.allreduce([x], opts).wait()
+            assert torch.equal(raw_bytes(x), expected)
 
 
 def test_complex_sums_are_sums_of_their_parts(ranks, device):
     ranks(complex_body, 3, device)
+
+
+def premultiplied_body(rank: Rank) -> None:
+    """By a number and by a tensor of any float type; the products are rounded, and another on every rank."""
+    n, factors = rank.world_size, [0.1, -3.0, 7.5]
+    for seed, dtype in enumerate(CANONICAL_NAN):
+        inputs = [random_input(r, 1001, dtype, seed) for r in range(n)]
+        expected = raw_bytes(reduced("PREMUL_SUM", inputs, factors[:n]))
+        factor = factors[rank.rank]
+        wide = torch.tensor([factor], dtype=torch.float64)
+        for by in (factor, wide, wide.float().to(rank.device) if dtype.itemsize < 8 else wide.to(rank.device)):
+            x = inputs[rank.rank].clone().to(rank.device)
+            dist.all_reduce(x, op=dist._make_nccl_premul_sum(by))
+            if n > 1:
+                assert torch.equal(raw_bytes(x), expected), f"{dtype} by {by}"
+            else:
+                assert torch.equal(x.cpu().double() == inputs[0].double(), inputs[0].double() == 0), dtype
+    all_reduce_works(rank)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_premultiplied_sums(ranks, device, world_size):
+    ranks(premultiplied_body, world_size, device)
 
 
 def flush_denormals_body(rank: Rank, numel: int) -> bool:

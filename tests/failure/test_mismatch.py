@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
@@ -36,8 +37,35 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "root 0": (lambda: dist.broadcast(ones(48), 0), "broadcast of 192 bytes from root 0"),
     "root 1": (lambda: dist.broadcast(ones(48), 1), "broadcast of 192 bytes from root 1"),
     "root 1, short": (lambda: dist.broadcast(ones(4), 1), "broadcast of 16 bytes from root 1"),
+    "reduce": (lambda: dist.reduce(ones(48), 0), "reduce of 192 bytes float32 sum to root 0"),
+    "reduce to 1": (lambda: dist.reduce(ones(48), 1), "reduce of 192 bytes float32 sum to root 1"),
+    "gather to 0": (lambda: gather(48, 0), "gather of 192 bytes a rank to root 0"),
+    "scatter": (
+        lambda: dist.scatter(ones(48), [ones(48)] * dist.get_world_size() if dist.get_rank() == 1 else None, 1),
+        "scatter of 192 bytes a rank from root 1",
+    ),
+    "reduce_scatter": (
+        lambda: dist.reduce_scatter_tensor(ones(48), ones(48 * dist.get_world_size())),
+        "reduce_scatter of 192 bytes a rank float32 sum",
+    ),
+    "max": (
+        lambda: dist.reduce_scatter_tensor(ones(48), ones(48 * dist.get_world_size()), op=dist.ReduceOp.MAX),
+        "reduce_scatter of 192 bytes a rank float32 max",
+    ),
+    "all_to_all": (lambda: exchange(torch.float32), "all_to_all of float32"),
+    "all_to_all of half": (lambda: exchange(torch.float16), "all_to_all of float16"),
     "barrier": (lambda: dist.barrier(), "barrier"),
 }
+
+
+def gather(numel: int, root: int) -> None:
+    outs = [ones(numel) for _ in range(dist.get_world_size())] if dist.get_rank() == root else None
+    dist.gather(ones(numel), outs, root)
+
+
+def exchange(dtype: torch.dtype) -> None:
+    x = ones(8 * dist.get_world_size(), dtype)
+    dist.all_to_all_single(torch.empty_like(x), x)
 
 
 def works(rank: Rank) -> None:
@@ -84,6 +112,14 @@ def mismatch_body(rank: Rank, odd: int, odd_call: str, others: str, before: int)
         ("large", "larger"),
         ("gather", "barrier"),
         ("large", "gather"),
+        ("48", "reduce_scatter"),
+        ("reduce_scatter", "max"),
+        ("reduce_scatter", "all_to_all"),
+        ("all_to_all", "all_to_all of half"),
+        ("all_to_all", "48"),
+        ("reduce", "48"),
+        ("reduce", "reduce to 1"),
+        ("gather to 0", "all_to_all"),
     ],
 )
 def test_two_ranks_that_both_post(ranks, mine, theirs, before):
@@ -101,8 +137,9 @@ def assert_names(text: str, rank: int, mine: str, peer: int, theirs: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("odd_call", "others"), [("48", "192"), ("gather", "48"), ("larger", "large"), ("root 1", "48")]
-)
+    ("odd_call", "others"), [("48", "192"), ("gather", "48"), ("larger", "large"), ("root 1", "48"), ("all_to_all", "reduce_scatter"),
+                            ("max", "reduce_scatter"), ("scatter", "all_to_all")],
+)  # fmt: skip
 @pytest.mark.parametrize("odd", [0, 2])
 def test_one_of_three(ranks, odd, odd_call, others):
     """Whoever doesn't see it is told by one who did, and where it began."""
@@ -202,6 +239,25 @@ def uneven_body(rank: Rank) -> str:
     return failure(
         rank, lambda: dist.all_gather([torch.empty(3), torch.empty(5 + 2 * rank.rank)], ones(3 + 4 * rank.rank))
     )
+
+
+def pair_body(rank: Rank) -> str:
+    """Rank 0 has 3 elements for rank 1, which expects 5 of it; rank 2 knows nothing of that."""
+    works(rank)
+    inputs = [ones(3) for _ in range(rank.world_size)]
+    outs = [ones(5 if (rank.rank, r) == (1, 0) else 3) for r in range(rank.world_size)]
+    if rank.rank == 1:
+        return failure(rank, lambda: dist.all_to_all(outs, inputs))
+    with suppress(dist.DistBackendError):  # what they exchange is in order
+        dist.all_to_all(outs, inputs)
+    return failure(rank, CALLS["48"][0])
+
+
+def test_two_ranks_that_disagree_about_what_they_exchange(ranks):
+    texts = ranks(pair_body, 3)
+    assert "rank 0 sends it 12 bytes, and it expects 20" in texts[1]
+    for rank in (0, 2):
+        assert "its call or message differs" in texts[rank] or "came with another call" in texts[rank], texts[rank]
 
 
 def test_lists_that_disagree_about_a_contribution(ranks):

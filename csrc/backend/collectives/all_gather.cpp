@@ -77,11 +77,11 @@ Call all_gather(GroupView group, std::vector<Tensors>& outputs, Tensors& inputs,
 
 Call all_gather_coalesced(GroupView group, std::vector<Tensors>& outputs, Tensors& inputs,
                           const c10d::AllgatherOptions& options) {
-  const Call whole = make_call(c10d::OpType::ALLGATHER_COALESCED, "mnnvl:all_gather_coalesced", device_of(inputs),
-                               options);
+  const Call whole =
+      make_call(c10d::OpType::ALLGATHER_COALESCED, "mnnvl:all_gather_coalesced", device_of(inputs), options);
   constexpr const char* kLists = "output_tensor_lists";  // one a rank, each with a tensor for every input
-  TORCH_CHECK_VALUE(outputs.size() == size_t(group.size), "mnnvl ", whole.name, ": ", kLists, ": expected ",
-                    group.size, " lists, got ", outputs.size());
+  TORCH_CHECK_VALUE(outputs.size() == size_t(group.size), "mnnvl ", whole.name, ": ", kLists, ": expected ", group.size,
+                    " lists, got ", outputs.size());
   for (const Tensors& list : outputs) {
     TORCH_CHECK_VALUE(list.size() == inputs.size(), "mnnvl ", whole.name, ": ", kLists, ": expected lists of ",
                       inputs.size(), " tensors like the inputs, got ", list.size());

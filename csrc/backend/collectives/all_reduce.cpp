@@ -32,8 +32,8 @@ Call all_reduce(GroupView group, Tensors& tensors, const c10d::AllreduceOptions&
 }
 
 Call all_reduce_coalesced(GroupView group, Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) {
-  const Call whole = make_call(c10d::OpType::ALLREDUCE_COALESCED, "mnnvl:all_reduce_coalesced", device_of(tensors),
-                               options);
+  const Call whole =
+      make_call(c10d::OpType::ALLREDUCE_COALESCED, "mnnvl:all_reduce_coalesced", device_of(tensors), options);
   std::vector<Call> calls;
   for (const at::Tensor& tensor : tensors) {
     check_dense(tensor, whole.name, "tensors");
