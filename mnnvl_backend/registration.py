@@ -71,6 +71,10 @@ def _complete_default_backend(c10d: ModuleType) -> None:
     The creator never sees the group, and the registry's keys are looked up in upper case elsewhere, so there is no
     hook before the group is returned. Hence this wrapper: it fills in what is missing and otherwise stays out of the
     way. In a torch that sets the default itself it does nothing.
+
+    The other case: init_process_group() without a name, after somebody made "mnnvl" a device's default
+    (Backend.default_device_backend_map). That function then takes NCCL or gloo for the default without a look, and what
+    asks the group for it (DDP's logger, new_group's warnings) fails.
     """
     helper = c10d._new_process_group_helper
     signature = inspect.signature(helper)
@@ -79,9 +83,11 @@ def _complete_default_backend(c10d: ModuleType) -> None:
     def with_default_backend(*args: Any, **kwargs: Any) -> Any:
         result = helper(*args, **kwargs)
         pg = result[0]
-        if type(pg) is c10d.ProcessGroup and pg.name() == "undefined":
-            backend = str(signature.bind(*args, **kwargs).arguments["backend"]).lower()
-            _set_default_backend(pg, {part.rpartition(":")[2] for part in backend.split(",")})
+        if type(pg) is c10d.ProcessGroup:
+            backend = c10d.Backend(str(signature.bind(*args, **kwargs).arguments["backend"]))
+            names = set(c10d.BackendConfig(backend).get_device_backend_map().values())
+            if pg.name() == "undefined" or (backend == c10d.Backend.UNDEFINED and NAME in names):
+                _set_default_backend(pg, names)
         return result
 
     c10d._new_process_group_helper = with_default_backend  # type: ignore[attr-defined]

@@ -205,6 +205,27 @@ def test_default_backend_is_set_in_every_form(ranks, backend, expected, capfd):
     assert "No backend of type" not in text
 
 
+def device_default_body(rank: Rank) -> None:
+    """A default group whose backend torch is to choose, which DDP asks for its default."""
+    defaults = dist.Backend.default_device_backend_map
+    before = dict(defaults)
+    defaults.update(cpu="mnnvl", cuda="mnnvl")
+    try:
+        rank.init("undefined")
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2).to(rank.device))
+        model(torch.ones(1, 3, device=rank.device)).sum().backward()
+        assert dist.group.WORLD.name() == dist.new_group().name() == "custom"
+        assert type(dist.group.WORLD._get_backend(rank.device)).__name__ == "ProcessGroupMNNVL"
+    finally:
+        defaults.clear()
+        defaults.update(before)
+
+
+def test_can_be_the_default_of_a_device(ranks):
+    """As docs/libraries.md says of libraries that name no backend, or torch's default for the device."""
+    ranks(device_default_body, 2, "cuda" if torch.cuda.is_available() else "cpu", backend=None)
+
+
 def wrong_options_body(rank: Rank) -> None:
     with pytest.raises(TypeError, match=r"pg_options of backend 'mnnvl': expected mnnvl_backend.Options, got dict"):
         dist.init_process_group("mnnvl", store=rank.store, rank=rank.rank, world_size=1, pg_options={})
