@@ -218,13 +218,18 @@ void ProcessGroupMNNVL::monitoredBarrier(const c10d::BarrierOptions& opts, bool 
   const std::lock_guard<std::mutex> lock(monitored_mutex_);
   at_torch_boundary([&] {
     check_usable();
-    const int64_t timeout_ms = opts.timeout.count() > 0 ? opts.timeout.count() : timeout_ms_.load();
+    // Zero is a timeout as well: who isn't there now is late.
+    const int64_t timeout_ms = opts.timeout.count() >= 0 ? opts.timeout.count() : timeout_ms_.load();
     StoreExchange exchange(store_, "mnnvl/monitored_barrier", rank_, size_, std::chrono::milliseconds(timeout_ms),
                            cancelled_, owner_);
     try {
       (void)exchange.all_gather("");
     } catch (const Error& error) {
-      fail(error.kind(), "mnnvl monitored_barrier: not all ranks came: ", error.what());
+      // With gloo's words for a time-out, which programs (and PyTorch's tests) look for.
+      const std::string words = error.kind() == ErrorKind::kTimeout
+                                    ? str("Rank ", rank_, " timed out in monitoredBarrier: ")
+                                    : std::string();
+      fail(error.kind(), "mnnvl monitored_barrier: not all ranks came: ", words, error.what());
     }
   });
 }

@@ -271,7 +271,7 @@ void StoreExchange::check_end(const Wait& wait) {
   std::string ranks = list_of(late);
   fail(ErrorKind::kTimeout, "mnnvl set-up: rank ", rank_, " waited ", static_cast<double>(timeout_.count()) / 1000.0,
        " s for ", ranks, " to reach step ", round_, " of ", store_.prefix(), " (ranks [",
-       ranks.substr(ranks.find(' ') + 1), "] of ", size_, " did not come)");
+       ranks.substr(ranks.find(' ') + 1), "] of ", size_, " did not come): the timeout passed");
 }
 
 // Looks once more: a peer whose time-out came a moment earlier has left word of who is missing, and isn't itself.

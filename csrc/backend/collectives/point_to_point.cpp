@@ -48,6 +48,7 @@ Call recv(GroupView group, Tensors& tensors, int source, int tag) {
 
 Call recv_any_source(GroupView group, Tensors& tensors, int tag) {
   Call call = one_message(c10d::OpType::RECVANYSOURCE, kRecv, tensors, Message::kAnySource, tag);
+  call.title = "mnnvl:recvAnySource";  // as torch's own backends call it in profiles; errors say recv
   TORCH_CHECK(call.device.is_cpu(), "mnnvl recv: src: expected a rank for a tensor on ", call.device,
               ", got none; messages from any source are for CPU tensors only");
   TORCH_CHECK_VALUE(group.size > 1, "mnnvl recv: src: expected a group of several ranks, got one");
