@@ -29,6 +29,17 @@ struct AllReduceParams {
   int blocks = 1;
 };
 
+// numel within the layout's one-shot capacity; `blocks` as above.
+struct ReduceScatterParams {
+  DeviceGroup group;
+  const void* ins[kMaxWorldSize] = {};  // [numel] each: the part of each rank
+  void* out = nullptr;  // [numel]; may equal ins[rank]
+  int64_t numel = 0;
+  Dtype dtype = Dtype::kFloat32;
+  ReduceOp op = ReduceOp::kSum;
+  int blocks = 1;
+};
+
 // Blocks of one role. Block b serves the lanes b, b + blocks, ... of all, of which number q is lane q / channels of
 // channel q % channels; kMaxBlockLanes at most.
 struct RoleShape {
@@ -115,6 +126,7 @@ struct KernelTable {
 
   Row<AllReduceParams> oneshot_allreduce;  // Lamport: store to all, reduce locally
   Row<AllReduceParams> twoshot_allreduce;  // Lamport: scatter, reduce, store the result to all
+  Row<ReduceScatterParams> reduce_scatter;  // Lamport: the first half of the two-shot
   Row<ExchangeParams> exchange;            // pair channels: everything that moves
   Row<ReduceParams> reduce;                // pair channels: every reduction
 

@@ -146,7 +146,7 @@ void launch_one(const LaunchContext& context, const AllReduceRequest& request) {
   launch_reduced(context, request);
 }
 
-void launch_one(const LaunchContext& context, const ReduceScatterRequest& request) {
+void launch_on_channels(const LaunchContext& context, const ReduceScatterRequest& request) {
   const int64_t element = element_size(request.dtype);
   const CallDescriptor call = descriptor_of(request, context.group.world_size);
   Reduction reduction{Operation::kReduceScatter, request.dtype, request.op};
@@ -161,6 +161,33 @@ void launch_one(const LaunchContext& context, const ReduceScatterRequest& reques
     }
   }
   launch_reduction(context, reduction, call);
+}
+
+void launch_lamport(const LaunchContext& context, const ReduceScatterRequest& request) {
+  const LamportShape choice = choose_reduce_scatter(context.shape, request.numel, request.dtype);
+  kernels::Launch shape;
+  shape.threads = choice.threads;
+  shape.stream = context.stream;
+  kernels::ReduceScatterParams params;
+  params.group = context.group;
+  params.dtype = request.dtype;
+  params.op = request.op;
+  params.blocks = choice.blocks;
+  for (int64_t begin = 0; begin < request.numel; begin += choice.launch_elements) {
+    const int64_t offset = begin * element_size(request.dtype);
+    for (int r = 0; r < context.group.world_size; ++r) {
+      params.ins[r] = static_cast<const std::byte*>(request.ins[r]) + offset;
+    }
+    params.out = static_cast<std::byte*>(request.out) + offset;
+    params.numel = min64(choice.launch_elements, request.numel - begin);
+    kernels::table().reduce_scatter.launch(params, shape);
+  }
+}
+
+// Parts of their own sizes may be empty, and a Lamport call needs a pack of everybody.
+void launch_one(const LaunchContext& context, const ReduceScatterRequest& request) {
+  if (request.numels == nullptr && is_float_sum(request.dtype, request.op)) return launch_lamport(context, request);
+  launch_on_channels(context, request);
 }
 
 void launch_one(const LaunchContext& context, const ReduceRequest& request) {

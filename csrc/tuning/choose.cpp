@@ -16,9 +16,9 @@ static_assert(complete(kCrossovers));
 // One thread a pack. Few packs go to as few threads a block as still give every multiprocessor work (the more blocks,
 // the sooner the first packs leave); of a two-shot's middle sizes full blocks on half the multiprocessors are faster.
 // From one full block a multiprocessor on, threads take several packs.
-void shape_lamport(AllReduceChoice& choice, int64_t packs, const GroupShape& group) {
+void shape_lamport(LamportShape& choice, bool stores_once, int64_t packs, const GroupShape& group) {
   const int most = max_all_reduce_threads(group.world_size);
-  const bool middle = choice.algorithm == Algorithm::kOneShotLamport && packs <= int64_t{256} * group.multiprocessors;
+  const bool middle = stores_once && packs <= int64_t{256} * group.multiprocessors;
   choice.threads = packs <= int64_t{128} * group.multiprocessors ? 128 : middle ? 256 : most;
   choice.blocks = int(std::clamp<int64_t>(ceil_div(packs, choice.threads), 1, group.multiprocessors));
 }
@@ -40,14 +40,22 @@ AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype 
   if (oneshot) {
     choice.algorithm = Algorithm::kOneShotLamport;
     choice.launch_elements = oneshot_elements;
-    shape_lamport(choice, std::min(packs, ceil_div(oneshot_elements * element, kPackBytes)), group);
+    shape_lamport(choice, true, std::min(packs, ceil_div(oneshot_elements * element, kPackBytes)), group);
   } else {
     choice.algorithm = Algorithm::kTwoShotLamport;
     choice.launch_elements = group.layout.twoshot_capacity(world, element);
-    shape_lamport(choice, slice_packs(std::min(packs, ceil_div(choice.launch_elements * element, kPackBytes)), world),
-                  group);
+    shape_lamport(choice, false,
+                  slice_packs(std::min(packs, ceil_div(choice.launch_elements * element, kPackBytes)), world), group);
   }
   return choice;
+}
+
+LamportShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype dtype) {
+  LamportShape shape;
+  shape.launch_elements = group.layout.oneshot_capacity(group.world_size, element_size(dtype));
+  const int64_t bytes = std::min(numel, shape.launch_elements) * element_size(dtype);
+  shape_lamport(shape, true, ceil_div(bytes, kPackBytes), group);
+  return shape;
 }
 
 // As few lanes a block as the blocks allow: one that is alone in its block is waited for by the data warps.

@@ -18,13 +18,19 @@ struct GroupShape {
   WorkspaceLayout layout{};
 };
 
-struct AllReduceChoice {
-  Algorithm algorithm = Algorithm::kOneShotLamport;
+struct LamportShape {
   int blocks = 1;
   int threads = 128;
   int64_t launch_elements = 0;  // most elements of one launch; a larger tensor takes several
 };
+
+struct AllReduceChoice : LamportShape {
+  Algorithm algorithm = Algorithm::kOneShotLamport;
+};
 AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype dtype, Strategy strategy);
+
+// A reduce-scatter of float sums, `numel` elements to each rank.
+LamportShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype dtype);
 
 // How many blocks serve the sends, or the receives, of an exchange: `channels` of them, whose largest message takes
 // `lanes`. A block serves kMaxBlockLanes at most. Point-to-point kernels may all wait at once, one for each peer and

@@ -54,6 +54,7 @@ class Group {
     }
   }
 
+  int world_size() const { return shape_.world_size; }
   const FailureRecord& record(int rank) const { return mailboxes_[size_t(rank)].record; }
 
   void exchange(int rank, ChannelKind kind, const std::vector<kernels::ChannelMessage>& sends,
@@ -231,6 +232,13 @@ struct GroupRank {
     if (sum != nullptr && is_float_sum(sum->dtype, sum->op)) {
       group.run(index, ReduceRequest{sum->in, sum->out, sum->numel, 0, sum->dtype, sum->op});
       return group.run(index, BroadcastRequest{sum->out, sum->numel * element_size(sum->dtype), 0});
+    }
+    // So are the even ones of its halves.
+    if (const auto* part = std::get_if<ReduceScatterRequest>(&request); part != nullptr && part->numels == nullptr) {
+      const std::vector<int64_t> numels(size_t(group.world_size()), part->numel);
+      ReduceScatterRequest uneven = *part;
+      uneven.numels = numels.data();
+      return group.run(index, uneven);
     }
     group.run(index, request);
   }

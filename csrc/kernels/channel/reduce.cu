@@ -47,6 +47,7 @@ class Watch {
       // The entry is free when the data warps are done with what was in it.
       while (taken_ <= k - kQueue) await_done(lines, pieces, message, slots);
       hand_out(k);
+      give_owed();
     }
     // Lines are waited for by the data warps, meanwhile.
     while (lines && watches_header && !lane_.begun && !failed()) {
@@ -75,7 +76,8 @@ class Watch {
       lane_.open();  // all the same: the data warps count on every peer's part of every piece
       fail();
     } else {
-      st_release_sys_u64(lane_.words.credit, lane_.credit);  // for what the lane's last kernel took
+      owed_ = lane_.credit;
+      owes_credit_ = true;
     }
     wait_.restart(lane_.messages);
   }
@@ -88,6 +90,7 @@ class Watch {
         return fail();
       }
       if (lane_.ready(/*alone=*/false)) return wait_.restart(message);
+      give_owed();
       if (taken_ < k && mbarrier_is_over(&shared_.done[taken_ % kQueue], uint32_t(taken_ / kQueue))) {
         take(/*lines=*/false, pieces, message, slots);
       } else if (!wait_.keep_on(lane_.peer, lane_.slots + 1, lane_.posted)) {
@@ -119,56 +122,66 @@ class Watch {
     st_release_sys_u64(lane_.words.credit, uint64_t(slots + uint32_t(taken_)) << 32 | messages);
   }
 
+  // For what the lane's last kernel took; behind the first piece, which shall not wait for this store's fence.
+  __device__ __forceinline__ void give_owed() {
+    if (owes_credit_) st_release_sys_u64(lane_.words.credit, owed_);
+    owes_credit_ = false;
+  }
+
   SharedReduction& shared_;
   Lane<false, Params> lane_;
   Wait wait_;
+  bool owes_credit_ = false;
+  uint64_t owed_ = 0;
   int taken_ = 0;  // pieces that the data warps are done with, as far as this thread knows
 };
 
-// One piece. False if a wait gave up.
-template <Dtype dtype, int kInFlight, typename Op>
-__device__ __forceinline__ bool reduce_one(const Params& p, const Cut& cut, int lane, int k, const Sources& sources,
-                                           const Op& op, int thread, int threads) {
-  const int rank = p.group.rank, world = p.group.world_size, bytes = int(cut.bytes_of(lane, k));
-  std::byte* out = p.out + cut.begin(lane, k);
-  if (!cut.lines) {
-    reduce_piece<dtype, kInFlight>(sources, rank, world, out, bytes, op, thread, threads);
-    return true;
-  }
-  Wait wait(p.group, p.receives.operation, kStageMessage, sources.flags[rank == 0 ? 1 : 0] - 1);
-  return reduce_lines<dtype>(sources, rank, world, out, bytes, op, thread, threads, wait);
-}
-
-// A data warp's part in all pieces of the lane.
-template <Dtype dtype, int kInFlight, typename Op>
+// A data warp's part in all pieces of the lane. In flight: packs of slots, lines.
+template <Dtype dtype, int kPacks, int kLines, typename Op>
 __device__ __forceinline__ void reduce_all(const Params& p, int lane, SharedReduction& shared, const Op& op, int thread,
                                            int threads) {
   const Cut& cut = p.messages[p.channels[p.receives.first_channel].first].cut;
+  const int rank = p.group.rank, world = p.group.world_size;
+  const auto handed = [&](int k) {
+    mbarrier_wait(&shared.handed[k % kQueue], uint32_t(k / kQueue));
+    return ld_acquire_cta_u32(&shared.failed) == 0;
+  };
+  const auto done = [&](int k) {
+    __syncwarp();
+    if (thread % kWarp == 0) mbarrier_arrive(&shared.done[k % kQueue]);
+  };
+  if (cut.lines) {
+    const int64_t begin = cut.begin(lane, 0);
+    Wait wait(p.group, p.receives.operation, kStageMessage, 0);
+    if (!reduce_lines<dtype, kLines>(shared.sources[0], p.own + begin, rank, world, p.out + begin,
+                                     int(cut.bytes_of(lane, 0)), op, thread, threads, wait,
+                                     [&] { return handed(0); })) {
+      st_release_cta_u32(&shared.failed, 1);
+    }
+    return done(0);
+  }
   const int pieces = cut.pieces_of(lane);
 #pragma unroll 1
   for (int k = 0; k < pieces; ++k) {
-    mbarrier_wait(&shared.handed[k % kQueue], uint32_t(k / kQueue));
-    if (ld_acquire_cta_u32(&shared.failed) == 0 &&
-        !reduce_one<dtype, kInFlight>(p, cut, lane, k, shared.sources[k % kQueue], op, thread, threads)) {
-      st_release_cta_u32(&shared.failed, 1);
+    if (handed(k)) {
+      reduce_piece<dtype, kPacks>(shared.sources[k % kQueue], rank, world, p.out + cut.begin(lane, k),
+                                  int(cut.bytes_of(lane, k)), op, thread, threads);
     }
-    __syncwarp();
-    if (thread % kWarp == 0) mbarrier_arrive(&shared.done[k % kQueue]);
+    done(k);
   }
 }
 
 // The sums that models are trained with have code of their own; of the others each dtype has. The loop over pieces lies
 // inside each case: around the cases it would keep the invariants of all of them in registers.
-// X(dtype, packs in flight).
-#define MNNVL_FOR_EACH_FAST_SUM(X) X(kFloat32, 4) X(kFloat16, 2) X(kBFloat16, 2)
+#define MNNVL_FOR_EACH_FAST_SUM(X) X(kFloat32, kSum) X(kFloat16, kSum) X(kBFloat16, kSum)
 #define MNNVL_FOR_EACH_REDUCED_DTYPE(X) MNNVL_FOR_EACH_NUMBER(X, any) X(kBool, any)
 
 __device__ __forceinline__ void data_warps(const Params& p, int lane, SharedReduction& shared, int thread,
                                            int threads) {
   if (p.op == ReduceOp::kSum) {
     const Fixed<ReduceOp::kSum> sum{p.divisor};
-#define MNNVL_CASE(dtype, in_flight) \
-  case Dtype::dtype: return reduce_all<Dtype::dtype, in_flight>(p, lane, shared, sum, thread, threads);
+#define MNNVL_CASE(dtype, op) \
+  case Dtype::dtype: return reduce_all<Dtype::dtype, 4, 5>(p, lane, shared, sum, thread, threads);
     switch (p.dtype) {
       MNNVL_FOR_EACH_FAST_SUM(MNNVL_CASE)
       default: break;
@@ -177,7 +190,7 @@ __device__ __forceinline__ void data_warps(const Params& p, int lane, SharedRedu
   }
   const Any op{p.divisor, p.op};
 #define MNNVL_CASE(dtype, unused) \
-  case Dtype::dtype: return reduce_all<Dtype::dtype, 1>(p, lane, shared, op, thread, threads);
+  case Dtype::dtype: return reduce_all<Dtype::dtype, 1, 2>(p, lane, shared, op, thread, threads);
   switch (p.dtype) {
     MNNVL_FOR_EACH_REDUCED_DTYPE(MNNVL_CASE)
     default: break;

@@ -27,7 +27,8 @@ namespace mnnvl::kernels {
 class LamportCall {
  public:
   // Reads this rank's state. Every thread of the grid makes one.
-  __device__ __forceinline__ explicit LamportCall(const DeviceGroup& g) : g_(g), own_(control_of(g, g.rank)) {
+  __device__ __forceinline__ LamportCall(const DeviceGroup& g, Operation operation)
+      : g_(g), own_(control_of(g, g.rank)), operation_(operation) {
     const uint4 head = ld_relaxed_sys_v4(own_);
     generation_ = head.x;
     abort_ = head.y;
@@ -37,7 +38,7 @@ class LamportCall {
   // True when the group has failed before, which then is recorded here too: this rank may not have waited for anybody.
   __device__ __forceinline__ bool aborted() const {
     if (abort_ == 0) return false;
-    give_up(g_, FailureCause::kPeerFailed, abort_rank(abort_), Operation::kAllReduce, /*stage=*/0, calls_, 0, 0);
+    give_up(g_, FailureCause::kPeerFailed, abort_rank(abort_), operation_, /*stage=*/0, calls_, 0, 0);
     return true;
   }
   __device__ __forceinline__ uint32_t sequence() const { return calls_; }
@@ -61,6 +62,7 @@ class LamportCall {
  private:
   const DeviceGroup& g_;
   DeviceControl* own_;
+  const Operation operation_;
   uint32_t generation_, abort_, calls_;
 };
 

@@ -128,28 +128,80 @@ __device__ __forceinline__ void reduce_units(const Sources& sources, int world, 
   }
 }
 
-// A piece that is there: `bytes` of every rank, in packs where the user's memory allows. `kInFlight`: of those.
+// The same of two ranks, where no sum has to be kept while others are loaded: more loads are in flight.
+template <Dtype dtype, int kInFlight, typename Op>
+__device__ __forceinline__ void reduce_two(const Sources& sources, std::byte* out, int end, const Op& op, int thread,
+                                           int threads) {
+  using A = Access<uint4>;
+  constexpr int kSize = int(sizeof(A)), kStride = kWarpThreads * kSize;
+  const int place = thread / kWarpThreads * kInFlight * kStride + thread % kWarpThreads * kSize;
+  for (int first = place; first < end; first += kInFlight * threads * kSize) {
+    A loaded[2][kInFlight];
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const std::byte* source = sources.at[s] + first;
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        if (first + k * kStride < end) loaded[s][k] = *reinterpret_cast<const A*>(source + k * kStride);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (first + k * kStride >= end) continue;
+      A done;
+#pragma unroll
+      for (int w = 0; w < A::kWords; ++w) {
+        Values<dtype, uint64_t> values;
+        values.add(loaded[0][k].words[w], /*first=*/true, op);
+        values.add(loaded[1][k].words[w], /*first=*/false, op);
+        done.words[w] = values.finish(op.divisor);
+      }
+      *reinterpret_cast<A*>(out + first + k * kStride) = done;
+    }
+  }
+}
+
+// A piece that is there: `bytes` of every rank, in packs where the user's memory allows. `kInFlight`: of those, of two
+// ranks; of more it is a half.
 template <Dtype dtype, int kInFlight, typename Op>
 __device__ __forceinline__ void reduce_piece(const Sources& sources, int rank, int world, std::byte* out, int bytes,
                                              const Op& op, int thread, int threads) {
   using Single = std::make_unsigned_t<typename arithmetic::Element<dtype>::Stored>;
   const bool packs = is_vector_aligned(out) && is_vector_aligned(sources.at[rank]);
   const int whole = packs ? bytes / kPackBytes * kPackBytes : 0;
-  reduce_units<dtype, uint4, kInFlight>(sources, world, out, 0, whole, op, thread, threads);
+  if (kInFlight > 1 && world == 2) {
+    reduce_two<dtype, kInFlight>(sources, out, whole, op, thread, threads);
+  } else {
+    reduce_units<dtype, uint4, (kInFlight + 1) / 2>(sources, world, out, 0, whole, op, thread, threads);
+  }
   reduce_units<dtype, Single, 2>(sources, world, out, whole, bytes, op, thread, threads);
 }
 
-// A piece that comes as lines; waits for each. False if the wait gave up.
-template <Dtype dtype, typename Op>
-__device__ __forceinline__ bool reduce_lines(const Sources& sources, int rank, int world, std::byte* out, int bytes,
-                                             const Op& op, int thread, int threads, Wait& wait) {
-  constexpr int kInFlight = 2;
-  const std::byte* own = sources.at[rank];
+// A piece that comes as lines; waits for each. False if the wait gave up, or there is nothing to wait for: `handed`
+// waits until the sources are known, which the first of the own values need not be.
+template <Dtype dtype, int kInFlight, typename Op, typename Handed>
+__device__ __forceinline__ bool reduce_lines(const Sources& sources, const std::byte* own, int rank, int world,
+                                             std::byte* out, int bytes, const Op& op, int thread, int threads,
+                                             Wait& wait, const Handed& handed) {
   const bool words = (reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(own)) % kLineData == 0;
   constexpr int kStride = kWarpThreads * kLineData;
   const int place = thread / kWarpThreads * kInFlight * kStride + thread % kWarpThreads * kLineData;
-  for (int first = place; first < bytes; first += kInFlight * threads * kLineData) {
+  bool known = false;
+  for (int first = place; first < bytes || !known; first += kInFlight * threads * kLineData) {
     Values<dtype, uint64_t> values[kInFlight];
+    uint64_t mine[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int at = first + k * kStride;
+      mine[k] = 0;
+      if (at >= bytes) continue;
+      mine[k] = words ? load_line_data<uint64_t>(own + at, bytes - at) : load_line_data<uint8_t>(own + at, bytes - at);
+    }
+    if (!known) {
+      if (!handed()) return false;
+      known = true;
+      wait.restart(sources.flags[rank == 0 ? 1 : 0] - 1);
+    }
     for (int r = 0; r < world; ++r) {
       uint64_t data[kInFlight];
       bool complete;
@@ -158,13 +210,8 @@ __device__ __forceinline__ bool reduce_lines(const Sources& sources, int rank, i
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
           const int at = first + k * kStride;
-          data[k] = 0;
-          if (at >= bytes) continue;
-          if (r == rank) {
-            data[k] =
-                words ? load_line_data<uint64_t>(own + at, bytes - at) : load_line_data<uint8_t>(own + at, bytes - at);
-            continue;
-          }
+          data[k] = mine[k];
+          if (at >= bytes || r == rank) continue;
           uint64_t seen;
           ld_relaxed_sys_b128(sources.at[r] + 2 * at, data[k], seen);
           complete = complete && seen == sources.flags[r];

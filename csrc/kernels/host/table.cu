@@ -11,6 +11,7 @@ namespace mnnvl::kernels {
 #define MNNVL_FOR_EACH_KERNEL(X) \
   X(oneshot_allreduce) \
   X(twoshot_allreduce) \
+  X(reduce_scatter) \
   X(exchange) \
   X(reduce)
 

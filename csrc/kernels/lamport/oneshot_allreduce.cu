@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
     oneshot_lamport_allreduce(const __grid_constant__ AllReduceParams p) {
   grid_dependency_wait();
   const DeviceGroup& g = p.group;
-  LamportCall call(g);
+  LamportCall call(g, Operation::kAllReduce);
   if (call.aborted()) return;
 
   const int64_t bytes = p.numel * int64_t(sizeof(T));
