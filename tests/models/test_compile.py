@@ -87,13 +87,17 @@ def functional_body(rank: Rank, compiler: str | None) -> None:
     def layer(x: torch.Tensor) -> dict[str, torch.Tensor]:
         return {what: call(x * 2) + 1 for what, call in calls.items()}
 
+    if compiler and torch.__version__ < "2.13":  # whose dynamo refuses torch's own helper for other dimensions than 0
+        del calls["all_gather of columns"]
     torch._dynamo.reset()
     counter = GraphCounter(compiler or "")
     run = torch.compile(layer, backend=counter, fullgraph=True, dynamic=False) if compiler else layer
     for seed in range(3):
         mine = inputs(seed)
         out = run(mine[rank.rank])
-        for what, case in functional_cases([2 * x for x in mine], rank.rank).items():
+        expected = functional_cases([2 * x for x in mine], rank.rank)
+        for what in calls:
+            case = expected[what]
             torch.testing.assert_close(out[what], case.expected + 1, msg=lambda text, w=what: f"{w}: {text}")
     assert counter.graphs == (1 if compiler else 0)
 
