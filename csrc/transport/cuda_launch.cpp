@@ -281,12 +281,6 @@ void launch_one(const LaunchContext& context, const BarrierRequest& request) {
   launch_exchange(context, exchange);
 }
 
-// Until every operation has its function above.
-template <typename AnyRequest>
-void launch_one(const LaunchContext&, const AnyRequest& request) {
-  fail(ErrorKind::kInvalidArgument, "mnnvl: no ", name(operation_of(request)), " on GPUs yet");
-}
-
 }  // namespace
 
 void launch(const LaunchContext& context, const Request& request) {

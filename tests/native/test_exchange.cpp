@@ -6,6 +6,7 @@
 
 #include "kernels/kernels.h"
 #include "native/harness.h"
+#include "native/random_calls.h"
 #include "protocol/failure_text.h"
 #include "transport/cuda_launch.h"
 
@@ -217,6 +218,39 @@ TEST(exchange_collectives) {
         CHECK(group.record(rank).valid == 0, to_error(group.record(rank), 0).what());
       }
     });
+  }
+}
+
+struct GroupRank {
+  const Group& group;
+  const int index;
+  int rank() const { return index; }
+  void run(const Request& request) {
+    // Float sums are the Lamport kernels', which don't run here.
+    const auto* sum = std::get_if<AllReduceRequest>(&request);
+    if (sum != nullptr && is_float_sum(sum->dtype, sum->op)) {
+      group.run(index, ReduceRequest{sum->in, sum->out, sum->numel, 0, sum->dtype, sum->op});
+      return group.run(index, BroadcastRequest{sum->out, sum->numel * element_size(sum->dtype), 0});
+    }
+    group.run(index, request);
+  }
+};
+
+// Through lines and through slots, many pieces a lane.
+TEST(exchange_random_calls) {
+  for (int world_size : {2, 3, 4, 5, 8}) {
+    for (int64_t channel_bytes : {int64_t{24} << 10, int64_t{512} << 10}) {
+      Group group(world_size, world_size * channel_bytes);
+      if (world_size == 2) group.start_from(0xfffffffeu, 0xfffffffdu);
+      run_threads(world_size, [&](int index) {
+        GroupRank rank{group, index};
+        for (int i = 0; i < iterations(6); ++i) {
+          check_any(rank, Call{world_size, uint64_t(i + world_size * 100), /*most_bytes=*/200'000});
+          const FailureRecord& record = group.record(index);
+          CHECK(record.valid == 0, "world size ", world_size, ", call ", i, ": ", to_error(record, 0).what());
+        }
+      });
+    }
   }
 }
 

@@ -24,7 +24,7 @@ struct Params : DeviceMessages {
 struct SharedReduction {
   Sources sources[kQueue];
   uint64_t handed[kQueue];  // mbarriers, an arrival for each peer: its part is there
-  uint64_t done[kQueue];    // mbarriers, an arrival for each data warp
+  uint64_t done[kQueue];  // mbarriers, an arrival for each data warp
   uint32_t failed;
 };
 
@@ -141,8 +141,8 @@ __device__ __forceinline__ bool reduce_one(const Params& p, const Cut& cut, int 
 
 // A data warp's part in all pieces of the lane.
 template <Dtype dtype, int kInFlight, typename Op>
-__device__ __forceinline__ void reduce_all(const Params& p, int lane, SharedReduction& shared, const Op& op,
-                                           int thread, int threads) {
+__device__ __forceinline__ void reduce_all(const Params& p, int lane, SharedReduction& shared, const Op& op, int thread,
+                                           int threads) {
   const Cut& cut = p.messages[p.channels[p.receives.first_channel].first].cut;
   const int pieces = cut.pieces_of(lane);
 #pragma unroll 1

@@ -108,7 +108,7 @@ __device__ __forceinline__ void send_lines(std::byte* lines, const std::byte* fr
 #pragma unroll
     for (int k = 0; k < kLinesInFlight<Unit>; ++k) {
       const int at = (first + k * threads) * kLineData;
-      if (at < bytes) data[k] = load_line_data<Unit>(from + at, bytes - at);
+      data[k] = at < bytes ? load_line_data<Unit>(from + at, bytes - at) : 0;
     }
 #pragma unroll
     for (int k = 0; k < kLinesInFlight<Unit>; ++k) {

@@ -161,8 +161,8 @@ __device__ __forceinline__ bool reduce_lines(const Sources& sources, int rank, i
           data[k] = 0;
           if (at >= bytes) continue;
           if (r == rank) {
-            data[k] = words ? load_line_data<uint64_t>(own + at, bytes - at)
-                            : load_line_data<uint8_t>(own + at, bytes - at);
+            data[k] =
+                words ? load_line_data<uint64_t>(own + at, bytes - at) : load_line_data<uint8_t>(own + at, bytes - at);
             continue;
           }
           uint64_t seen;
