@@ -63,7 +63,7 @@ SUPPORT = {
          "splits": "with split sizes"},
     ),
     "send_recv": Operation({"tensor": "`send`, `recv`, `isend`, `irecv`", "batch": "`batch_isend_irecv`"}),
-    "barrier": Operation({"nothing": "`barrier`"}, every_dtype=False),
+    "barrier": Operation({"nothing": "`barrier`", "monitored": "`monitored_barrier` of the group"}, every_dtype=False),
 }  # fmt: skip
 TOGETHER = ("tensor", "splits", "coalesced")  # forms whose parts lie one after another in one tensor
 

@@ -214,6 +214,8 @@ def send_recv(p: Prepared) -> Works:
 
 
 def barrier(p: Prepared) -> Works:
+    if p.case.form == "monitored":
+        return [dist.group.WORLD.monitored_barrier(p.rank.group_timeout)]
     ids = [p.rank.device.index] if p.rank.device.type == "cuda" else None
     return [dist.barrier(async_op=p.case.asynchronous, device_ids=ids)]
 
