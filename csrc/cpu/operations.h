@@ -1,6 +1,6 @@
-// The collectives of the CPU, one function each, in a file of its name. They check their arguments (Error
-// kInvalidArgument, the group stays usable), begin the call, and return when the result is in place; failures as in
-// communicator.h. A new operation is a request, an overload here and its file.
+// The collectives of the CPU, one function each, in a file of its name (reduce: reduce_to_root.cpp). They check their
+// arguments (Error kInvalidArgument, the group stays usable), begin the call, and return when the result is in place;
+// failures as in communicator.h. A new operation is a request, an overload here and its file.
 #pragma once
 
 #include <cstdint>

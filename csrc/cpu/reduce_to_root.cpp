@@ -4,8 +4,8 @@
 
 namespace mnnvl::cpu {
 
-// As gather, with a sum in place of the copies: the root reads every byte once, which no division of the work among the
-// ranks betters in bytes moved; only with many ranks, each on a core of its own, could it do better in time.
+// As gather, with the reduction in place of the copies. The root alone reads, each byte once: ranks that shared the
+// work would move more bytes, and could win only where there are many, each with a core of its own.
 void run(Steps& steps, const ReduceRequest& request, int64_t timeout_ms) {
   const bool is_root = steps.rank() == request.root;
   check_root(operation_of(request), request.root, steps.world_size());

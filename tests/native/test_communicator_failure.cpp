@@ -97,7 +97,7 @@ TEST(communicator_a_dead_peer_ends_a_wait) {
 
 // Ranks whose calls differ: an error on both, whatever differs, that names both calls where one read from the other.
 TEST(communicator_ranks_that_call_different_things) {
-  std::byte data[256] = {}, others[256] = {};
+  std::byte data[256] = {}, others[256] = {}, unshared[256] = {};
   void* outs[] = {data, others};
   const auto reduction = [&](int64_t numel, Dtype dtype, ReduceOp op, Strategy strategy) {
     return AllReduceRequest{data, others, numel, dtype, op, strategy};
@@ -123,7 +123,7 @@ TEST(communicator_ranks_that_call_different_things) {
       {ReduceRequest{data, others, 16, 0}, ReduceRequest{data, others, 15, 0}},
       {ReduceRequest{data, others, 16, 0}, ReduceRequest{data, others, 16, 0, Dtype::kInt32}},
       {ReduceRequest{data, others, 16, 0}, ReduceRequest{data, others, 16, 0, Dtype::kFloat32, ReduceOp::kMax}},
-      {ScatterRequest{ins, others, 16, 0}, ScatterRequest{ins, others, 16, 1}},
+      {ScatterRequest{ins, others, 16, 0}, ScatterRequest{ins, unshared, 16, 1}},  // both take their own part
       {ScatterRequest{ins, others, 16, 0}, ScatterRequest{ins, others, 17, 0}},
       {ScatterRequest{ins, others, 16, 0}, BroadcastRequest{data, 16, 0}},
       {GatherRequest{data, outs, 16, 0}, GatherRequest{data, outs, 16, 1}},
@@ -239,7 +239,8 @@ TEST(communicator_deadline_of_those_that_run_ahead) {
 }
 
 TEST(communicator_refuses_bad_arguments) {
-  const Segments segments(2, kSlotBytes), tiny(2, 0);
+  const Segments segments(2, kSlotBytes), tiny(2, 0), a_line_for_all_peers_but_one(8, 64 * 6);
+  CHECK(error_of([&] { CpuRank(a_line_for_all_peers_but_one, 0); }).kind() == ErrorKind::kInvalidArgument);
   CHECK(error_of([&] { CpuRank(tiny, 0); }).kind() == ErrorKind::kInvalidArgument);
   CHECK(error_of([&] { CpuRank(segments, 2); }).kind() == ErrorKind::kInvalidArgument);
   CpuRank rank(segments, 0);
