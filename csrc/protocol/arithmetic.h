@@ -14,10 +14,6 @@
 #include "common/math.h"
 #include "protocol/types.h"
 
-#ifdef __CUDACC__
-#include <cuda_fp16.h>
-#endif
-
 namespace mnnvl::arithmetic {
 
 template <typename To, typename From>
@@ -126,9 +122,14 @@ struct Element<Dtype::kFloat16> {
   using Stored = uint16_t;
   using Wide = float;
 #ifdef __CUDA_ARCH__  // the same, in one instruction
-  static __device__ __forceinline__ float widen(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+  static __device__ __forceinline__ float widen(uint16_t bits) {
+    float v;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
+    return v;
+  }
   static __device__ __forceinline__ uint16_t narrow(float v) {
-    const uint16_t half = __half_as_ushort(__float2half_rn(v));
+    uint16_t half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(v));
     return v != v ? 0x7fffu : half == 0x8000u ? 0u : half;
   }
 #else

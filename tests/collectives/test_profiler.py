@@ -17,6 +17,7 @@ def calls(rank: Rank) -> dict[str, tuple[Callable[..., Any], str, list[list[int]
     n, device = rank.world_size, rank.device
     x, y = torch.ones(3, 4, device=device), torch.ones(5, device=device)
     parts, whole = [torch.empty_like(x) for _ in range(n)], torch.empty(3 * n, 4, device=device)
+    others, other, root = [torch.empty_like(x) for _ in range(n)], torch.empty_like(whole), rank.rank == 0
     empty, flags = torch.ones(0, 2, device=device), torch.ones(3, 4, device=device, dtype=torch.int32)
     ids = [device.index] if device.type == "cuda" else None
     return {
@@ -30,6 +31,21 @@ def calls(rank: Rank) -> dict[str, tuple[Callable[..., Any], str, list[list[int]
         "all_gather": (lambda **kw: dist.all_gather(parts, x, **kw), "all_gather", [[3, 4]]),
         "all_gather_into_tensor": (
             lambda **kw: dist.all_gather_into_tensor(whole, x, **kw), "_all_gather_base", [[3, 4]],
+        ),
+        "reduce": (lambda **kw: dist.reduce(x, 0, **kw), "reduce", [[3, 4]]),
+        "reduce_scatter": (
+            lambda **kw: dist.reduce_scatter(x, parts, **kw), "reduce_scatter", [[3, 4]] * n,
+        ),
+        "reduce_scatter_tensor": (
+            lambda **kw: dist.reduce_scatter_tensor(x, whole, **kw), "_reduce_scatter_base", [[3 * n, 4]],
+        ),
+        "gather": (lambda **kw: dist.gather(x, parts if root else None, **kw), "gather", [[3, 4]]),
+        "scatter": (
+            lambda **kw: dist.scatter(x, parts if root else None, **kw), "scatter", [[3, 4]] * n if root else [],
+        ),
+        "all_to_all": (lambda **kw: dist.all_to_all(others, parts, **kw), "all_to_all", [[3, 4]] * n),
+        "all_to_all_single": (
+            lambda **kw: dist.all_to_all_single(other, whole, **kw), "all_to_all_single", [[3 * n, 4]],
         ),
         "barrier": (lambda **kw: dist.barrier(device_ids=ids, **kw), "barrier", []),
     }  # fmt: skip

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from markers import want_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def torchrun(ranks: int, example: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """With the package on the path, installed or not; an example itself imports nothing of it."""
+    """With the package on the path, installed or not; but one, the examples import nothing of it."""
     # The working directory isn't on torchrun's path, and a tree that isn't installed registers nothing by itself.
     start = (
         "import sys, runpy, mnnvl_backend; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--no-python",
          sys.executable, "-c", start, str(ROOT / "examples" / example), *arguments],
@@ -28,17 +29,26 @@ def torchrun(ranks: int, example: str, *arguments: str) -> subprocess.CompletedP
     )  # fmt: skip
 
 
+def losses(ranks: int, example: str, told: str, *arguments: str) -> list[float]:
+    """The first and the last that a training tells, behind every tenth; it has learned."""
+    done = torchrun(ranks, example, *arguments)
+    assert done.returncode == 0, done.stderr
+    *steps, summary = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in steps] == [f"step {i}" for i in range(0, 10 * len(steps), 10)], done.stdout
+    match = re.fullmatch(rf"{told}: loss (\S+), then (\S+)", summary)
+    assert match, done.stdout
+    first, last = map(float, match.groups())
+    assert last < first / 2
+    return [first, last]
+
+
 def test_ddp(device):
     ranks = 2 if device == "cpu" else min(4, max(2, torch.cuda.device_count()))
-    done = torchrun(ranks, "ddp.py", "--device", device)
-    assert done.returncode == 0, done.stderr
-    told = re.fullmatch(rf"{ranks} ranks on {device}: loss (\S+), then (\S+); parameters equal\n", done.stdout)
-    assert told, done.stdout
-    assert float(told[2]) < float(told[1]) / 2
+    losses(ranks, "ddp.py", f"{ranks} ranks on {device}, parameters equal", "--device", device)
 
 
 def test_ddp_says_when_nothing_was_learned():
-    """Five steps are the first and the last five at once: the example's own check must be able to fail."""
+    """Five steps are the first and the last five at once: the examples' own check must be able to fail."""
     done = torchrun(1, "ddp.py", "--device", "cpu", "--steps", "5")
     assert done.returncode != 0
     assert "the loss did not fall" in done.stderr
@@ -46,19 +56,39 @@ def test_ddp_says_when_nothing_was_learned():
 
 def test_pipeline(device):
     """Both ways train alike: the same numbers move."""
-    told = {}
-    for mode in ("1f1b", "send-recv"):
-        done = torchrun(2, "pipeline.py", "--device", device, "--mode", mode)
-        assert done.returncode == 0, done.stderr
-        match = re.fullmatch(rf"2 stages on {device}, {mode}: loss (\S+), then (\S+)\n", done.stdout)
-        assert match, done.stdout
-        told[mode] = [float(loss) for loss in match.groups()]
-        assert told[mode][1] < told[mode][0] / 2
-    assert told["1f1b"] == pytest.approx(told["send-recv"], rel=0.01)
+    told = [
+        losses(2, "pipeline.py", f"2 stages on {device}, {mode}", "--device", device, "--mode", mode)
+        for mode in ("1f1b", "send-recv")
+    ]
+    assert told[0] == pytest.approx(told[1], rel=0.01)
 
 
 def test_pipeline_of_three_stages():
     """The middle one both receives and sends, either way."""
-    done = torchrun(3, "pipeline.py", "--device", "cpu", "--mode", "send-recv")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("3 stages on cpu, send-recv: loss ")
+    losses(3, "pipeline.py", "3 stages on cpu, send-recv", "--device", "cpu", "--mode", "send-recv")
+
+
+@pytest.mark.parametrize("example", ["fsdp2.py", "tensor_parallel.py"])
+def test_parallel_over_a_mesh(device, example):
+    want_gpus(device, 2)
+    losses(2, example, f"2 ranks on {device}", "--device", device, "--steps", "60")
+
+
+def test_expert_parallel(device):
+    losses(2, "expert_parallel.py", f"4 experts on 2 ranks, {device}", "--device", device)
+
+
+def test_tensor_parallel_decode(device):
+    """With the function, and with all_reduce of torch.distributed: the same tokens."""
+    other = "gloo" if device == "cpu" else "nccl"
+    want_gpus(device, 2)
+    first = []
+    for backend in ("mnnvl", other):
+        done = torchrun(2, "tensor_parallel_decode.py", "--device", device, "--backend", backend)
+        assert done.returncode == 0, done.stderr
+        sequence, summary = done.stdout.splitlines()
+        how = "CUDA graph" if device == "cuda" else "eager"
+        assert summary == f"2 ranks on {device}, {how}: 32 tokens of 4 sequences, as on one rank"
+        assert len(set(sequence.split()[2:])) > 5, f"one word over and over: {sequence}"
+        first.append(sequence)
+    assert first[0] == first[1]

@@ -86,7 +86,7 @@ Call reduce_scatter_tensor(GroupView group, at::Tensor& output, at::Tensor& inpu
 
 Call reduce_scatter_tensor_coalesced(GroupView group, Tensors& outputs, Tensors& inputs,
                                      const c10d::ReduceScatterOptions& options) {
-  const Call whole = make_call(c10d::OpType::REDUCE_SCATTER_TENSOR_COALESCED, "mnnvl:reduce_scatter_tensor_coalesced",
+  const Call whole = make_call(c10d::OpType::_REDUCE_SCATTER_BASE, "mnnvl:reduce_scatter_tensor_coalesced",
                                device_of(inputs), options);
   TORCH_CHECK_VALUE(outputs.size() == inputs.size(), "mnnvl ", whole.name, ": outputs: expected ", inputs.size(),
                     " tensors like the inputs, got ", outputs.size());

@@ -158,7 +158,8 @@ __device__ __forceinline__ void reduce_all(const Params& p, int lane, SharedRedu
 }
 
 // The sums that models are trained with have code of their own; of the others each dtype has. The loop over pieces lies
-// inside each case: around the cases it would keep the invariants of all of them in registers. X(dtype, packs in flight).
+// inside each case: around the cases it would keep the invariants of all of them in registers.
+// X(dtype, packs in flight).
 #define MNNVL_FOR_EACH_FAST_SUM(X) X(kFloat32, 4) X(kFloat16, 2) X(kBFloat16, 2)
 #define MNNVL_FOR_EACH_REDUCED_DTYPE(X) MNNVL_FOR_EACH_NUMBER(X, any) X(kBool, any)
 
