@@ -1,6 +1,8 @@
 #include "backend/set_up_store.h"
 
 #include <c10/util/Exception.h>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <algorithm>
 
@@ -92,6 +94,16 @@ bool SetUpStore::have(const std::vector<std::string>& keys) {
     patience_ = std::min(patience_ * 2, std::chrono::milliseconds(kLongWait));
     return false;
   }
+}
+
+c10::intrusive_ptr<c10d::Store> SetUpStore::apart() {
+  c10d::Store* inmost = store_.get();
+  if (auto* prefixed = dynamic_cast<c10d::PrefixStore*>(inmost)) inmost = prefixed->getUnderlyingNonPrefixStore().get();
+  if (dynamic_cast<c10d::TCPStore*>(inmost) == nullptr) return store_;
+  return guarded("clone", [&] {
+    (void)store_->check({prefix_});  // a server that is gone says so here; to connect would take minutes of trying
+    return store_->clone();
+  });
 }
 
 void SetUpStore::forget(const std::string& key) noexcept {

@@ -71,8 +71,11 @@ c10::intrusive_ptr<Future> CpuWork::getFuture() {
 }
 
 void CpuWork::follow(std::shared_ptr<Messenger::Transfer> transfer) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  transfer_ = std::move(transfer);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    transfer_ = std::move(transfer);
+  }
+  cv_.notify_all();
 }
 
 int CpuWork::sourceRank() const {
@@ -82,17 +85,15 @@ int CpuWork::sourceRank() const {
 
 bool CpuWork::wait(std::chrono::milliseconds timeout) {
   const auto limit = std::chrono::milliseconds(clamp_timeout_ms(timeout == kNoTimeout ? INT64_MAX : timeout.count()));
+  const auto until = std::chrono::steady_clock::now() + limit;
   std::unique_lock<std::mutex> lock(mutex_);
-  if (const auto followed = transfer_) {
+  const bool begun = cv_.wait_until(lock, until, [this] { return completed_ || transfer_; });
+  if (const auto followed = transfer_; followed && !completed_) {
     lock.unlock();
-    if (!followed->wait(std::chrono::steady_clock::now() + limit)) throw_late(name_, rank_, timeout);
+    if (!followed->wait(until)) throw_late(name_, rank_, timeout);
     lock.lock();
   }
-  if (timeout == kNoTimeout) {
-    cv_.wait(lock, [this] { return completed_; });
-  } else if (!cv_.wait_for(lock, limit, [this] { return completed_; })) {
-    throw_late(name_, rank_, timeout);
-  }
+  if (!begun || !cv_.wait_until(lock, until, [this] { return completed_; })) throw_late(name_, rank_, timeout);
   if (exception_) std::rethrow_exception(exception_);
   return true;
 }
