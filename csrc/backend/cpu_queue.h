@@ -1,5 +1,5 @@
-// Collectives on CPU tensors, in their order: a JobQueue whose jobs are Calls, the first of which sets the group up, and
-// the threads for their callbacks.
+// Collectives on CPU tensors, in their order: a JobQueue whose jobs are Calls, the first of which sets the group up,
+// and the threads for their callbacks.
 // csrc/README.md, "The CPU queue", says who runs what and who may wait for whom.
 #pragma once
 
@@ -23,7 +23,7 @@ class CpuQueue {
 
   // Any thread, callbacks of finished works included. A synchronous call may have run on return.
   c10::intrusive_ptr<CpuWork> submit(Call call, std::shared_ptr<CpuSetUp> set_up, int64_t timeout_ms);
-  // Point-to-point: begins the call's messages when the set-up is over; they make their way beside the jobs. Any thread.
+  // Point-to-point: begins the call's messages, when the set-up is over, beside the jobs. Any thread.
   c10::intrusive_ptr<CpuWork> post(Call call, const std::shared_ptr<CpuSetUp>& set_up, int64_t timeout_ms);
   // Returns when the set-up is over, and throws what it failed of.
   void connect(std::shared_ptr<CpuSetUp> set_up);

@@ -1,5 +1,5 @@
-// One attempt to set the CPU side of a group up: begun by the group's first call, and run by a job of its queue, so that
-// no asynchronous call waits for it. csrc/README.md, "The CPU queue", says why nobody waits in a circle.
+// One attempt to set the CPU side of a group up: begun by the group's first call, run by a job of its queue, so that no
+// asynchronous call waits for it. csrc/README.md, "The CPU queue", says why nobody waits in a circle.
 #pragma once
 
 #include <atomic>

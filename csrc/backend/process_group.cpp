@@ -1,11 +1,13 @@
 #include "backend/process_group.h"
 
+#include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/Logging.h>
 
 #include <algorithm>
 #include <set>
 
+#include "backend/comms_record.h"
 #include "backend/errors.h"
 #include "backend/store_exchange.h"
 #include "kernels/kernels.h"
@@ -132,6 +134,14 @@ void ProcessGroupMNNVL::set_up_cuda(at::Device device) {
 }
 
 ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run(Call call) {
+  if (!at::hasCallbacks()) return begin(std::move(call));
+  WorkPtr work;
+  const uint64_t sequence = sequence_ + (call.has_messages() ? 0 : 1);
+  record_comms(call, *this, options_->global_ranks_in_group, sequence, [&] { work = begin(std::move(call)); });
+  return work;
+}
+
+ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::begin(Call&& call) {
   if (!coalescing_.collecting()) return run_now(std::move(call));
   coalescing_.add(std::move(call));
   return nullptr;
@@ -251,6 +261,11 @@ c10::intrusive_ptr<c10d::Backend> ProcessGroupMNNVL::split(const c10::intrusive_
   if (mine == ranks.end()) return nullptr;
   auto options = c10::make_intrusive<Options>(*options_);
   if (opts) options->timeout = opts->timeout;
+  options->global_ranks_in_group.clear();
+  for (const int one : ranks) {
+    const auto& parent = options_->global_ranks_in_group;
+    options->global_ranks_in_group.push_back(parent.empty() ? one : parent[one]);
+  }
   return c10::make_intrusive<ProcessGroupMNNVL>(store, int(mine - ranks.begin()), int(ranks.size()), options);
 }
 

@@ -144,12 +144,13 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   uint64_t next_sequence(const Call& call) { return call.has_messages() ? sequence_.load() : ++sequence_; }
 
   WorkPtr run(Call call);
+  WorkPtr begin(Call&& call);
   WorkPtr run_now(Call&& call);
   WorkPtr run_here(const Call& call);
   WorkPtr run_on_cuda(const Call& call, const std::shared_ptr<CudaQueue>& queue, int64_t timeout_ms);
 
-  // The transport of a device type: on the CPU the attempt to make it, begun if need be by a call that `waits` for it or
-  // not; on a GPU what was made, if need be now. Throws if the group is shut down or has failed on any device type.
+  // The transport of a device type: on the CPU the attempt to make it, begun if need be, by a call that `waits` for it
+  // or not; on a GPU what was made, if need be now. Throws if the group is shut down or has failed on any device type.
   std::shared_ptr<CpuSetUp> cpu_set_up(bool waits);
   CpuSetUp::Make make_cpu(bool waits) const;
   std::shared_ptr<CudaQueue> cuda_queue(at::Device device);

@@ -85,15 +85,24 @@ int CpuWork::sourceRank() const {
 
 bool CpuWork::wait(std::chrono::milliseconds timeout) {
   const auto limit = std::chrono::milliseconds(clamp_timeout_ms(timeout == kNoTimeout ? INT64_MAX : timeout.count()));
-  const auto until = std::chrono::steady_clock::now() + limit;
   std::unique_lock<std::mutex> lock(mutex_);
-  const bool begun = cv_.wait_until(lock, until, [this] { return completed_ || transfer_; });
-  if (const auto followed = transfer_; followed && !completed_) {
-    lock.unlock();
-    if (!followed->wait(until)) throw_late(name_, rank_, timeout);
-    lock.lock();
+  if (!completed_) {
+    const auto until = std::chrono::steady_clock::now() + limit;
+    const auto await = [&](const auto& what) {
+      if (timeout == kNoTimeout) {
+        cv_.wait(lock, what);
+      } else if (!cv_.wait_until(lock, until, what)) {
+        throw_late(name_, rank_, timeout);
+      }
+    };
+    await([this] { return completed_ || transfer_; });
+    if (const auto followed = transfer_) {
+      lock.unlock();
+      if (!followed->wait(until)) throw_late(name_, rank_, timeout);
+      lock.lock();
+    }
+    await([this] { return completed_; });
   }
-  if (!begun || !cv_.wait_until(lock, until, [this] { return completed_; })) throw_late(name_, rank_, timeout);
   if (exception_) std::rethrow_exception(exception_);
   return true;
 }
