@@ -95,6 +95,7 @@ c10::intrusive_ptr<Options> make_options(const py::kwargs& given) {
   Fields fields(given);
   fields.read(options->transport);
   fields.read("blocking_wait", options->blocking_wait);
+  fields.read("global_ranks", options->global_ranks_in_group);
   fields.refuse_others();
   options->timeout = std::chrono::milliseconds(options->transport.timeout_ms);
   return options;

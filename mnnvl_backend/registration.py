@@ -36,7 +36,11 @@ def create(dist_backend_opts: Any, pg_options: Any) -> Any:
     compiled = load_compiled()
     _finish_at_exit(compiled)
     return compiled.ProcessGroupMNNVL(
-        dist_backend_opts.store, dist_backend_opts.group_rank, dist_backend_opts.group_size, **settings.fields()
+        dist_backend_opts.store,
+        dist_backend_opts.group_rank,
+        dist_backend_opts.group_size,
+        global_ranks=dist_backend_opts.global_ranks_in_group,
+        **settings.fields(),
     )
 
 

@@ -27,7 +27,7 @@ REDUCTIONS = {
     "PRODUCT": [*NUMBERS, torch.bool],
     "MIN": [*NUMBERS, torch.bool],
     "MAX": [*NUMBERS, torch.bool],
-    "PREMUL_SUM": FLOATS,
+    "PREMUL_SUM": [*FLOATS, *COMPLEX],
     "BAND": BITS,
     "BOR": BITS,
     "BXOR": BITS,

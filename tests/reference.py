@@ -61,7 +61,7 @@ def reduced(op: str, inputs: list[torch.Tensor], factors: list[float] | None = N
     brought back once. `factors`: of PREMUL_SUM, one a rank; each product is rounded to the dtype before the sum."""
     dtype = inputs[0].dtype
     if dtype in PARTS:
-        return reduced(op, [x.view(PARTS[dtype]) for x in inputs]).view(dtype)
+        return reduced(op, [x.view(PARTS[dtype]) for x in inputs], factors).view(dtype)
     wide = WIDE.get(dtype, dtype)
     if dtype == torch.bool:
         inputs = [x.view(torch.uint8) != 0 for x in inputs]

@@ -34,6 +34,8 @@ struct Call {
   std::vector<at::Tensor> inputs;  // kept alive, and shown to the profiler
   std::vector<at::Tensor> outputs;  // kept alive, and Work::result()
   std::vector<at::Tensor> landing;  // kept alive
+  int root = -1;  // for the profiler, like the next two; -1: none
+  std::vector<int64_t> input_splits, output_splits;
   Body body;  // empty: nothing to send, as with one rank or no elements
   std::vector<Message> sends, receives;  // point-to-point: these instead of a body, beside the group's collectives
   Local epilogue;  // may be empty

@@ -122,8 +122,8 @@ std::vector<Call> Coalescing::end(int rank, std::chrono::milliseconds timeout) {
       same->push_back(std::move(call));
     }
   }
-  // Messages first: they wait for no collective of this rank. In an order that all ranks have, for the first may set
-  // the group up.
+  // Messages first: they wait for no collective of this rank. In an order that all ranks have, for the first on a
+  // GPU may set the group up.
   const auto place = [](const std::vector<Call>& some) {
     return (some[0].has_messages() ? 0 : 2) + (some[0].device.is_cpu() ? 0 : 1);
   };

@@ -2,6 +2,8 @@
 
 #include <ATen/ThreadLocalState.h>
 
+#include <atomic>
+#include <future>
 #include <optional>
 #include <system_error>
 
@@ -17,7 +19,8 @@ std::optional<at::ThreadLocalState> thread_state_for(const Call& call) {
   return at::ThreadLocalState();
 }
 
-void run_call(const Call& call, GroupState& state, Transport& transport, int64_t timeout_ms) {
+void run_call(const Call& call, GroupState& state, CpuSetUp& set_up, int64_t timeout_ms) {
+  Transport& transport = *set_up.transport();
   // Whatever mode the calling thread is in: every rank's arithmetic is the same.
   const FloatEnvironment ieee;
   Run run;
@@ -26,6 +29,58 @@ void run_call(const Call& call, GroupState& state, Transport& transport, int64_t
   if (call.epilogue) run_below_autograd(call.epilogue);
 }
 
+// A call of messages. Its work is completed by the later of two, the messages' end and the return of the messenger's
+// post(), so that whoever is woken finds the transfer.
+class Posting : public std::enable_shared_from_this<Posting> {
+ public:
+  Posting(Call call, c10::intrusive_ptr<CpuWork> work, std::shared_ptr<GroupState> state)
+      : call_(std::move(call)),
+        work_(std::move(work)),
+        state_(std::move(state)),
+        ticket_(state_->recorder()->begin(call_)) {}
+
+  void begin(const std::shared_ptr<Transport>& transport, int64_t timeout_ms) {
+    try {
+      at_torch_boundary([&] {
+        state_->guarded(call_.name, [&] {
+          const auto done = [self = shared_from_this()](const std::optional<Error>& error) { self->end(error); };
+          work_->follow(transport->messenger()->post(call_.messages(), timeout_ms, done));
+        });
+      });
+    } catch (...) {
+      return complete(std::current_exception());  // no end will come
+    }
+    leave();
+  }
+  void complete(std::exception_ptr failure) {
+    state_->recorder()->end(ticket_, failure != nullptr);
+    work_->complete(failure);
+  }
+
+ private:
+  void end(const std::optional<Error>& error) {
+    if (error) {
+      state_->fail(*error);
+      try {
+        at_torch_boundary([&] { state_->check(); });
+      } catch (...) {
+        failure_ = std::current_exception();
+      }
+    }
+    leave();
+  }
+  void leave() {
+    if (--left_ == 0) complete(failure_);
+  }
+
+  const Call call_;  // keeps the memory alive
+  const c10::intrusive_ptr<CpuWork> work_;
+  const std::shared_ptr<GroupState> state_;
+  const uint64_t ticket_;
+  std::exception_ptr failure_;
+  std::atomic<int> left_{2};
+};
+
 }  // namespace
 
 CpuQueue::~CpuQueue() {
@@ -33,56 +88,60 @@ CpuQueue::~CpuQueue() {
   callbacks_->leave();
 }
 
-c10::intrusive_ptr<CpuWork> CpuQueue::submit(Call call, std::shared_ptr<Transport> transport, int64_t timeout_ms) {
-  auto work = c10::make_intrusive<CpuWork>(state_->rank(), call, callbacks_);
-  const bool async = call.async;
-  const uint64_t ticket = state_->recorder()->begin(call);
-  JobQueue::Job job;
-  job.run = [call = std::make_shared<Call>(std::move(call)), state = state_, transport = std::move(transport),
-             timeout_ms, thread_state = thread_state_for(call)] {
-    std::optional<at::ThreadLocalStateGuard> as_the_caller;
-    if (thread_state) as_the_caller.emplace(*thread_state);
-    run_call(*call, *state, *transport, timeout_ms);
-  };
-  job.complete = [work, ticket, recorder = state_->recorder()](std::exception_ptr failure) {
-    recorder->end(ticket, failure != nullptr);
-    work->complete(failure);
-  };
+void CpuQueue::enqueue(JobQueue::Job job, bool here) {
   bool taken = false;
   try {
-    taken = jobs_->submit(std::move(job), /*here=*/!async);
+    taken = jobs_->submit(std::move(job), here);
   } catch (const std::system_error& error) {  // the peers make this call without us
     state_->fail(Error(ErrorKind::kSystem,
                        str("mnnvl: rank ", state_->rank(), " got no thread for its collectives: ", error.what())));
     at_torch_boundary([this] { state_->check(); });
   }
-  if (!taken) state_->recorder()->end(ticket, /*failed=*/true);
   TORCH_CHECK_WITH(DistBackendError, taken, "mnnvl: this process group has been shut down");
+}
+
+c10::intrusive_ptr<CpuWork> CpuQueue::submit(Call call, std::shared_ptr<CpuSetUp> set_up, int64_t timeout_ms) {
+  auto work = c10::make_intrusive<CpuWork>(state_->rank(), call, callbacks_);
+  const bool async = call.async;
+  const uint64_t ticket = state_->recorder()->begin(call);
+  JobQueue::Job job;
+  job.run = [call = std::make_shared<Call>(std::move(call)), state = state_, set_up = std::move(set_up), timeout_ms,
+             thread_state = thread_state_for(call)] {
+    std::optional<at::ThreadLocalStateGuard> as_the_caller;
+    if (thread_state) as_the_caller.emplace(*thread_state);
+    run_call(*call, *state, *set_up, timeout_ms);
+  };
+  job.complete = [work, ticket, recorder = state_->recorder()](std::exception_ptr failure) {
+    recorder->end(ticket, failure != nullptr);
+    work->complete(failure);
+  };
+  try {
+    enqueue(std::move(job), /*here=*/!async);
+  } catch (...) {
+    state_->recorder()->end(ticket, /*failed=*/true);
+    throw;
+  }
   return work;
 }
 
-c10::intrusive_ptr<CpuWork> CpuQueue::post(Call call, std::shared_ptr<Transport> transport, int64_t timeout_ms) {
+c10::intrusive_ptr<CpuWork> CpuQueue::post(Call call, const std::shared_ptr<CpuSetUp>& set_up, int64_t timeout_ms) {
+  // A job to run the set-up if no other has, but not the messages: they mustn't stand behind the collectives.
+  if (!set_up->over()) enqueue({[set_up] { set_up->run(); }, [](std::exception_ptr) {}}, /*here=*/false);
   auto work = c10::make_intrusive<CpuWork>(state_->rank(), call, callbacks_);
-  const ExchangeRequest request = call.messages();
-  state_->check();
-  const uint64_t ticket = state_->recorder()->begin(call);
-  // Keeps the memory alive.
-  auto done = [work, ticket, state = state_,
-               call = std::make_shared<Call>(std::move(call))](const std::optional<Error>& error) {
-    state->recorder()->end(ticket, error.has_value());
-    std::exception_ptr failure;
-    if (error) {
-      state->fail(*error);
-      try {
-        at_torch_boundary([&] { state->check(); });
-      } catch (...) {
-        failure = std::current_exception();
-      }
-    }
-    work->complete(failure);
-  };
-  work->follow(transport->messenger()->post(request, timeout_ms, std::move(done)));
+  auto posting = std::make_shared<Posting>(std::move(call), work, state_);
+  set_up->then([posting, timeout_ms](const std::shared_ptr<Transport>& transport, std::exception_ptr failure) {
+    failure ? posting->complete(failure) : posting->begin(transport, timeout_ms);
+  });
   return work;
+}
+
+void CpuQueue::connect(std::shared_ptr<CpuSetUp> set_up) {
+  const auto ended = std::make_shared<std::promise<void>>();
+  const auto complete = [ended](std::exception_ptr failure) {
+    failure ? ended->set_exception(failure) : ended->set_value();
+  };
+  enqueue({[set_up = std::move(set_up)] { (void)set_up->transport(); }, complete}, /*here=*/true);
+  ended->get_future().get();
 }
 
 void CpuQueue::stop() { jobs_->stop(); }

@@ -30,22 +30,32 @@ std::vector<std::shared_ptr<Transport>> GroupState::take_transports() {
   return std::move(transports_);
 }
 
+void GroupState::abort() {
+  aborted_ = true;
+  fail(Error(ErrorKind::kAborted, str("mnnvl: abort() was called on this process group on rank ", rank_)));
+}
+
 void GroupState::run_body(const Call& call, Transport& transport, const Run& run) {
-  failure_.check();
-  try {
+  guarded(call.name, [&] {
     if (call.has_messages()) {
       transport.exchange(call.messages(), run);
     } else {
       call.body(transport, run);
     }
-    return;
+  });
+}
+
+// In a handler.
+void GroupState::rethrow_first_cause(const char* name) {
+  try {
+    throw;
   } catch (const Error& error) {
     if (error.kind() == ErrorKind::kInvalidArgument || error.kind() == ErrorKind::kUnsupported) throw;
     fail(error);
   } catch (const std::exception& error) {
-    fail(Error(ErrorKind::kSystem, str("mnnvl: rank ", rank_, " failed in ", call.name, ": ", error.what())));
+    fail(Error(ErrorKind::kSystem, str("mnnvl: rank ", rank_, " failed in ", name, ": ", error.what())));
   }
-  failure_.check();
+  throw failure_.get();
 }
 
 }  // namespace mnnvl

@@ -1,11 +1,13 @@
 #include "backend/process_group.h"
 
+#include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/Logging.h>
 
 #include <algorithm>
 #include <set>
 
+#include "backend/comms_record.h"
 #include "backend/errors.h"
 #include "backend/store_exchange.h"
 #include "kernels/kernels.h"
@@ -63,15 +65,34 @@ void ProcessGroupMNNVL::check_usable() const {
   state_->check();
 }
 
-std::shared_ptr<Transport> ProcessGroupMNNVL::cpu_transport() {
-  {
+std::shared_ptr<CpuSetUp> ProcessGroupMNNVL::cpu_set_up(bool waits) {
+  const auto find = [&](const std::shared_ptr<CpuSetUp>& begun) {
     std::lock_guard<std::mutex> lock(mutex_);
     check_usable();
-    if (cpu_) return cpu_;
-  }
-  set_up(at::kCPU);
-  std::lock_guard<std::mutex> lock(mutex_);
-  return cpu_;
+    if (begun && (!cpu_ || cpu_->failed())) cpu_ = begun;
+    return cpu_ && !cpu_->failed() ? cpu_ : nullptr;
+  };
+  if (auto known = find(nullptr)) return known;
+  return find(std::make_shared<CpuSetUp>(make_cpu(waits)));
+}
+
+// Holds nothing of this object, which may be gone when the queue comes to it.
+CpuSetUp::Make ProcessGroupMNNVL::make_cpu(bool waits) const {
+  constexpr const char* kPrefix = "mnnvl/cpu";
+  TransportOptions options = options_->transport;
+  options.timeout_ms = timeout_ms_;
+  auto store = waits ? store_ : SetUpStore(store_, kPrefix, rank_).apart();
+  return [options, store, state = state_, size = size_, owner = owner_] {
+    return at_torch_boundary([&] {
+      state->check();
+      StoreExchange exchange(store, kPrefix, state->rank(), size, std::chrono::milliseconds(options.timeout_ms),
+                             state->aborted(), owner);
+      std::shared_ptr<Transport> made = make_cpu_transport(exchange, options);
+      state->add(made);  // if the group has failed meanwhile, it tells the peers, who believe in it
+      state->check();
+      return made;
+    });
+  };
 }
 
 std::shared_ptr<CudaQueue> ProcessGroupMNNVL::cuda_queue(at::Device device) {
@@ -87,42 +108,40 @@ std::shared_ptr<CudaQueue> ProcessGroupMNNVL::cuda_queue(at::Device device) {
       !kernels::table().host.capture_id(current_stream(device).native_handle()),
       "mnnvl: the first collective on a GPU sets the group up, which can't be captured: make one call before the "
       "capture, or give init_process_group a device_id");
-  set_up(device);
+  set_up_cuda(device);
   return existing();
 }
 
-void ProcessGroupMNNVL::set_up(at::Device device) {
-  const bool on_cpu = device.is_cpu();
-  std::lock_guard<std::mutex> setup_lock(setup_mutex_[on_cpu ? 0 : 1]);
+void ProcessGroupMNNVL::set_up_cuda(at::Device device) {
+  std::lock_guard<std::mutex> setup_lock(setup_mutex_);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     check_usable();
-    if (on_cpu ? cpu_ != nullptr : cuda_ != nullptr) return;
+    if (cuda_) return;
   }
   TransportOptions options = options_->transport;
   options.timeout_ms = timeout_ms_;
-  StoreExchange exchange(store_, on_cpu ? "mnnvl/cpu" : "mnnvl/cuda", rank_, size_,
-                         std::chrono::milliseconds(options.timeout_ms), cancelled_, owner_);
-  std::shared_ptr<Transport> made;
-  if (on_cpu) {
-    made = make_cpu_transport(exchange, options);
-  } else {
-    const c10::DeviceGuard guard(device);
-    made = make_cuda_transport(exchange, device.index(), options);
-  }
+  StoreExchange exchange(store_, "mnnvl/cuda", rank_, size_, std::chrono::milliseconds(options.timeout_ms),
+                         state_->aborted(), owner_);
+  const c10::DeviceGuard guard(device);
+  std::shared_ptr<Transport> made = make_cuda_transport(exchange, device.index(), options);
   // A group that was aborted or shut down meanwhile tells the peers, who believe in it.
   state_->add(made);
   std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) made->abort(FailureCause::kLocalAbort);
   check_usable();
-  if (on_cpu) {
-    cpu_ = std::move(made);
-  } else {
-    cuda_ = std::make_shared<CudaQueue>(std::move(made), device);
-  }
+  cuda_ = std::make_shared<CudaQueue>(std::move(made), device);
 }
 
 ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run(Call call) {
+  if (!at::hasCallbacks()) return begin(std::move(call));
+  WorkPtr work;
+  const uint64_t sequence = sequence_ + (call.has_messages() ? 0 : 1);
+  record_comms(call, *this, options_->global_ranks_in_group, sequence, [&] { work = begin(std::move(call)); });
+  return work;
+}
+
+ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::begin(Call&& call) {
   if (!coalescing_.collecting()) return run_now(std::move(call));
   coalescing_.add(std::move(call));
   return nullptr;
@@ -151,10 +170,10 @@ ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_now(Call&& call) {
     const int64_t own_ms = call.timeout.count();
     const int64_t timeout_ms = own_ms > 0 ? own_ms : timeout_ms_.load();
     if (call.device.is_cpu()) {
-      std::shared_ptr<Transport> transport = cpu_transport();
+      std::shared_ptr<CpuSetUp> set_up = cpu_set_up(/*waits=*/!call.async);
       call.sequence = next_sequence(call);
-      if (call.has_messages()) return cpu_queue_.post(std::move(call), std::move(transport), timeout_ms);
-      return cpu_queue_.submit(std::move(call), std::move(transport), timeout_ms);
+      if (call.has_messages()) return cpu_queue_.post(std::move(call), set_up, timeout_ms);
+      return cpu_queue_.submit(std::move(call), std::move(set_up), timeout_ms);
     }
     const std::shared_ptr<CudaQueue> queue = cuda_queue(call.device);
     call.sequence = next_sequence(call);
@@ -221,7 +240,7 @@ void ProcessGroupMNNVL::monitoredBarrier(const c10d::BarrierOptions& opts, bool 
     // Zero is a timeout as well: who isn't there now is late.
     const int64_t timeout_ms = opts.timeout.count() >= 0 ? opts.timeout.count() : timeout_ms_.load();
     StoreExchange exchange(store_, "mnnvl/monitored_barrier", rank_, size_, std::chrono::milliseconds(timeout_ms),
-                           cancelled_, owner_);
+                           state_->aborted(), owner_);
     try {
       (void)exchange.all_gather("");
     } catch (const Error& error) {
@@ -247,6 +266,11 @@ c10::intrusive_ptr<c10d::Backend> ProcessGroupMNNVL::split(const c10::intrusive_
   if (mine == ranks.end()) return nullptr;
   auto options = c10::make_intrusive<Options>(*options_);
   if (opts) options->timeout = opts->timeout;
+  options->global_ranks_in_group.clear();
+  for (const int one : ranks) {
+    const auto& parent = options_->global_ranks_in_group;
+    options->global_ranks_in_group.push_back(parent.empty() ? one : parent[one]);
+  }
   return c10::make_intrusive<ProcessGroupMNNVL>(store, int(mine - ranks.begin()), int(ranks.size()), options);
 }
 
@@ -254,7 +278,7 @@ void ProcessGroupMNNVL::eagerConnectSingleDevice(at::Device device) {
   if (size_ == 1) return;
   at_torch_boundary([&] {
     if (device.is_cpu()) {
-      cpu_transport();
+      cpu_queue_.connect(cpu_set_up(/*waits=*/true));
     } else {
       cuda_queue(device);
     }
@@ -271,7 +295,7 @@ c10d::ErrorType ProcessGroupMNNVL::getError() {
   std::lock_guard<std::mutex> lock(mutex_);
   try {
     state_->check();
-    if (cpu_) cpu_->check();
+    if (const auto cpu = cpu_ ? cpu_->made() : nullptr) cpu->check();
     if (cuda_) cuda_->transport()->check();
   } catch (const Error& error) {
     return error.kind() == ErrorKind::kTimeout      ? c10d::ErrorType::TIMEOUT
@@ -281,23 +305,20 @@ c10d::ErrorType ProcessGroupMNNVL::getError() {
   return c10d::ErrorType::SUCCESS;
 }
 
-void ProcessGroupMNNVL::abort() {
-  cancelled_ = true;
-  state_->fail(Error(ErrorKind::kAborted, str("mnnvl: abort() was called on this process group on rank ", rank_)));
-}
+void ProcessGroupMNNVL::abort() { state_->abort(); }
 
 void ProcessGroupMNNVL::shutdown() {
   closed_ = true;
   cpu_queue_.stop();
-  std::shared_ptr<Transport> cpu;
+  std::shared_ptr<CpuSetUp> set_up;
   std::shared_ptr<CudaQueue> cuda;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    cpu.swap(cpu_);
+    set_up.swap(cpu_);
     cuda.swap(cuda_);
   }
   // Works still held by the user keep the objects, to ask them about failures, but not their memory.
-  if (cpu) cpu->close();
+  if (const auto cpu = set_up ? set_up->made() : nullptr) cpu->close();
   if (cuda) cuda->close();
   // Not before: a kernel may be waiting for a late peer, and abort() must find it.
   (void)state_->take_transports();
@@ -305,18 +326,19 @@ void ProcessGroupMNNVL::shutdown() {
 
 void ProcessGroupMNNVL::finish(std::chrono::milliseconds grace) noexcept {
   try {
+    closed_ = true;  // nothing begins any more
     std::shared_ptr<CudaQueue> cuda;
-    std::shared_ptr<Transport> cpu;
+    std::shared_ptr<CpuSetUp> set_up;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       cuda = cuda_;
-      cpu = cpu_;
+      set_up = cpu_;
     }
-    closed_ = true;  // nothing begins any more
-    if (!cpu_queue_.wait_idle(grace) || (cpu && !cpu->messenger()->wait_idle(grace)) ||
-        (cuda && !cuda->wait_idle(grace))) {
-      abort();
-    }
+    const auto messages_end = [&] {
+      const auto cpu = set_up ? set_up->made() : nullptr;
+      return !cpu || cpu->messenger()->wait_idle(grace);
+    };
+    if (!cpu_queue_.wait_idle(grace) || !messages_end() || (cuda && !cuda->wait_idle(grace))) abort();
     shutdown();
     cpu_queue_.wait_idle(grace);  // callbacks of what was aborted
   } catch (const std::exception& error) {

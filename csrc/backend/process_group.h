@@ -1,6 +1,7 @@
 // The c10d backend "mnnvl". One object serves CPU and CUDA tensors; the transport of a device type is made by the first
-// collective on it (collectively, over the group's store), or by eagerConnectSingleDevice(). Each operation is one
-// line: collectives/ checks its arguments and makes the Call, run() does the rest for all of them.
+// collective on it (collectively, over the group's store; on the CPU behind it, if it is asynchronous), or by
+// eagerConnectSingleDevice(). Each operation is one line: collectives/ checks its arguments and makes the Call, run()
+// does the rest for all of them.
 #pragma once
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
@@ -13,6 +14,7 @@
 #include "backend/coalescing.h"
 #include "backend/collectives/collectives.h"
 #include "backend/cpu_queue.h"
+#include "backend/cpu_set_up.h"
 #include "backend/cuda_queue.h"
 #include "backend/group_state.h"
 #include "backend/work.h"
@@ -142,30 +144,31 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   uint64_t next_sequence(const Call& call) { return call.has_messages() ? sequence_.load() : ++sequence_; }
 
   WorkPtr run(Call call);
+  WorkPtr begin(Call&& call);
   WorkPtr run_now(Call&& call);
   WorkPtr run_here(const Call& call);
   WorkPtr run_on_cuda(const Call& call, const std::shared_ptr<CudaQueue>& queue, int64_t timeout_ms);
 
-  // The transport of a device type, set up if need be. Throws if the group is shut down or has failed on any device
-  // type.
-  std::shared_ptr<Transport> cpu_transport();
+  // The transport of a device type: on the CPU the attempt to make it, begun if need be, by a call that `waits` for it
+  // or not; on a GPU what was made, if need be now. Throws if the group is shut down or has failed on any device type.
+  std::shared_ptr<CpuSetUp> cpu_set_up(bool waits);
+  CpuSetUp::Make make_cpu(bool waits) const;
   std::shared_ptr<CudaQueue> cuda_queue(at::Device device);
+  void set_up_cuda(at::Device device);
   void check_usable() const;
-  void set_up(at::Device device);
 
   const c10::intrusive_ptr<c10d::Store> store_;
   const c10::intrusive_ptr<Options> options_;
   std::atomic<int64_t> timeout_ms_;
   int64_t owner_ = 0;  // of set-ups in the store: what a destroyed group left there is old for this one
   std::atomic<uint64_t> sequence_{0};
-  std::atomic<bool> cancelled_{false}, closed_{false};
+  std::atomic<bool> closed_{false};
   const std::shared_ptr<GroupState> state_;
 
-  // CPU, CUDA: held through a set-up, which may take until the timeout; taken before mutex_.
-  std::mutex setup_mutex_[2];
+  std::mutex setup_mutex_;  // held through a set-up of CUDA, which may take until the timeout; taken before mutex_
   std::mutex monitored_mutex_;  // held through a monitored barrier, of which a rank can be in one at a time
   std::mutex mutex_;  // what follows; held briefly, so that abort() never waits for a set-up
-  std::shared_ptr<Transport> cpu_;
+  std::shared_ptr<CpuSetUp> cpu_;
   std::shared_ptr<CudaQueue> cuda_;
 
   CpuQueue cpu_queue_;

@@ -1,10 +1,14 @@
 #include "backend/set_up_store.h"
 
 #include <c10/util/Exception.h>
+#include <sys/eventfd.h>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <algorithm>
 
 #include "common/error.h"
+#include "system/unique_fd.h"
 
 namespace mnnvl {
 namespace {
@@ -12,6 +16,14 @@ namespace {
 std::string text_of(const std::exception& error) {
   const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
   return torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
+}
+
+bool has_descriptors(int count) {
+  std::vector<UniqueFd> some;
+  while (count-- > 0) {
+    if (!some.emplace_back(::eventfd(0, EFD_CLOEXEC))) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -92,6 +104,18 @@ bool SetUpStore::have(const std::vector<std::string>& keys) {
     patience_ = std::min(patience_ * 2, std::chrono::milliseconds(kLongWait));
     return false;
   }
+}
+
+c10::intrusive_ptr<c10d::Store> SetUpStore::apart() {
+  c10d::Store* inmost = store_.get();
+  if (auto* prefixed = dynamic_cast<c10d::PrefixStore*>(inmost)) inmost = prefixed->getUnderlyingNonPrefixStore().get();
+  if (dynamic_cast<c10d::TCPStore*>(inmost) == nullptr) return store_;
+  return guarded("clone", [&] {
+    // TCPStore tries to connect for minutes, whatever is in the way: a server that is gone, which says so here, or no
+    // descriptors left, for which the set-up has better words.
+    (void)store_->check({prefix_});
+    return has_descriptors(4) ? store_->clone() : store_;
+  });
 }
 
 void SetUpStore::forget(const std::string& key) noexcept {

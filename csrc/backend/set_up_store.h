@@ -25,6 +25,9 @@ class SetUpStore {
   bool have(const std::vector<std::string>& keys);
   // False once a check was refused; before the first have() it is not known, and true.
   bool can_check() const { return can_check_; }
+  // The store for a thread of ours beside the user's: with a connection of its own where a wait of his, which may take
+  // minutes, holds up everybody else (TCPStore).
+  c10::intrusive_ptr<c10d::Store> apart();
   // Tidying: what a store can't or won't delete stays.
   void forget(const std::string& key) noexcept;
 

@@ -148,8 +148,8 @@ Reduction reduction_of(const at::Tensor& tensor, const c10d::ReduceOp& op, const
                    ": expected a floating-point, complex, integer or bool dtype that is reduced, got ", type);
   const bool premultiply = op.op_ == c10d::ReduceOp::PREMUL_SUM;
   const Reduction reduction{dtype, premultiply ? ReduceOp::kSum : ReduceOp(op.op_)};
-  const bool fits =
-      premultiply ? at::isFloatingType(type) && op.supplement_ : arithmetic::is_reduced(dtype, reduction.op);
+  const bool fits = premultiply ? (complex || at::isFloatingType(type)) && op.supplement_
+                                : arithmetic::is_reduced(dtype, reduction.op);
   const bool adds = reduction.op == ReduceOp::kSum || reduction.op == ReduceOp::kAvg;
   TORCH_CHECK_VALUE(fits && (adds || !complex), "mnnvl ", name, ": op: ", name_of(op), " is not supported for ", type);
   return reduction;
@@ -158,6 +158,7 @@ Reduction reduction_of(const at::Tensor& tensor, const c10d::ReduceOp& op, const
 at::Tensor premultiplied(const at::Tensor& tensor, const c10d::ReduceOp& op) {
   if (op.op_ != c10d::ReduceOp::PREMUL_SUM) return tensor;
   const at::AutoDispatchBelowADInplaceOrView below;
+  if (tensor.is_complex()) return at::view_as_complex(premultiplied(at::view_as_real(tensor), op));
   const FloatEnvironment ieee;
   const auto& by = static_cast<const c10d::NCCLPreMulSumSupplement&>(*op.supplement_);
   const at::ScalarType type = tensor.scalar_type(), wide = type == at::kDouble ? at::kDouble : at::kFloat;

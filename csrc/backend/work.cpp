@@ -71,8 +71,11 @@ c10::intrusive_ptr<Future> CpuWork::getFuture() {
 }
 
 void CpuWork::follow(std::shared_ptr<Messenger::Transfer> transfer) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  transfer_ = std::move(transfer);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    transfer_ = std::move(transfer);
+  }
+  cv_.notify_all();
 }
 
 int CpuWork::sourceRank() const {
@@ -83,15 +86,22 @@ int CpuWork::sourceRank() const {
 bool CpuWork::wait(std::chrono::milliseconds timeout) {
   const auto limit = std::chrono::milliseconds(clamp_timeout_ms(timeout == kNoTimeout ? INT64_MAX : timeout.count()));
   std::unique_lock<std::mutex> lock(mutex_);
-  if (const auto followed = transfer_) {
-    lock.unlock();
-    if (!followed->wait(std::chrono::steady_clock::now() + limit)) throw_late(name_, rank_, timeout);
-    lock.lock();
-  }
-  if (timeout == kNoTimeout) {
-    cv_.wait(lock, [this] { return completed_; });
-  } else if (!cv_.wait_for(lock, limit, [this] { return completed_; })) {
-    throw_late(name_, rank_, timeout);
+  if (!completed_) {
+    const auto until = std::chrono::steady_clock::now() + limit;
+    const auto await = [&](const auto& what) {
+      if (timeout == kNoTimeout) {
+        cv_.wait(lock, what);
+      } else if (!cv_.wait_until(lock, until, what)) {
+        throw_late(name_, rank_, timeout);
+      }
+    };
+    await([this] { return completed_ || transfer_; });
+    if (const auto followed = transfer_) {
+      lock.unlock();
+      if (!followed->wait(until)) throw_late(name_, rank_, timeout);
+      lock.lock();
+    }
+    await([this] { return completed_; });
   }
   if (exception_) std::rethrow_exception(exception_);
   return true;

@@ -22,7 +22,7 @@ class CpuWork final : public c10d::Work {
  public:
   // `callbacks` runs what users hang on the future; null where the work is completed before its user has it.
   CpuWork(int rank, const Call& call, std::shared_ptr<CallbackThreads> callbacks);
-  // A call of messages: what the waiting thread helps along.
+  // A call of messages, which may come late, behind the set-up: what the waiting thread helps along.
   void follow(std::shared_ptr<Messenger::Transfer> transfer);
   // `failure` null: success. Once. Runs no code of a user: waiters are woken first, then the future, if anybody has
   // asked

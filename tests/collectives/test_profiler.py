@@ -1,14 +1,19 @@
-"""What a profiler sees: each call once, by the name that torch gives the operation, asynchronous, with its inputs."""
+"""What a profiler sees: each call once, by the name that torch gives the operation, asynchronous, with its inputs; and
+beside it the record of what it moves in which group that tools know from NCCL's groups."""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
+from markers import want_gpus
 from reference import all_reduce_works
 
 
@@ -98,6 +103,76 @@ def test_messages_are_events(ranks, device):
         name = f"mnnvl:{'recv' if rank else 'send'}"
         assert single == [name]
         assert name in batched
+
+
+ROOTED = ("reduce", "gather", "scatter")
+NAMES_IN_RECORDS = {
+    "all_reduce": "allreduce",
+    "all_reduce_coalesced": "allreduce_coalesced",
+    "_all_gather_base": "_allgather_base",
+    "all_to_all_single": "all_to_allv",
+}
+
+
+def records(call: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Of the trace that a tool would read."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    return [event["args"] for event in events if event.get("name") == "record_param_comms"]
+
+
+def records_body(rank: Rank) -> None:
+    all_reduce_works(rank)
+    n = rank.world_size
+    for what, (call, title, shapes) in calls(rank).items():
+        (record,) = records(call)
+        assert record["Collective name"] == NAMES_IN_RECORDS.get(title, title), what
+        assert record["In msg nelems"] == sum(torch.Size(shape).numel() for shape in shapes), what
+        assert record["Out msg nelems"] >= 0, what
+        assert record["dtype"] == ("Byte" if what == "barrier" else "Int" if "gathered" in what else "Float"), what
+        assert (record["Process Group Name"], record["Process Group Description"]) == ("0", "default_pg"), what
+        assert (record["Group size"], record["Global rank start"], record["Global rank stride"]) == (n, 0, 1), what
+        assert record["Rank"] == (1 % n if what == "broadcast" else 0 if title in ROOTED else rank.rank), what
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_call_leaves_a_record(ranks, device, world_size):
+    ranks(records_body, world_size, device)
+
+
+def group_records_body(rank: Rank) -> None:
+    """Of a group of some ranks: the message's other end, how a tensor is cut, and which ranks they are."""
+    group = dist.new_group([0, 2], group_desc="even")
+    if rank.rank == 1:
+        return
+    peer, me = 2 - rank.rank, rank.rank // 2
+    sizes = ([1, 2], [1, 3]) if me == 0 else ([3, 1], [2, 1])  # of the output, of the input
+    out = torch.empty(sum(sizes[0]), device=rank.device)
+    x = torch.ones(sum(sizes[1]), device=rank.device)
+
+    def batch() -> None:
+        both = [dist.P2POp(dist.isend, x, peer, group), dist.P2POp(dist.irecv, torch.empty_like(out), peer, group)]
+        for work in dist.batch_isend_irecv(both):
+            work.wait()
+
+    (cut,) = records(lambda: dist.all_to_all_single(out, x, *sizes, group=group))
+    assert (cut["In split size"], cut["Out split size"]) == (str(sizes[1]), str(sizes[0]))
+    assert (cut["In msg nelems"], cut["Out msg nelems"]) == (x.numel(), out.numel())
+    sent, received = records(batch)
+    for record, name, end in ((sent, "send", "Dst Rank"), (received, "recv", "Src Rank")):
+        assert record["Collective name"] == name
+        assert record[end] in (1 - me, peer)  # its rank in the group, or, in newer torch, in the program
+    for record in (cut, sent, received):
+        assert record["Process Group Description"] == "even"
+        assert (record["Group size"], record["Process Group Ranks"]) == (2, "[0, 2]")
+
+
+def test_records_of_a_group_of_some_ranks(ranks, device):
+    want_gpus(device, 3)
+    ranks(group_records_body, 3, device)
 
 
 def ddp_body(rank: Rank) -> list[str]:

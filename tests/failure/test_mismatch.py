@@ -255,7 +255,7 @@ def pair_body(rank: Rank) -> str:
 
 def test_two_ranks_that_disagree_about_what_they_exchange(ranks):
     texts = ranks(pair_body, 3)
-    assert "rank 0 sends it 12 bytes, and it expects 20" in texts[1]
+    assert "rank 0 sends 12 bytes to rank 1, which expects 20" in texts[1]
     for rank in (0, 2):
         assert "its call or message differs" in texts[rank] or "came with another call" in texts[rank], texts[rank]
 

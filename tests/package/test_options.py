@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -104,6 +105,12 @@ def test_variables_are_read():
 def test_unknown_variable_warns():
     with pytest.warns(UserWarning, match="MNNVL_STRATEGEY is not a variable of mnnvl_backend.*known: MNNVL_STRATEGY"):
         config.read_environment({"MNNVL_STRATEGEY": "oneshot"})
+
+
+def test_variables_of_the_tests_are_no_unknown_ones():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config.read_environment({"MNNVL_TEST_SEED": "1"})
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,8 @@ Call all_to_all_single(GroupView group, at::Tensor& output, at::Tensor& input, s
   Call call = make_call(c10d::OpType::ALLTOALL_BASE, "mnnvl:all_to_all_single", input.device(), options);
   call.inputs = {input};
   call.outputs = {output};
+  call.input_splits = input_splits;
+  call.output_splits = output_splits;
   const at::Tensor dense = safe_input(input, {}, /*own=*/-1);
   const at::Tensor place = safe_output(output, {dense}, /*own=*/-1);
   Parts from = split(group, dense, input_splits, "input"), to = split(group, place, output_splits, "output");

@@ -13,6 +13,7 @@ Call gather(GroupView group, std::vector<Tensors>& outputs, Tensors& inputs, con
     check_output(output, call.name, "gather_list");
     check_numel(output, input.numel(), call.name, "gather_list");
   }
+  call.root = int(options.rootRank);
   call.inputs = inputs;
   call.outputs = wanted;
   if (input.numel() == 0) return call;
@@ -26,7 +27,7 @@ Call gather(GroupView group, std::vector<Tensors>& outputs, Tensors& inputs, con
   GatherRequest request;
   request.in = mine.data_ptr();
   request.bytes = int64_t(mine.nbytes());
-  request.root = int(options.rootRank);
+  request.root = call.root;
   call.body = [request, outs = parts_of(places).data](Transport& transport, const Run& run) {
     GatherRequest whole = request;
     whole.outs = outs.data();

@@ -7,6 +7,7 @@ Call reduce(GroupView group, Tensors& tensors, const c10d::ReduceOptions& option
   check_root(group, options.rootRank, "reduce");
   const Reduction reduction = reduction_of(tensor, options.reduceOp, "reduce", "tensor");
   Call call = make_call(c10d::OpType::REDUCE, "mnnvl:reduce", tensor.device(), options);
+  call.root = int(options.rootRank);
   call.inputs = call.outputs = tensors;
   if (tensor.numel() == 0) return call;
   const at::Tensor input = premultiplied(tensor, options.reduceOp);
@@ -16,7 +17,7 @@ Call reduce(GroupView group, Tensors& tensors, const c10d::ReduceOptions& option
   }
   ReduceRequest request;
   request.in = input.data_ptr();
-  request.root = int(options.rootRank);
+  request.root = call.root;
   request.out = request.root == group.rank ? tensor.data_ptr() : nullptr;
   request.dtype = reduction.dtype;
   request.op = reduction.op;

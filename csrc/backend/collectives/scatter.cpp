@@ -14,6 +14,7 @@ Call scatter(GroupView group, Tensors& outputs, std::vector<Tensors>& inputs, co
     check_tensor(part, call.name, "scatter_list");
     check_numel(part, output.numel(), call.name, "scatter_list");
   }
+  call.root = int(options.rootRank);
   call.inputs = parts;
   call.outputs = outputs;
   if (output.numel() == 0) return call;
@@ -27,7 +28,7 @@ Call scatter(GroupView group, Tensors& outputs, std::vector<Tensors>& inputs, co
   ScatterRequest request;
   request.out = place.data_ptr();
   request.bytes = int64_t(place.nbytes());
-  request.root = int(options.rootRank);
+  request.root = call.root;
   call.body = [request, ins = parts_of(dense).data](Transport& transport, const Run& run) {
     ScatterRequest whole = request;
     whole.ins = ins.data();
