@@ -204,6 +204,14 @@ def _pool(dtype: torch.dtype, payload: str) -> torch.Tensor:
     return raw.repeat(MOST_BYTES // raw.numel() + 1)[:MOST_BYTES].view(dtype)
 
 
+def fill_pools() -> None:
+    """For who measures memory, or asks from several threads."""
+    for dtype in EVERY_DTYPE:
+        _pool(dtype, "bits")
+    for dtype, payload in itertools.product([*FLOATS, *COMPLEX], ["numbers", "integers"]):
+        _pool(dtype, payload)
+
+
 def tables() -> str:
     """The README's."""
     rows = ["| operation | calls | dtypes |", "| --- | --- | --- |"]

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,6 +32,9 @@ GUARD = 32  # bytes behind what is read or written
 
 Tensors = list[torch.Tensor]
 Works = list[Any]  # None of a call that isn't asynchronous
+Group = dist.ProcessGroup | None  # None: the default one
+Places = Sequence[AbstractContextManager[Any]]  # streams that calls take turns in, by their seeds
+NO_STREAM: Places = (nullcontext(),)
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
@@ -93,8 +97,8 @@ class Memory:
 class Prepared:
     """A case on one rank: its memory, the call, the check."""
 
-    def __init__(self, rank: Rank, case: Case) -> None:
-        self.case, self.rank = case, rank
+    def __init__(self, rank: Rank, case: Case, group: Group = None) -> None:
+        self.case, self.rank, self.group = case, rank, group
         n, me, together = rank.world_size, rank.rank, case.form in TOGETHER
         given, wanted = case.inputs(me, n), case.results(me, n)
 
@@ -136,13 +140,14 @@ class Prepared:
 class Coalesced:
     """Three calls of one kind as one, of sizes of their own."""
 
-    def __init__(self, rank: Rank, case: Case) -> None:
-        self.case, self.rank = case, rank
-        self._calls = [Prepared(rank, replace(case, form="tensor", numel=case.numel + more)) for more in (0, 3, 1)]
+    def __init__(self, rank: Rank, case: Case, group: Group = None) -> None:
+        self.case, self.rank, self.group = case, rank, group
+        cases = [replace(case, form="tensor", numel=case.numel + more) for more in (0, 3, 1)]
+        self._calls = [Prepared(rank, one, group) for one in cases]
         self.memories = [memory for call in self._calls for memory in call.memories]
 
     def begin(self) -> Works:
-        with dist._coalescing_manager(async_ops=self.case.asynchronous) as manager:
+        with dist._coalescing_manager(self.group, async_ops=self.case.asynchronous) as manager:
             for call in self._calls:
                 call.begin()
         return [manager] if self.case.asynchronous else []
@@ -153,47 +158,49 @@ class Coalesced:
 
 
 def all_reduce(p: Prepared) -> Works:
-    return [dist.all_reduce(p.outs[0], p.op, async_op=p.case.asynchronous)]
+    return [dist.all_reduce(p.outs[0], p.op, group=p.group, async_op=p.case.asynchronous)]
 
 
 def reduce(p: Prepared) -> Works:
-    return [dist.reduce(p.outs[0], p.case.root, p.op, async_op=p.case.asynchronous)]
+    return [dist.reduce(p.outs[0], p.case.root, p.op, group=p.group, async_op=p.case.asynchronous)]
 
 
 def reduce_scatter(p: Prepared) -> Works:
     if p.case.form == "tensor":
-        return [dist.reduce_scatter_tensor(p.outs[0], p.ins[0], p.op, async_op=p.case.asynchronous)]
-    return [dist.reduce_scatter(p.outs[0], p.ins, p.op, async_op=p.case.asynchronous)]
+        return [dist.reduce_scatter_tensor(p.outs[0], p.ins[0], p.op, group=p.group, async_op=p.case.asynchronous)]
+    return [dist.reduce_scatter(p.outs[0], p.ins, p.op, group=p.group, async_op=p.case.asynchronous)]
 
 
 def all_gather(p: Prepared) -> Works:
     if p.case.form == "tensor":
-        return [dist.all_gather_into_tensor(p.outs[0], p.ins[0], async_op=p.case.asynchronous)]
+        return [dist.all_gather_into_tensor(p.outs[0], p.ins[0], group=p.group, async_op=p.case.asynchronous)]
     if p.case.form == "lists":
-        return [dist.all_gather_coalesced([[out] for out in p.outs], p.ins, async_op=p.case.asynchronous)]
-    return [dist.all_gather(p.outs, p.ins[0], async_op=p.case.asynchronous)]
+        return [
+            dist.all_gather_coalesced([[out] for out in p.outs], p.ins, group=p.group, async_op=p.case.asynchronous)
+        ]
+    return [dist.all_gather(p.outs, p.ins[0], group=p.group, async_op=p.case.asynchronous)]
 
 
 def broadcast(p: Prepared) -> Works:
-    return [dist.broadcast(p.outs[0], p.case.root, async_op=p.case.asynchronous)]
+    return [dist.broadcast(p.outs[0], p.case.root, group=p.group, async_op=p.case.asynchronous)]
 
 
 def scatter(p: Prepared) -> Works:
-    return [dist.scatter(p.outs[0], p.ins or None, p.case.root, async_op=p.case.asynchronous)]
+    return [dist.scatter(p.outs[0], p.ins or None, p.case.root, group=p.group, async_op=p.case.asynchronous)]
 
 
 def gather(p: Prepared) -> Works:
-    return [dist.gather(p.ins[0], p.outs or None, p.case.root, async_op=p.case.asynchronous)]
+    return [dist.gather(p.ins[0], p.outs or None, p.case.root, group=p.group, async_op=p.case.asynchronous)]
 
 
 def all_to_all(p: Prepared) -> Works:
     case, n, me = p.case, p.rank.world_size, p.rank.rank
     if case.form == "tensor":
-        return [dist.all_to_all_single(p.outs[0], p.ins[0], async_op=case.asynchronous)]
+        return [dist.all_to_all_single(p.outs[0], p.ins[0], group=p.group, async_op=case.asynchronous)]
     if case.form == "splits":
         come, go = [case.numel_of(r, me) for r in range(n)], [case.numel_of(me, r) for r in range(n)]
-        return [dist.all_to_all_single(p.outs[0], p.ins[0], come, go, async_op=case.asynchronous)]
-    return [dist.all_to_all(p.outs, p.ins, async_op=case.asynchronous)]
+        return [dist.all_to_all_single(p.outs[0], p.ins[0], come, go, group=p.group, async_op=case.asynchronous)]
+    return [dist.all_to_all(p.outs, p.ins, group=p.group, async_op=case.asynchronous)]
 
 
 def send_recv(p: Prepared) -> Works:
@@ -202,22 +209,22 @@ def send_recv(p: Prepared) -> Works:
     following, previous = (me + 1) % n, (me - 1) % n
     if p.case.form == "batch":
         ends = [(dist.isend, p.ins[0], following), (dist.irecv, p.outs[0], previous)]
-        return [*dist.batch_isend_irecv([dist.P2POp(*end) for end in ends])]
+        return [*dist.batch_isend_irecv([dist.P2POp(*end, p.group) for end in ends])]
     if p.case.asynchronous:
-        return [dist.isend(p.ins[0], following), dist.irecv(p.outs[0], previous)]
+        return [dist.isend(p.ins[0], following, p.group), dist.irecv(p.outs[0], previous, p.group)]
     if me == 0:  # whoever waits for a receiver waits for one that waits for it
-        dist.send(p.ins[0], following)
-    dist.recv(p.outs[0], previous)
+        dist.send(p.ins[0], following, p.group)
+    dist.recv(p.outs[0], previous, p.group)
     if me != 0:
-        dist.send(p.ins[0], following)
+        dist.send(p.ins[0], following, p.group)
     return []
 
 
 def barrier(p: Prepared) -> Works:
     if p.case.form == "monitored":
-        return [dist.group.WORLD.monitored_barrier(p.rank.group_timeout)]
+        return [(p.group or dist.group.WORLD).monitored_barrier(p.rank.group_timeout)]
     ids = [p.rank.device.index] if p.rank.device.type == "cuda" else None
-    return [dist.barrier(async_op=p.case.asynchronous, device_ids=ids)]
+    return [dist.barrier(p.group, p.case.asynchronous, device_ids=ids)]
 
 
 CALLS: dict[str, Callable[[Prepared], Works]] = {
@@ -226,34 +233,42 @@ CALLS: dict[str, Callable[[Prepared], Works]] = {
 }  # fmt: skip
 
 
-def prepared(rank: Rank, case: Case) -> Prepared | Coalesced:
-    return Coalesced(rank, case) if case.form == "coalesced" else Prepared(rank, case)
+def prepared(rank: Rank, case: Case, group: Group = None) -> Prepared | Coalesced:
+    return Coalesced(rank, case, group) if case.form == "coalesced" else Prepared(rank, case, group)
 
 
-def run(rank: Rank, cases: list[Case]) -> list[Prepared | Coalesced]:
+def run(rank: Rank, cases: list[Case], group: Group = None, places: Places = NO_STREAM) -> list[Prepared | Coalesced]:
     """All in flight before the first wait, as far as they are asynchronous."""
-    case = cases[0]
+
+    def place() -> AbstractContextManager[Any]:
+        return places[case.seed % len(places)]
+
+    calls, works = [], []
     try:
-        calls, works = [prepared(rank, case) for case in cases], []
+        for case in cases:
+            with place():
+                calls.append(prepared(rank, case, group))
         for call in calls:
             case = call.case
-            works.append(call.begin())
+            with place():
+                works.append(call.begin())
         for call, its_works in zip(calls, works, strict=True):
             case = call.case
-            for work in its_works:
-                if work is not None:
-                    work.wait()
-            call.check()
+            with place():
+                for work in its_works:
+                    if work is not None:
+                        work.wait()
+                call.check()
     except Exception as error:
         together = f"\nin flight with it: {cases}" if len(cases) > 1 else ""
         raise AssertionError(f"rank {rank.rank} of {rank.world_size}, {case}: {error}{together}") from error
     return calls
 
 
-def cases_body(rank: Rank, cases: list[Case]) -> None:
+def cases_body(rank: Rank, cases: list[Case], group: Group = None, places: Places = NO_STREAM) -> None:
     while cases:
         count = random.Random(cases[0].seed).randint(1, 4)
-        run(rank, cases[:count])
+        run(rank, cases[:count], group, places)
         cases = cases[count:]
 
 
