@@ -72,6 +72,56 @@ struct Values {
   }
 };
 
+// A pack of any kind, and one of the sums that have instructions of their own.
+template <Dtype dtype, typename Op>
+struct AnyPack {
+  const Op& op;
+  Values<dtype, uint64_t> low, high;
+
+  __device__ __forceinline__ explicit AnyPack(const Op& its_op) : op(its_op) {}
+  __device__ __forceinline__ void add(uint4 pack, bool first) {
+    const ulonglong2 halves = *reinterpret_cast<const ulonglong2*>(&pack);
+    low.add(halves.x, first, op);
+    high.add(halves.y, first, op);
+  }
+  __device__ __forceinline__ uint4 finish() const {
+    const ulonglong2 halves{low.finish(op.divisor), high.finish(op.divisor)};
+    return *reinterpret_cast<const uint4*>(&halves);
+  }
+};
+template <typename T>
+struct SummedPack {
+  const float divisor;
+  Accumulator<T> sum;
+
+  __device__ __forceinline__ explicit SummedPack(const Fixed<ReduceOp::kSum>& op) : divisor(float(op.divisor)) {}
+  __device__ __forceinline__ void add(uint4 pack, bool first) {
+    pack = without_negative_zero<T>(pack);
+    if (first) {
+      sum.begin(pack);
+    } else {
+      sum.add(pack);
+    }
+  }
+  __device__ __forceinline__ uint4 finish() const { return sum.finish(divisor); }
+};
+template <Dtype dtype, typename Op>
+struct PackOf {
+  using type = AnyPack<dtype, Op>;
+};
+template <>
+struct PackOf<Dtype::kFloat32, Fixed<ReduceOp::kSum>> {
+  using type = SummedPack<float>;
+};
+template <>
+struct PackOf<Dtype::kFloat16, Fixed<ReduceOp::kSum>> {
+  using type = SummedPack<__half>;
+};
+template <>
+struct PackOf<Dtype::kBFloat16, Fixed<ReduceOp::kSum>> {
+  using type = SummedPack<__nv_bfloat16>;
+};
+
 constexpr int kWarpThreads = 32;
 
 // Packs on their way from memory, a ring for each thread: more than registers would hold. Asynchronous copies, which
@@ -105,16 +155,14 @@ __device__ __forceinline__ void reduce_packs(const Sources& sources, int world, 
   std::byte* to = out + thread * kPackBytes;
 #pragma unroll 1
   for (int pack = thread; pack < packs; pack += threads, to += step) {
-    Values<dtype, uint64_t> low, high;
+    typename PackOf<dtype, Op>::type sum(op);
 #pragma unroll 1
     for (int r = 0; r < world; ++r) {
       cp_async_wait<Staged::kDepth - 1>();  // the oldest is here; `filled` is its place
-      const ulonglong2 loaded = *reinterpret_cast<const ulonglong2*>(&staged.packs[filled][thread]);
-      low.add(loaded.x, r == 0, op);
-      high.add(loaded.y, r == 0, op);
+      sum.add(staged.packs[filled][thread], r == 0);
       load_next();
     }
-    *reinterpret_cast<ulonglong2*>(to) = {low.finish(op.divisor), high.finish(op.divisor)};
+    *reinterpret_cast<uint4*>(to) = sum.finish();
   }
 }
 
