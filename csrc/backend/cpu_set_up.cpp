@@ -10,6 +10,7 @@ void CpuSetUp::run() {
     made_ = make_();
   } catch (...) {
     failure_ = std::current_exception();
+    over_.store(true, std::memory_order_release);  // before anybody hears of it, whose next call begins another attempt
   }
   make_ = nullptr;
   std::unique_lock<std::mutex> lock(mutex_);

@@ -41,7 +41,7 @@ class CpuSetUp {
   std::exception_ptr failure_;
   std::atomic<bool> over_{false};
   std::mutex mutex_;
-  std::deque<Then> steps_;  // under mutex_; empty once over_
+  std::deque<Then> steps_;  // under mutex_; empty once it is over well
 };
 
 }  // namespace mnnvl
