@@ -139,6 +139,9 @@ class Thread:
             torch.cuda.set_device(self.rank.device)
         try:
             cases = cases_of(self.number, round_number, self.rank.world_size)
+            if self.rank.device.type == "cuda":  # a factor is multiplied by kernels of torch, which are loaded lazily:
+                # that waits for what is in flight, also of the other thread, whose peer may wait for this one's
+                cases = [replace(case, op="SUM") if case.op == "PREMUL_SUM" else case for case in cases]
             cases_body(self.rank, cases, self.group, self.places)
         except Exception as error:
             return f"thread {self.number}, round {round_number}: {error}\n"
