@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import random
 import time
 import warnings
 from datetime import timedelta
@@ -306,3 +307,23 @@ def crossed_groups_body(rank: Rank) -> None:
 
 def test_crossed_groups(ranks, device):
     ranks(crossed_groups_body, 4, device, timeout=120)
+
+
+def four_crossed_groups_body(rank: Rank) -> None:
+    """As large as fits a GPU four times (README's limits): all in flight, begun in another order on each rank."""
+    groups = [dist.new_group(backend="mnnvl") for _ in range(4)]
+    for group in groups:
+        dist.all_reduce(torch.ones(1, device=rank.device), group=group)
+    for turn in range(20):
+        order = random.Random(turn * 10 + rank.rank).sample(range(4), 4)
+        tensors = [torch.full((1 << 15,), float(rank.rank + i)).to(rank.device) for i in range(4)]
+        works = [dist.all_reduce(tensors[i], group=groups[i], async_op=True) for i in order]
+        for work in works:
+            work.wait()
+        found = [sorted(set(x.tolist())) for x in tensors]
+        assert found == [[float(sum(r + i for r in range(rank.world_size)))] for i in range(4)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_four_crossed_groups(ranks, device, world_size):
+    ranks(four_crossed_groups_body, world_size, device)
