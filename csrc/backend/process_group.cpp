@@ -245,9 +245,8 @@ void ProcessGroupMNNVL::monitoredBarrier(const c10d::BarrierOptions& opts, bool 
       (void)exchange.all_gather("");
     } catch (const Error& error) {
       // With gloo's words for a time-out, which programs (and PyTorch's tests) look for.
-      const std::string words = error.kind() == ErrorKind::kTimeout
-                                    ? str("Rank ", rank_, " timed out in monitoredBarrier: ")
-                                    : std::string();
+      const std::string words =
+          error.kind() == ErrorKind::kTimeout ? str("Rank ", rank_, " timed out in monitoredBarrier: ") : std::string();
       fail(error.kind(), "mnnvl monitored_barrier: not all ranks came: ", words, error.what());
     }
   });
