@@ -191,14 +191,25 @@ constexpr ReduceOp computed(Dtype dtype, ReduceOp op) {
 }
 
 // All that is reduced, as computed(): X(dtype, op).
-#define MNNVL_FOR_EACH_NUMBER(X, op) \
+#define MNNVL_FOR_EACH_INTEGER(X, op) \
+  X(kInt8, op) \
+  X(kUInt8, op) \
+  X(kInt16, op) \
+  X(kInt32, op) \
+  X(kInt64, op)
+#define MNNVL_FOR_EACH_FLOAT(X, op) \
   X(kFloat32, op) \
   X(kFloat16, op) \
   X(kBFloat16, op) \
-  X(kFloat64, op) X(kFloat8E4M3, op) X(kFloat8E5M2, op) X(kInt8, op) X(kUInt8, op) X(kInt16, op) X(kInt32, op) \
-      X(kInt64, op)
+  X(kFloat64, op) \
+  X(kFloat8E4M3, op) \
+  X(kFloat8E5M2, op)
+#define MNNVL_FOR_EACH_NUMBER(X, op) \
+  MNNVL_FOR_EACH_FLOAT(X, op) \
+  MNNVL_FOR_EACH_INTEGER(X, op)
 #define MNNVL_FOR_EACH_SET_OF_BITS(X, op) \
-  X(kInt8, op) X(kUInt8, op) X(kInt16, op) X(kInt32, op) X(kInt64, op) X(kBool, op)
+  MNNVL_FOR_EACH_INTEGER(X, op) \
+  X(kBool, op)
 #define MNNVL_FOR_EACH_REDUCTION(X) \
   MNNVL_FOR_EACH_NUMBER(X, kSum) \
   MNNVL_FOR_EACH_NUMBER(X, kAvg) \
