@@ -1,6 +1,7 @@
 #include "backend/coalescing.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 
@@ -47,6 +48,15 @@ void copy_own_messages(std::vector<Call>& calls, int rank) {
   for (const Call& call : calls) {
     TORCH_CHECK_VALUE(!is_own(call.receives), "mnnvl recv: src: a message to oneself (rank ", rank,
                       "): expected a send of it in the same batch, got none");
+  }
+}
+
+// The call was made on another stream than the one that runs it, and its copies are memory of that one.
+void hand_over(const Call& call, c10::Event& ready, const c10::Stream& now) {
+  now.wait(ready);
+  const c10::impl::VirtualGuardImpl guard(now.device_type());
+  for (const std::vector<at::Tensor>* tensors : {&call.inputs, &call.outputs, &call.landing}) {
+    for (const at::Tensor& tensor : *tensors) guard.recordDataPtrOnStream(tensor.storage().data_ptr(), now);
   }
 }
 
@@ -111,7 +121,7 @@ std::vector<Call> Coalescing::end(int rank, std::chrono::milliseconds timeout) {
     if (call.timeout == c10d::kUnsetTimeout) call.timeout = timeout;
     if (collected[i].stream) {
       const c10::Stream now = current_stream(call.device);
-      if (now != *collected[i].stream) now.wait(*collected[i].ready);
+      if (now != *collected[i].stream) hand_over(call, *collected[i].ready, now);
     }
     const auto same = std::find_if(alike.begin(), alike.end(), [&](const std::vector<Call>& others) {
       return others[0].device == call.device && others[0].has_messages() == call.has_messages();

@@ -1,6 +1,7 @@
 // Calls between startCoalescing() and endCoalescing(): collected, then run as few. All their messages are one exchange,
 // which ends whatever the order of its parts; their collectives run in turn, in their order. They may not depend on one
-// another: inputs are taken as they are when a call is made, and outputs that need a copy get it when all have moved.
+// another: inputs that need a copy are taken as they are when a call is made, and outputs that need a copy get it when
+// all have moved.
 #pragma once
 
 #include <c10/core/Event.h>

@@ -1,28 +1,17 @@
 #include "backend/cpu_queue.h"
 
-#include <ATen/ThreadLocalState.h>
-
 #include <atomic>
 #include <future>
 #include <optional>
 #include <system_error>
 
 #include "backend/errors.h"
-#include "system/float_environment.h"
 
 namespace mnnvl {
 namespace {
 
-// Of the caller, for calls that use ATen on another thread.
-std::optional<at::ThreadLocalState> thread_state_for(const Call& call) {
-  if (!call.epilogue) return std::nullopt;
-  return at::ThreadLocalState();
-}
-
 void run_call(const Call& call, GroupState& state, CpuSetUp& set_up, int64_t timeout_ms) {
   Transport& transport = *set_up.transport();
-  // Whatever mode the calling thread is in: every rank's arithmetic is the same.
-  const FloatEnvironment ieee;
   Run run;
   run.timeout_ms = timeout_ms;
   at_torch_boundary([&] { state.run_body(call, transport, run); });
@@ -105,10 +94,7 @@ c10::intrusive_ptr<CpuWork> CpuQueue::submit(Call call, std::shared_ptr<CpuSetUp
   const bool async = call.async;
   const uint64_t ticket = state_->recorder()->begin(call);
   JobQueue::Job job;
-  job.run = [call = std::make_shared<Call>(std::move(call)), state = state_, set_up = std::move(set_up), timeout_ms,
-             thread_state = thread_state_for(call)] {
-    std::optional<at::ThreadLocalStateGuard> as_the_caller;
-    if (thread_state) as_the_caller.emplace(*thread_state);
+  job.run = [call = std::make_shared<Call>(std::move(call)), state = state_, set_up = std::move(set_up), timeout_ms] {
     run_call(*call, *state, *set_up, timeout_ms);
   };
   job.complete = [work, ticket, recorder = state_->recorder()](std::exception_ptr failure) {

@@ -69,8 +69,9 @@ std::shared_ptr<CpuSetUp> ProcessGroupMNNVL::cpu_set_up(bool waits) {
   const auto find = [&](const std::shared_ptr<CpuSetUp>& begun) {
     std::lock_guard<std::mutex> lock(mutex_);
     check_usable();
-    if (begun && (!cpu_ || cpu_->failed())) cpu_ = begun;
-    return cpu_ && !cpu_->failed() ? cpu_ : nullptr;
+    if (cpu_ && !cpu_->failed()) return cpu_;
+    if (begun) cpu_ = begun;
+    return begun;
   };
   if (auto known = find(nullptr)) return known;
   return find(std::make_shared<CpuSetUp>(make_cpu(waits)));

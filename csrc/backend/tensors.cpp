@@ -139,6 +139,20 @@ at::Tensor flattened(const at::Tensor& tensor) {
 
 Dtype message_dtype(const at::Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 
+namespace {
+void check_factor(const at::Tensor& tensor, const c10d::ReduceOp& op, const char* name) {
+  const at::Tensor& factor = static_cast<const c10d::NCCLPreMulSumSupplement&>(*op.supplement_).tensor_factor;
+  if (!factor.defined()) return;
+  TORCH_CHECK_VALUE(factor.numel() == 1, "mnnvl ", name, ": op: expected a PREMUL_SUM factor of one element, got ",
+                    factor.numel());
+  TORCH_CHECK_TYPE(!factor.is_complex(), "mnnvl ", name, ": op: expected a real PREMUL_SUM factor, got ",
+                   factor.scalar_type());
+  TORCH_CHECK_VALUE(factor.is_cpu() || factor.device() == tensor.device(), "mnnvl ", name,
+                    ": op: expected a PREMUL_SUM factor on the CPU or ", tensor.device(), ", got one on ",
+                    factor.device());
+}
+}  // namespace
+
 Reduction reduction_of(const at::Tensor& tensor, const c10d::ReduceOp& op, const char* name, const char* argument) {
   static_assert(int(ReduceOp::kBxor) == int(c10d::ReduceOp::BXOR));
   const at::ScalarType type = tensor.scalar_type();
@@ -152,6 +166,7 @@ Reduction reduction_of(const at::Tensor& tensor, const c10d::ReduceOp& op, const
                                 : arithmetic::is_reduced(dtype, reduction.op);
   const bool adds = reduction.op == ReduceOp::kSum || reduction.op == ReduceOp::kAvg;
   TORCH_CHECK_VALUE(fits && (adds || !complex), "mnnvl ", name, ": op: ", name_of(op), " is not supported for ", type);
+  if (premultiply) check_factor(tensor, op, name);
   return reduction;
 }
 

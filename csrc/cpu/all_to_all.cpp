@@ -15,11 +15,11 @@ void check(const Steps& steps, const AllToAllRequest& request) {
        " bytes and expects ", request.receive_bytes[rank]);
 }
 
-void announce(Announcement& own, const AllToAllRequest& request, int world_size) {
+void announce(Announcement& own, const AllToAllRequest& request, int rank, int world_size) {
   own.largest = 0;
   for (int r = 0; r < world_size; ++r) {
     own.bytes[r] = request.send_bytes[r];
-    own.largest = max64(own.largest, own.bytes[r]);
+    if (r != rank) own.largest = max64(own.largest, own.bytes[r]);  // what it keeps takes no steps
   }
 }
 
@@ -68,7 +68,7 @@ void exchange(Steps& steps, const AllToAllRequest& request) {
   int64_t largest = 0;
   const auto announce_and_fill = [&](int64_t i, uint32_t epoch) {
     Announcement& own = steps.announcement(steps.rank(), epoch);
-    announce(own, request, steps.world_size());
+    announce(own, request, steps.rank(), steps.world_size());
     largest = own.largest;
     first.fill(i, epoch);
   };
@@ -101,7 +101,7 @@ void run(Steps& steps, const AllToAllRequest& request, int64_t timeout_ms) {
   steps.begin(descriptor_of(request), timeout_ms);
   if (steps.world_size() > 1) exchange(steps, request);
   const int rank = steps.rank();
-  if (request.send_bytes[rank] > 0) copy_bytes(request.outs[rank], request.ins[rank], request.send_bytes[rank]);
+  copy_bytes(request.outs[rank], request.ins[rank], request.send_bytes[rank]);
 }
 
 }  // namespace mnnvl::cpu

@@ -1,5 +1,5 @@
-// The kernel `exchange`, its source run on a CPU (native/emulation), and what transport/cuda_launch.cpp makes of it,
-// among ranks that are threads.
+// The kernels `exchange` and `reduce`, their source run on a CPU (native/emulation), and what
+// transport/cuda_launch.cpp makes of them, among ranks that are threads.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -307,6 +307,48 @@ TEST(exchange_tags_that_differ) {
   });
   CHECK(group.record(1).cause == FailureCause::kMismatch);
   CHECK(group.record(1).calls.my_tag == 6 && group.record(1).calls.their_tag == 5);
+}
+
+// A reduction's watchers find out too, and nobody stays behind: through lines and through slots.
+TEST(exchange_reductions_that_fail) {
+  const auto reduce = [](const Group& group, int rank, Bytes& data, int64_t numel, ReduceOp op) {
+    group.run(rank, ReduceRequest{data.data(), data.data(), numel, /*root=*/0, Dtype::kInt32, op});
+  };
+  for (int64_t numel : {100, 100'000}) {
+    const Group group(3, int64_t{2} << 20);
+    run_threads(3, [&](int rank) {
+      Bytes data(static_cast<size_t>(numel * 4));
+      reduce(group, rank, data, numel, rank == 2 ? ReduceOp::kMin : ReduceOp::kMax);
+    });
+    const FailureRecord& found = group.record(0);
+    CHECK(found.valid == 1 && found.cause == FailureCause::kMismatch && found.peer == 2, numel);
+    CHECK(unpack(found.calls.mine).op == ReduceOp::kMax && unpack(found.calls.theirs).op == ReduceOp::kMin);
+
+    const Group late(3, int64_t{2} << 20, /*timeout_ms=*/300);
+    run_threads(3, [&](int rank) {
+      Bytes data(static_cast<size_t>(numel * 4));
+      if (rank != 1) reduce(late, rank, data, numel, ReduceOp::kMax);
+    });
+    CHECK(late.record(0).cause == FailureCause::kDeadline && late.record(0).peer == 1, numel);
+    CHECK(late.record(0).operation == Operation::kReduce && late.record(0).stage == kStageMessage);
+    Bytes data(static_cast<size_t>(numel * 4));
+    reduce(late, 1, data, numel, ReduceOp::kMax);
+    CHECK(late.record(1).valid == 1 && late.record(1).cause == FailureCause::kPeerFailed, "told at its start");
+  }
+}
+
+// More peers than a warp has threads.
+TEST(exchange_reductions_of_many_ranks) {
+  constexpr int kWorld = 35;
+  const Group group(kWorld, int64_t{2} * (kWorld - 1) * (16 << 10));
+  for (int64_t numel : {11, 9'001}) {
+    run_threads(kWorld, [&](int rank) {
+      std::vector<int32_t> data(static_cast<size_t>(numel), rank);
+      group.run(rank, ReduceRequest{data.data(), data.data(), numel, /*root=*/34, Dtype::kInt32, ReduceOp::kSum});
+      const int32_t expected = rank == 34 ? kWorld * (kWorld - 1) / 2 : rank;
+      for (int32_t value : data) CHECK(value == expected, value, " at ", rank);
+    });
+  }
 }
 
 // Nobody comes: a source out of room and a destination without data both end, and say whom they waited for.

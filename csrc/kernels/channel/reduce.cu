@@ -22,7 +22,6 @@ struct Params : DeviceMessages {
 };
 
 struct SharedReduction {
-  Staging<kDataWarps * kWarp> staged;
   Sources sources[kQueue];
   uint64_t handed[kQueue];  // mbarriers, an arrival for each peer: its part is there
   uint64_t done[kQueue];  // mbarriers, an arrival for each data warp
@@ -111,7 +110,10 @@ class Watch {
   }
 
   __device__ __forceinline__ void await_done(bool lines, int pieces, uint64_t message, uint32_t slots) {
-    mbarrier_wait(&shared_.done[taken_ % kQueue], uint32_t(taken_ / kQueue));
+    // Not by mbarrier_wait(), which may sleep: the data warps may be waiting for a peer that another thread of this
+    // warp watches.
+    while (!mbarrier_is_over(&shared_.done[taken_ % kQueue], uint32_t(taken_ / kQueue))) {
+    }
     take(lines, pieces, message, slots);
   }
 
@@ -137,8 +139,8 @@ class Watch {
   int taken_ = 0;  // pieces that the data warps are done with, as far as this thread knows
 };
 
-// A data warp's part in all pieces of the lane. kLines: in flight.
-template <Dtype dtype, int kLines, typename Op>
+// A data warp's part in all pieces of the lane. In flight: packs of slots, lines.
+template <Dtype dtype, int kPacks, int kLines, typename Op>
 __device__ __forceinline__ void reduce_all(const Params& p, int lane, SharedReduction& shared, const Op& op, int thread,
                                            int threads) {
   const Cut& cut = p.messages[p.channels[p.receives.first_channel].first].cut;
@@ -165,8 +167,8 @@ __device__ __forceinline__ void reduce_all(const Params& p, int lane, SharedRedu
 #pragma unroll 1
   for (int k = 0; k < pieces; ++k) {
     if (handed(k)) {
-      reduce_piece<dtype>(shared.sources[k % kQueue], rank, world, p.out + cut.begin(lane, k),
-                          int(cut.bytes_of(lane, k)), op, thread, threads, shared.staged);
+      reduce_piece<dtype, kPacks>(shared.sources[k % kQueue], rank, world, p.out + cut.begin(lane, k),
+                                  int(cut.bytes_of(lane, k)), op, thread, threads);
     }
     done(k);
   }
@@ -174,7 +176,7 @@ __device__ __forceinline__ void reduce_all(const Params& p, int lane, SharedRedu
 
 // The sums that models are trained with have code of their own; of the others each dtype has. The loop over pieces lies
 // inside each case: around the cases it would keep the invariants of all of them in registers.
-#define MNNVL_FOR_EACH_FAST_SUM(X) X(kFloat32, kSum) X(kFloat16, kSum) X(kBFloat16, kSum)
+#define MNNVL_FOR_EACH_FAST_SUM(X) X(kFloat32, sum) X(kFloat16, sum) X(kBFloat16, sum)
 #define MNNVL_FOR_EACH_REDUCED_DTYPE(X) MNNVL_FOR_EACH_NUMBER(X, any) X(kBool, any)
 
 __device__ __forceinline__ void data_warps(const Params& p, int lane, SharedReduction& shared, int thread,
@@ -182,7 +184,7 @@ __device__ __forceinline__ void data_warps(const Params& p, int lane, SharedRedu
   if (p.op == ReduceOp::kSum) {
     const Fixed<ReduceOp::kSum> sum{p.divisor};
 #define MNNVL_CASE(dtype, op) \
-  case Dtype::dtype: return reduce_all<Dtype::dtype, 5>(p, lane, shared, sum, thread, threads);
+  case Dtype::dtype: return reduce_all<Dtype::dtype, 4, 5>(p, lane, shared, sum, thread, threads);
     switch (p.dtype) {
       MNNVL_FOR_EACH_FAST_SUM(MNNVL_CASE)
       default: break;
@@ -191,7 +193,7 @@ __device__ __forceinline__ void data_warps(const Params& p, int lane, SharedRedu
   }
   const Any op{p.divisor, p.op};
 #define MNNVL_CASE(dtype, unused) \
-  case Dtype::dtype: return reduce_all<Dtype::dtype, 2>(p, lane, shared, op, thread, threads);
+  case Dtype::dtype: return reduce_all<Dtype::dtype, 1, 2>(p, lane, shared, op, thread, threads);
   switch (p.dtype) {
     MNNVL_FOR_EACH_REDUCED_DTYPE(MNNVL_CASE)
     default: break;

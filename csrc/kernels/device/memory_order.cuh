@@ -129,19 +129,6 @@ __device__ __forceinline__ bool mbarrier_is_over(uint64_t* shared, uint32_t phas
   return over != 0;
 }
 
-// Copies 16 bytes from global to shared memory by and by, past L1. The copies between two commits are a group; a wait
-// is over when all groups of this thread but the last kMost have come.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
-}
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kMost>
-__device__ __forceinline__ void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kMost) : "memory");
-}
-
 // Counts up to `wrap` and back to 0; relaxed, device scope.
 __device__ __forceinline__ uint32_t atom_inc_relaxed_gpu_u32(uint32_t* address, uint32_t wrap) {
   uint32_t old;

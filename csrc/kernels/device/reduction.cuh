@@ -49,7 +49,7 @@ struct Values {
   using E = arithmetic::Element<dtype>;
   using Stored = typename E::Stored;
   static constexpr int kBits = 8 * int(sizeof(Stored)), kCount = int(sizeof(Unit) / sizeof(Stored));
-  typename E::Wide v[kCount] = {};
+  typename E::Wide v[kCount];
 
   // `first`: of the ranks.
   template <typename Op>
@@ -72,138 +72,109 @@ struct Values {
   }
 };
 
-// A pack of any kind, and one of the sums that have instructions of their own.
-template <Dtype dtype, typename Op>
-struct AnyPack {
-  const Op& op;
-  Values<dtype, uint64_t> low, high;
-
-  __device__ __forceinline__ explicit AnyPack(const Op& its_op) : op(its_op) {}
-  __device__ __forceinline__ void add(uint4 pack, bool first) {
-    const ulonglong2 halves = *reinterpret_cast<const ulonglong2*>(&pack);
-    low.add(halves.x, first, op);
-    high.add(halves.y, first, op);
-  }
-  __device__ __forceinline__ uint4 finish() const {
-    const ulonglong2 halves{low.finish(op.divisor), high.finish(op.divisor)};
-    return *reinterpret_cast<const uint4*>(&halves);
-  }
-};
-template <typename T>
-struct SummedPack {
-  const float divisor;
-  Accumulator<T> sum;
-
-  __device__ __forceinline__ explicit SummedPack(const Fixed<ReduceOp::kSum>& op) : divisor(float(op.divisor)) {}
-  __device__ __forceinline__ void add(uint4 pack, bool first) {
-    pack = without_negative_zero<T>(pack);
-    if (first) {
-      sum.begin(pack);
-    } else {
-      sum.add(pack);
-    }
-  }
-  __device__ __forceinline__ uint4 finish() const { return sum.finish(divisor); }
-};
-template <Dtype dtype, typename Op>
-struct PackOf {
-  using type = AnyPack<dtype, Op>;
+// One access to memory as words of Values.
+template <typename Unit>
+struct Access {
+  static constexpr int kWords = 1;
+  Unit words[1];
 };
 template <>
-struct PackOf<Dtype::kFloat32, Fixed<ReduceOp::kSum>> {
-  using type = SummedPack<float>;
-};
-template <>
-struct PackOf<Dtype::kFloat16, Fixed<ReduceOp::kSum>> {
-  using type = SummedPack<__half>;
-};
-template <>
-struct PackOf<Dtype::kBFloat16, Fixed<ReduceOp::kSum>> {
-  using type = SummedPack<__nv_bfloat16>;
+struct alignas(16) Access<uint4> {
+  static constexpr int kWords = 2;
+  uint64_t words[2];
 };
 
 constexpr int kWarpThreads = 32;
 
-// Packs on their way from memory, a ring for each thread: more than registers would hold. Asynchronous copies, which
-// nobody but the thread itself waits for.
-template <int kThreads>
-struct Staging {
-  static constexpr int kDepth = 12;
-  uint4 packs[kDepth][kThreads];
-};
-
-// Packs thread, thread + threads, ... of the ranks' bytes, from and to addresses that allow such accesses. The loads
-// run ahead of the sums, through the ranks of one pack and on to the next.
-template <Dtype dtype, typename Op, typename Staged>
-__device__ __forceinline__ void reduce_packs(const Sources& sources, int world, std::byte* out, int packs, const Op& op,
-                                             int thread, int threads, Staged& staged) {
-  const int step = threads * kPackBytes;
-  int ahead = thread, source = 0, filled = 0;  // what is loaded next, and where to
-  const auto load_next = [&] {
-    if (ahead < packs) {
-      cp_async_16(&staged.packs[filled][thread], sources.at[source] + int64_t{ahead} * kPackBytes);
-      if (++source == world) {
-        source = 0;
-        ahead += threads;
-      }
-    }
-    cp_async_commit();
-    filled = filled + 1 == Staged::kDepth ? 0 : filled + 1;
-  };
-#pragma unroll 1
-  for (int i = 0; i < Staged::kDepth; ++i) load_next();
-  std::byte* to = out + thread * kPackBytes;
-#pragma unroll 1
-  for (int pack = thread; pack < packs; pack += threads, to += step) {
-    typename PackOf<dtype, Op>::type sum(op);
-#pragma unroll 1
-    for (int r = 0; r < world; ++r) {
-      cp_async_wait<Staged::kDepth - 1>();  // the oldest is here; `filled` is its place
-      sum.add(staged.packs[filled][thread], r == 0);
-      load_next();
-    }
-    *reinterpret_cast<uint4*>(to) = sum.finish();
-  }
-}
-
-// Single elements, in [begin, end) of the ranks' bytes; several loads of each rank in flight.
-template <Dtype dtype, typename Op>
-__device__ __forceinline__ void reduce_elements(const Sources& sources, int world, std::byte* out, int begin, int end,
-                                                const Op& op, int thread, int threads) {
-  using Single = std::make_unsigned_t<typename arithmetic::Element<dtype>::Stored>;
-  constexpr int kInFlight = 4, kSize = int(sizeof(Single)), kStride = kWarpThreads * kSize;
+// All units in [begin, end) of the ranks' bytes, from and to addresses that allow such accesses. Several loads of each
+// of two ranks are in flight at a time; those of a thread lie a warp apart, a distance that the compiler knows.
+template <Dtype dtype, typename Unit, int kInFlight, typename Op>
+__device__ __forceinline__ void reduce_units(const Sources& sources, int world, std::byte* out, int begin, int end,
+                                             const Op& op, int thread, int threads) {
+  using A = Access<Unit>;
+  constexpr int kSize = int(sizeof(Unit)), kStride = kWarpThreads * kSize;
   const int place = thread / kWarpThreads * kInFlight * kStride + thread % kWarpThreads * kSize;
-#pragma unroll 1
   for (int first = begin + place; first < end; first += kInFlight * threads * kSize) {
-    Values<dtype, Single> values[kInFlight];
-#pragma unroll 1
-    for (int r = 0; r < world; ++r) {
-      const std::byte* source = sources.at[r] + first;
-      Single loaded[kInFlight];
+    Values<dtype, std::decay_t<decltype(A::words[0])>> values[kInFlight][A::kWords];
+    for (int r = 0; r < world; r += 2) {
+      A loaded[2][kInFlight];
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
-        loaded[k] = first + k * kStride < end ? *reinterpret_cast<const Single*>(source + k * kStride) : Single(0);
+      for (int s = 0; s < 2; ++s) {
+        if (r + s == world) break;
+        const std::byte* source = sources.at[r + s] + first;
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+          if (first + k * kStride < end) loaded[s][k] = *reinterpret_cast<const A*>(source + k * kStride);
+        }
       }
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) values[k].add(loaded[k], r == 0, op);
+      for (int s = 0; s < 2; ++s) {
+        if (r + s == world) break;
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+#pragma unroll
+          for (int w = 0; w < A::kWords; ++w) values[k][w].add(loaded[s][k].words[w], r + s == 0, op);
+        }
+      }
     }
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      if (first + k * kStride < end) {
-        *reinterpret_cast<Single*>(out + first + k * kStride) = values[k].finish(op.divisor);
-      }
+      if (first + k * kStride >= end) continue;
+      A done;
+#pragma unroll
+      for (int w = 0; w < A::kWords; ++w) done.words[w] = values[k][w].finish(op.divisor);
+      *reinterpret_cast<A*>(out + first + k * kStride) = done;
     }
   }
 }
 
-// A piece that is there: `bytes` of every rank, in packs where the user's memory allows.
-template <Dtype dtype, typename Op, typename Staged>
+// The same of two ranks, where no sum has to be kept while others are loaded: more loads are in flight.
+template <Dtype dtype, int kInFlight, typename Op>
+__device__ __forceinline__ void reduce_two(const Sources& sources, std::byte* out, int end, const Op& op, int thread,
+                                           int threads) {
+  using A = Access<uint4>;
+  constexpr int kSize = int(sizeof(A)), kStride = kWarpThreads * kSize;
+  const int place = thread / kWarpThreads * kInFlight * kStride + thread % kWarpThreads * kSize;
+  for (int first = place; first < end; first += kInFlight * threads * kSize) {
+    A loaded[2][kInFlight];
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const std::byte* source = sources.at[s] + first;
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        if (first + k * kStride < end) loaded[s][k] = *reinterpret_cast<const A*>(source + k * kStride);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (first + k * kStride >= end) continue;
+      A done;
+#pragma unroll
+      for (int w = 0; w < A::kWords; ++w) {
+        Values<dtype, uint64_t> values;
+        values.add(loaded[0][k].words[w], /*first=*/true, op);
+        values.add(loaded[1][k].words[w], /*first=*/false, op);
+        done.words[w] = values.finish(op.divisor);
+      }
+      *reinterpret_cast<A*>(out + first + k * kStride) = done;
+    }
+  }
+}
+
+// A piece that is there: `bytes` of every rank, in packs where the user's memory allows. `kInFlight`: of those, of two
+// ranks; of more it is a half.
+template <Dtype dtype, int kInFlight, typename Op>
 __device__ __forceinline__ void reduce_piece(const Sources& sources, int rank, int world, std::byte* out, int bytes,
-                                             const Op& op, int thread, int threads, Staged& staged) {
-  const bool aligned = is_vector_aligned(out) && is_vector_aligned(sources.at[rank]);
-  const int packs = aligned ? bytes / kPackBytes : 0;
-  reduce_packs<dtype>(sources, world, out, packs, op, thread, threads, staged);
-  reduce_elements<dtype>(sources, world, out, packs * kPackBytes, bytes, op, thread, threads);
+                                             const Op& op, int thread, int threads) {
+  using Single = std::make_unsigned_t<typename arithmetic::Element<dtype>::Stored>;
+  const bool packs = is_vector_aligned(out) && is_vector_aligned(sources.at[rank]);
+  const int whole = packs ? bytes / kPackBytes * kPackBytes : 0;
+  if (kInFlight > 1 && world == 2) {
+    reduce_two<dtype, kInFlight>(sources, out, whole, op, thread, threads);
+  } else {
+    reduce_units<dtype, uint4, (kInFlight + 1) / 2>(sources, world, out, 0, whole, op, thread, threads);
+  }
+  reduce_units<dtype, Single, 2>(sources, world, out, whole, bytes, op, thread, threads);
 }
 
 // A piece that comes as lines; waits for each. False if the wait gave up, or there is nothing to wait for: `handed`
@@ -216,7 +187,6 @@ __device__ __forceinline__ bool reduce_lines(const Sources& sources, const std::
   constexpr int kStride = kWarpThreads * kLineData;
   const int place = thread / kWarpThreads * kInFlight * kStride + thread % kWarpThreads * kLineData;
   bool known = false;
-#pragma unroll 1
   for (int first = place; first < bytes || !known; first += kInFlight * threads * kLineData) {
     Values<dtype, uint64_t> values[kInFlight];
     uint64_t mine[kInFlight];

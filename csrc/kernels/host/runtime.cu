@@ -77,4 +77,14 @@ std::optional<uint64_t> capture_id(void* stream) {
        "the capture, take that operation out of it and capture again; nothing was enqueued");
 }
 
+void beside_captures(const std::function<void()>& body) {
+  struct Relaxed {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    Relaxed() { check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode"); }
+    ~Relaxed() { (void)cudaThreadExchangeStreamCaptureMode(&mode); }
+  };
+  const Relaxed relaxed;
+  body();
+}
+
 }  // namespace mnnvl::kernels

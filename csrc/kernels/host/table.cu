@@ -48,7 +48,7 @@ KernelTable make_table() {
   MNNVL_FOR_EACH_KERNEL(MNNVL_TAKE)
 #undef MNNVL_TAKE
   table.host = HostFunctions{load_all,    allocate_mailbox, free_mailbox, synchronize_device,
-                             take_stream, give_back_stream, capture_id};
+                             take_stream, give_back_stream, capture_id,   beside_captures};
   table.device_ops = kProbes;
   table.architectures = MNNVL_ARCHITECTURES;
   return table;

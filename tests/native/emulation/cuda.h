@@ -136,9 +136,6 @@ inline Index grid_dim() { return {Block::current()->blocks()}; }
 #define gridDim ::mnnvl::emulation::grid_dim()
 
 using uint4 = mnnvl::emulation::Pack;
-struct alignas(16) ulonglong2 {
-  uint64_t x, y;
-};
 
 inline void __syncthreads() { mnnvl::emulation::Block::current()->meet_all(); }
 inline void __syncwarp() { mnnvl::emulation::Block::current()->meet(0); }

@@ -62,11 +62,6 @@ inline void mbarrier_wait(uint64_t* shared, uint32_t phase) {
   }
 }
 
-inline void cp_async_16(void* shared, const void* global) { std::memcpy(shared, global, 16); }
-inline void cp_async_commit() {}
-template <int kMost>
-void cp_async_wait() {}
-
 inline uint64_t globaltimer_ns() {
   return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
 }
