@@ -140,11 +140,10 @@ at::Tensor flattened(const at::Tensor& tensor) {
 Dtype message_dtype(const at::Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 
 namespace {
+// That it is one number torch has looked at.
 void check_factor(const at::Tensor& tensor, const c10d::ReduceOp& op, const char* name) {
   const at::Tensor& factor = static_cast<const c10d::NCCLPreMulSumSupplement&>(*op.supplement_).tensor_factor;
   if (!factor.defined()) return;
-  TORCH_CHECK_VALUE(factor.numel() == 1, "mnnvl ", name, ": op: expected a PREMUL_SUM factor of one element, got ",
-                    factor.numel());
   TORCH_CHECK_TYPE(!factor.is_complex(), "mnnvl ", name, ": op: expected a real PREMUL_SUM factor, got ",
                    factor.scalar_type());
   TORCH_CHECK_VALUE(factor.is_cpu() || factor.device() == tensor.device(), "mnnvl ", name,
