@@ -12,7 +12,8 @@
 namespace mnnvl {
 
 // Runs `begin` within the record of a call, which `begin` may consume. For when somebody looks on (at::hasCallbacks()):
-// c10d's macro makes the whole record before it asks. `sequence` is what the call will have.
+// c10d's macro makes the whole record before it asks. `sequence`: the call's if it is the next to begin, which
+// one of a coalesced group, or one without anything to send, isn't.
 void record_comms(const Call& call, const c10d::Backend& group, const std::vector<uint64_t>& global_ranks,
                   uint64_t sequence, const std::function<void()>& begin);
 

@@ -237,4 +237,16 @@ Local copy_of(const at::Tensor& input, const at::Tensor& output) {
   return [input = safe_input(input, {output}, /*own=*/-1), output] { output.copy_(input.reshape(output.sizes())); };
 }
 
+Call coalesced(const Call& whole, const Tensors& outputs, const Tensors& inputs,
+               const std::function<Call(const at::Tensor& output, const at::Tensor& input)>& one) {
+  TORCH_CHECK_VALUE(outputs.size() == inputs.size(), "mnnvl ", whole.name, ": outputs: expected ", inputs.size(),
+                    " tensors like the inputs, got ", outputs.size());
+  std::vector<Call> calls;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    check_same_device(inputs[i], inputs[0], whole.name, "inputs");
+    calls.push_back(one(outputs[i], inputs[i]));
+  }
+  return merged(whole, std::move(calls));
+}
+
 }  // namespace mnnvl

@@ -75,4 +75,8 @@ Local copy_back(const Tensors& places, const Tensors& outputs);
 // All that a group of one does: the input's elements go to the output. Empty if it is the input.
 Local copy_of(const at::Tensor& input, const at::Tensor& output);
 
+// Calls of an output and an input each as one; `one` checks and makes each.
+Call coalesced(const Call& whole, const Tensors& outputs, const Tensors& inputs,
+               const std::function<Call(const at::Tensor& output, const at::Tensor& input)>& one);
+
 }  // namespace mnnvl

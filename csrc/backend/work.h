@@ -25,8 +25,8 @@ class CpuWork final : public c10d::Work {
   // A call of messages, which may come late, behind the set-up: what the waiting thread helps along.
   void follow(std::shared_ptr<Messenger::Transfer> transfer);
   // `failure` null: success. Once. Runs no code of a user: waiters are woken first, then the future, if anybody has
-  // asked
-  // for it, is completed on a callback thread. Nothing touches this work once its waiters are awake but what holds it.
+  // asked for it, is completed on a callback thread. Nothing touches this work once its waiters are awake but what
+  // holds it.
   void complete(std::exception_ptr failure);
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
   std::vector<at::Tensor> result() override { return outputs_; }

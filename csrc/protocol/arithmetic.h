@@ -89,24 +89,17 @@ struct Element<Dtype::kBool> : Integer<uint8_t, int32_t> {
   static MNNVL_HOST_DEVICE Wide widen(Stored v) { return v != 0 ? 1 : 0; }
 };
 
-template <>
-struct Element<Dtype::kFloat32> {
-  using Stored = uint32_t;
-  using Wide = float;
-  static MNNVL_HOST_DEVICE float widen(uint32_t bits) { return bits_as<float>(bits); }
-  static MNNVL_HOST_DEVICE uint32_t narrow(float v) {
-    return v != v ? 0x7fffffffu : v == 0.0f ? 0u : bits_as<uint32_t>(v);
-  }
+template <typename Bits, typename Real>
+struct WideFloat {
+  using Stored = Bits;
+  using Wide = Real;
+  static MNNVL_HOST_DEVICE Real widen(Bits bits) { return bits_as<Real>(bits); }
+  static MNNVL_HOST_DEVICE Bits narrow(Real v) { return v != v ? Bits(-1) >> 1 : v == Real(0) ? 0 : bits_as<Bits>(v); }
 };
 template <>
-struct Element<Dtype::kFloat64> {
-  using Stored = uint64_t;
-  using Wide = double;
-  static MNNVL_HOST_DEVICE double widen(uint64_t bits) { return bits_as<double>(bits); }
-  static MNNVL_HOST_DEVICE uint64_t narrow(double v) {
-    return v != v ? 0x7fffffffffffffffu : v == 0.0 ? 0u : bits_as<uint64_t>(v);
-  }
-};
+struct Element<Dtype::kFloat32> : WideFloat<uint32_t, float> {};
+template <>
+struct Element<Dtype::kFloat64> : WideFloat<uint64_t, double> {};
 template <>
 struct Element<Dtype::kBFloat16> {
   using Stored = uint16_t;

@@ -1,8 +1,8 @@
 // Jobs that run one at a time, in their order: on the caller's thread where it would only wait, else on one worker.
 //
 // Who runs what, and who may wait for whom (csrc/README.md, "The CPU queue", has the argument):
-//   jobs        the thread that submits, if nothing else runs or is queued and it says that it would wait anyway;
-// else the               worker. `busy_` is the one word that says that a job runs, whoever runs it.
+//   jobs        the thread that submits, if nothing else runs or is queued and it says that it would wait anyway; else
+//               the worker. `busy_` is the one word that says that a job runs, whoever runs it.
 //   completion  right behind its job, on the same thread: wakes waiters, runs no code of a user, so the worker never
 //               waits for anything but the collective that it runs, which ends by its deadline.
 //   callbacks   never here: callback_threads.h.

@@ -324,14 +324,12 @@ TEST(exchange_reductions_that_fail) {
     CHECK(found.valid == 1 && found.cause == FailureCause::kMismatch && found.peer == 2, numel);
     CHECK(unpack(found.calls.mine).op == ReduceOp::kMax && unpack(found.calls.theirs).op == ReduceOp::kMin);
 
-    const Group late(3, int64_t{2} << 20, /*timeout_ms=*/300);
-    run_threads(3, [&](int rank) {
-      Bytes data(static_cast<size_t>(numel * 4));
-      if (rank != 1) reduce(late, rank, data, numel, ReduceOp::kMax);
-    });
+    // Of two ranks: of more, a loaded machine may keep one that comes from coming in time.
+    const Group late(2, int64_t{2} << 20, /*timeout_ms=*/300);
+    Bytes data(static_cast<size_t>(numel * 4));
+    reduce(late, 0, data, numel, ReduceOp::kMax);
     CHECK(late.record(0).cause == FailureCause::kDeadline && late.record(0).peer == 1, numel);
     CHECK(late.record(0).operation == Operation::kReduce && late.record(0).stage == kStageMessage);
-    Bytes data(static_cast<size_t>(numel * 4));
     reduce(late, 1, data, numel, ReduceOp::kMax);
     CHECK(late.record(1).valid == 1 && late.record(1).cause == FailureCause::kPeerFailed, "told at its start");
   }

@@ -107,14 +107,9 @@ Call all_gather_into_tensor_coalesced(GroupView group, Tensors& outputs, Tensors
                                       const c10d::AllgatherOptions& options) {
   const Call whole = make_call(c10d::OpType::ALLGATHER_COALESCED, "mnnvl:all_gather_into_tensor_coalesced",
                                device_of(inputs), options);
-  TORCH_CHECK_VALUE(outputs.size() == inputs.size(), "mnnvl ", whole.name, ": outputs: expected ", inputs.size(),
-                    " tensors like the inputs, got ", outputs.size());
-  std::vector<Call> calls;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    check_same_device(inputs[i], inputs[0], whole.name, "inputs");
-    calls.push_back(gather_into_tensor(whole, group, outputs[i], inputs[i]));
-  }
-  return merged(whole, std::move(calls));
+  return coalesced(whole, outputs, inputs, [&](const at::Tensor& output, const at::Tensor& input) {
+    return gather_into_tensor(whole, group, output, input);
+  });
 }
 
 }  // namespace mnnvl::collectives

@@ -24,14 +24,9 @@ Call gather(GroupView group, std::vector<Tensors>& outputs, Tensors& inputs, con
   Tensors places;
   for (const at::Tensor& output : wanted) places.push_back(safe_output(output, {}, /*own=*/-1));
   const at::Tensor mine = safe_input(input, places, group.rank);
-  GatherRequest request;
-  request.in = mine.data_ptr();
-  request.bytes = int64_t(mine.nbytes());
-  request.root = call.root;
-  call.body = [request, outs = parts_of(places).data](Transport& transport, const Run& run) {
-    GatherRequest whole = request;
-    whole.outs = outs.data();
-    transport.run(whole, run);
+  call.body = [in = mine.data_ptr(), bytes = int64_t(mine.nbytes()), root = call.root, outs = parts_of(places).data](
+                  Transport& transport, const Run& run) {
+    transport.run(GatherRequest{in, outs.data(), bytes, root}, run);
   };
   call.epilogue = copy_back(places, wanted);
   call.landing = std::move(places);

@@ -88,14 +88,9 @@ Call reduce_scatter_tensor_coalesced(GroupView group, Tensors& outputs, Tensors&
                                      const c10d::ReduceScatterOptions& options) {
   const Call whole = make_call(c10d::OpType::_REDUCE_SCATTER_BASE, "mnnvl:reduce_scatter_tensor_coalesced",
                                device_of(inputs), options);
-  TORCH_CHECK_VALUE(outputs.size() == inputs.size(), "mnnvl ", whole.name, ": outputs: expected ", inputs.size(),
-                    " tensors like the inputs, got ", outputs.size());
-  std::vector<Call> calls;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    check_same_device(inputs[i], inputs[0], whole.name, "inputs");
-    calls.push_back(scatter_tensor(whole, group, outputs[i], inputs[i], options.reduceOp));
-  }
-  return merged(whole, std::move(calls));
+  return coalesced(whole, outputs, inputs, [&](const at::Tensor& output, const at::Tensor& input) {
+    return scatter_tensor(whole, group, output, input, options.reduceOp);
+  });
 }
 
 }  // namespace mnnvl::collectives

@@ -25,14 +25,9 @@ Call scatter(GroupView group, Tensors& outputs, std::vector<Tensors>& inputs, co
   Tensors dense;
   for (const at::Tensor& part : parts) dense.push_back(safe_input(part, {}, /*own=*/-1));
   const at::Tensor place = safe_output(output, dense, group.rank);
-  ScatterRequest request;
-  request.out = place.data_ptr();
-  request.bytes = int64_t(place.nbytes());
-  request.root = call.root;
-  call.body = [request, ins = parts_of(dense).data](Transport& transport, const Run& run) {
-    ScatterRequest whole = request;
-    whole.ins = ins.data();
-    transport.run(whole, run);
+  call.body = [out = place.data_ptr(), bytes = int64_t(place.nbytes()), root = call.root, ins = parts_of(dense).data](
+                  Transport& transport, const Run& run) {
+    transport.run(ScatterRequest{ins.data(), out, bytes, root}, run);
   };
   call.epilogue = copy_back({place}, {output});
   call.landing = std::move(dense);

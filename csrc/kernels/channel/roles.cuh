@@ -10,7 +10,6 @@
 
 namespace mnnvl::kernels {
 
-constexpr int kWarp = 32;
 constexpr unsigned kAllThreads = 0xffffffffu;
 
 constexpr int kDataWarps = kMaxExchangeThreads / kWarp - 1;

@@ -92,6 +92,8 @@ __device__ __forceinline__ void store_line_data(std::byte* to, int valid, uint64
   }
 }
 
+constexpr int kWarp = 32;  // threads
+
 // Of a thread: what a lane carries of one message at most, among seven warps. Single bytes cost registers, and nobody
 // is in a hurry with them.
 template <typename Unit>

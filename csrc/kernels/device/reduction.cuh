@@ -84,16 +84,14 @@ struct alignas(16) Access<uint4> {
   uint64_t words[2];
 };
 
-constexpr int kWarpThreads = 32;
-
 // All units in [begin, end) of the ranks' bytes, from and to addresses that allow such accesses. Several loads of each
 // of two ranks are in flight at a time; those of a thread lie a warp apart, a distance that the compiler knows.
 template <Dtype dtype, typename Unit, int kInFlight, typename Op>
 __device__ __forceinline__ void reduce_units(const Sources& sources, int world, std::byte* out, int begin, int end,
                                              const Op& op, int thread, int threads) {
   using A = Access<Unit>;
-  constexpr int kSize = int(sizeof(Unit)), kStride = kWarpThreads * kSize;
-  const int place = thread / kWarpThreads * kInFlight * kStride + thread % kWarpThreads * kSize;
+  constexpr int kSize = int(sizeof(Unit)), kStride = kWarp * kSize;
+  const int place = thread / kWarp * kInFlight * kStride + thread % kWarp * kSize;
   for (int first = begin + place; first < end; first += kInFlight * threads * kSize) {
     Values<dtype, std::decay_t<decltype(A::words[0])>> values[kInFlight][A::kWords];
     for (int r = 0; r < world; r += 2) {
@@ -133,8 +131,8 @@ template <Dtype dtype, int kInFlight, typename Op>
 __device__ __forceinline__ void reduce_two(const Sources& sources, std::byte* out, int end, const Op& op, int thread,
                                            int threads) {
   using A = Access<uint4>;
-  constexpr int kSize = int(sizeof(A)), kStride = kWarpThreads * kSize;
-  const int place = thread / kWarpThreads * kInFlight * kStride + thread % kWarpThreads * kSize;
+  constexpr int kSize = int(sizeof(A)), kStride = kWarp * kSize;
+  const int place = thread / kWarp * kInFlight * kStride + thread % kWarp * kSize;
   for (int first = place; first < end; first += kInFlight * threads * kSize) {
     A loaded[2][kInFlight];
 #pragma unroll
@@ -184,8 +182,8 @@ __device__ __forceinline__ bool reduce_lines(const Sources& sources, const std::
                                              std::byte* out, int bytes, const Op& op, int thread, int threads,
                                              Wait& wait, const Handed& handed) {
   const bool words = (reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(own)) % kLineData == 0;
-  constexpr int kStride = kWarpThreads * kLineData;
-  const int place = thread / kWarpThreads * kInFlight * kStride + thread % kWarpThreads * kLineData;
+  constexpr int kStride = kWarp * kLineData;
+  const int place = thread / kWarp * kInFlight * kStride + thread % kWarp * kLineData;
   bool known = false;
   for (int first = place; first < bytes || !known; first += kInFlight * threads * kLineData) {
     Values<dtype, uint64_t> values[kInFlight];
