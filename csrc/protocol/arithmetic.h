@@ -97,7 +97,11 @@ struct WideFloat {
   static MNNVL_HOST_DEVICE Bits narrow(Real v) { return v != v ? Bits(-1) >> 1 : v == Real(0) ? 0 : bits_as<Bits>(v); }
 };
 template <>
-struct Element<Dtype::kFloat32> : WideFloat<uint32_t, float> {};
+struct Element<Dtype::kFloat32> : WideFloat<uint32_t, float> {
+#ifdef __CUDA_ARCH__  // the same, in one instruction: -0 + 0 is +0, and what a GPU adds to NaN is the canonical one
+  static __device__ __forceinline__ uint32_t narrow(float v) { return __float_as_uint(__fadd_rn(v, 0.0f)); }
+#endif
+};
 template <>
 struct Element<Dtype::kFloat64> : WideFloat<uint64_t, double> {};
 template <>

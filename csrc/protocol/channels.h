@@ -14,8 +14,9 @@ constexpr int kChannelKinds = 2;
 
 constexpr int kMaxLanes = 32;
 constexpr int kChannelMessages = 4;  // of each lane under way: entries of its line ring, and of lane 0's headers
-constexpr int kChannelSlots = 4;     // slots of each lane
-static_assert((kChannelMessages & (kChannelMessages - 1)) == 0 && (kChannelSlots & (kChannelSlots - 1)) == 0,
+constexpr int kFewSlots = 4, kManySlots = 8;  // of each lane
+static_assert((kChannelMessages & (kChannelMessages - 1)) == 0 && (kFewSlots & (kFewSlots - 1)) == 0 &&
+                  (kManySlots & (kManySlots - 1)) == 0,
               "indices must not jump where counters wrap");
 
 // A line carries 8 bytes of data and 8 of flag in one access.
@@ -25,15 +26,22 @@ constexpr int kHeaderLines = 2;  // CallDescriptor packed; tag
 
 constexpr int64_t kMaxLineMessage = int64_t{256} << 10;  // larger messages go through slots, in large worlds sooner
 constexpr int64_t kLineLaneBytes = 4096;                 // lines: from so many bytes on another lane takes part
-constexpr int64_t kLeastPiece = 16 << 10;                // slots: pieces shrink no further
+constexpr int64_t kLeastPiece = 16 << 10;                // slots: pieces shrink no further,
+constexpr int64_t kMostPiece = 24 << 10;                 // and grow no further: more of them are under way instead
 
 // A channel's share of the workspace.
 struct ChannelLayout {
   int32_t lanes;       // 0: no channels in this workspace
   int32_t line_bytes;  // data that one message may put into one lane's lines
+  int32_t slots;       // of each lane
   int64_t slot_bytes;
 
-  // `bytes`: of one channel. A quarter for lines, the rest for slots; never less than a line or two each.
+  // Pieces that a source posts at a time while more are under way: what it posts goes behind a fence, which takes some
+  // 3 µs when the link is full, where a piece takes 2. The other slots are on their way meanwhile.
+  MNNVL_HOST_DEVICE constexpr uint32_t posted_at_once() const { return max64(1, slots * 3 / 8); }
+
+  // `bytes`: of one channel. A quarter for lines, the rest for slots as far as they have a use for it; never less than
+  // a line or two each.
   static constexpr ChannelLayout make(int64_t bytes) {
     constexpr int64_t kLeastLane = 16 << 10, kAlign = 128;
     ChannelLayout l{};
@@ -41,7 +49,8 @@ struct ChannelLayout {
     l.lanes = int32_t(max64(1, min64(kMaxLanes, bytes / kLeastLane)));
     const int64_t lane = bytes / l.lanes;
     l.line_bytes = int32_t(max64(kAlign, align_down(lane / 4 / kChannelMessages, 2 * kAlign)) / 2);
-    l.slot_bytes = max64(kAlign, align_down(lane * 3 / 4 / kChannelSlots, kAlign));
+    l.slots = lane * 3 / 4 / kManySlots >= kLeastPiece ? kManySlots : kFewSlots;
+    l.slot_bytes = min64(kMostPiece, max64(kAlign, align_down(lane * 3 / 4 / l.slots, kAlign)));
     return l;
   }
 };
@@ -64,7 +73,7 @@ struct Cut {
     } else {
       cut.lines = false;
       // Several pieces a lane, so that one is copied out while the next comes in.
-      const int64_t even = align_up(ceil_div(bytes, int64_t{layout.lanes} * kChannelSlots), 128);
+      const int64_t even = align_up(ceil_div(bytes, int64_t{layout.lanes} * layout.slots), 128);
       cut.piece = int32_t(min64(layout.slot_bytes, max64(kLeastPiece, even)));
     }
     cut.pieces = int32_t(ceil_div(bytes, cut.piece));

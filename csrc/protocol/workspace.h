@@ -63,7 +63,7 @@ struct WorkspaceLayout {
     l.channel = ChannelLayout::make(channels == 0 ? 0 : channel_bytes / channels);
     const int64_t rings = channels * l.channel.lanes;
     l.slots_offset = kGenerations * l.generation_bytes;
-    l.lines_offset = l.slots_offset + rings * kChannelSlots * l.channel.slot_bytes;
+    l.lines_offset = l.slots_offset + rings * l.channel.slots * l.channel.slot_bytes;
     l.headers_offset = l.lines_offset + rings * kChannelMessages * l.channel.line_bytes * (kLineBytes / kLineData);
     l.posted_offset = l.headers_offset + channels * kChannelMessages * kHeaderLines * kLineBytes;
     l.credit_offset = l.posted_offset + channels * kMaxLanes * int64_t{sizeof(uint32_t)};
@@ -94,7 +94,8 @@ struct WorkspaceLayout {
   }
   MNNVL_HOST_DEVICE constexpr int64_t slot(int64_t channel, int lane, uint32_t n) const {
     return slots_offset +
-           ((channel * this->channel.lanes + lane) * kChannelSlots + n % kChannelSlots) * this->channel.slot_bytes;
+           ((channel * this->channel.lanes + lane) * this->channel.slots + n % uint32_t(this->channel.slots)) *
+               this->channel.slot_bytes;
   }
   MNNVL_HOST_DEVICE constexpr int64_t lines(int64_t channel, int lane, uint64_t message) const {
     return lines_offset +

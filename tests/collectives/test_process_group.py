@@ -309,6 +309,36 @@ def test_crossed_groups(ranks, device):
     ranks(crossed_groups_body, 4, device, timeout=120)
 
 
+def crossed_operations_body(rank: Rank) -> None:
+    """Two groups of the same ranks: each kernel, beside each, small and large, begun in another order on each rank."""
+    groups = [dist.new_group(backend="mnnvl") for _ in range(2)]
+
+    def begin(group, kind: tuple[str, int]):
+        name, numel = kind
+        x = torch.full((numel,), float(rank.rank + 1), device=rank.device)
+        if name == "gathered":
+            out = torch.zeros(rank.world_size * numel, device=rank.device)
+            return dist.all_gather_into_tensor(out, x, group=group, async_op=True), out, [1.0, 2.0]
+        op = dist.ReduceOp.SUM if name == "sum" else dist.ReduceOp.MAX
+        return dist.all_reduce(x, op, group=group, async_op=True), x, [3.0] if name == "sum" else [2.0]
+
+    kinds = [(name, numel) for name in ("sum", "maximum", "gathered") for numel in (1 << 15, 3 << 20)]
+    # Set up before anything is in flight; and CUDA loads torch's kernels when they are first used, and then waits.
+    for group in groups:
+        for kind in kinds:
+            begin(group, kind)[0].wait()
+    for turn, (first, second) in enumerate((a, b) for a in kinds for b in kinds):
+        order = [(groups[0], first), (groups[1], second)]
+        begun = [begin(group, kind) for group, kind in (order if (rank.rank + turn) % 2 else order[::-1])]
+        for work, x, expected in begun:
+            work.wait()
+            assert x.view(len(expected), -1).eq(torch.tensor(expected, device=rank.device).view(-1, 1)).all()
+
+
+def test_crossed_operations(ranks, device):
+    ranks(crossed_operations_body, 2, device)
+
+
 def four_crossed_groups_body(rank: Rank) -> None:
     """As large as fits a GPU four times (README's limits): all in flight, begun in another order on each rank."""
     groups = [dist.new_group(backend="mnnvl") for _ in range(4)]

@@ -27,9 +27,9 @@ from test_every_operation import FIRST_SEED, NO_STREAM, Group, Places, cases_bod
 
 SECONDS = float(os.environ.get("MNNVL_TEST_SECONDS", "4"))
 CASES = 100  # of each thread in a round
-WARM_UP_ROUNDS = 2  # the first has every kind of call
+WARM_UP_ROUNDS = 3  # the first has every kind of call
 APART = 10_000_019  # the threads' seeds
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 M_MMAP_THRESHOLD = -3  # malloc.h
 
 # By how much what a rank uses may grow from the end of the warm-up to the end, however long that takes.
@@ -42,8 +42,8 @@ ALLOWED = {
     # What malloc doesn't know of, too. Without GPUs it is within 3 MiB; CUDA does as it likes.
     "anonymous": 32 * MIB,
     "allocated": 0,  # tensors on the device
-    "reserved": 0,  # the emptied cache
-    "device": 8 * MIB,  # everybody's, so what an emptied cache of another rank leaves for a moment, too
+    "reserved": 0,  # their cache
+    "device": 8 * MIB,  # everybody's
 }
 Usage = dict[str, int]
 
@@ -73,7 +73,7 @@ def give_back_what_is_large() -> None:
 
 
 def usage(device: torch.device) -> Usage:
-    """Of this process and its device, when nothing is under way. Caches that may hold more or less are emptied."""
+    """Of this process and its device, when nothing is under way."""
     gc.collect()
     heap = heap_in_use()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -86,7 +86,6 @@ def usage(device: torch.device) -> Usage:
     }
     if device.type == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         used |= {
             "allocated": torch.cuda.memory_allocated(),
@@ -139,8 +138,7 @@ class Thread:
             torch.cuda.set_device(self.rank.device)
         try:
             cases = cases_of(self.number, round_number, self.rank.world_size)
-            if self.rank.device.type == "cuda":  # a factor is multiplied by kernels of torch, which are loaded lazily:
-                # that waits for what is in flight, also of the other thread, whose peer may wait for this one's
+            if self.rank.device.type == "cuda":  # a factor is multiplied by kernels of torch, which are loaded lazily
                 cases = [replace(case, op="SUM") if case.op == "PREMUL_SUM" else case for case in cases]
             cases_body(self.rank, cases, self.group, self.places)
         except Exception as error:
@@ -165,7 +163,17 @@ def message_that_waits(rank: Rank, number: int, group: Group) -> None:
 
 
 def places(rank: Rank, count: int) -> Places:
-    return [torch.cuda.stream(torch.cuda.Stream()) for _ in range(count)] if rank.device.type == "cuda" else NO_STREAM
+    """With all the memory they will want in torch's cache. To allocate more, CUDA waits for all that is in flight, also of the other
+    thread, whose peer may wait for this one's."""
+    if rank.device.type != "cuda":
+        return NO_STREAM
+    made = [torch.cuda.stream(torch.cuda.Stream()) for _ in range(count)]
+    for place in made:
+        with place:
+            large = torch.empty(GIB, dtype=torch.uint8, device=rank.device)
+            small = [torch.empty(MIB // 2, dtype=torch.uint8, device=rank.device) for _ in range(128)]
+        del large, small
+    return made
 
 
 def soak_body(rank: Rank, seconds: float) -> tuple[int, Usage, Usage]:
@@ -179,7 +187,9 @@ def soak_body(rank: Rank, seconds: float) -> tuple[int, Usage, Usage]:
     end = 0.0
     with ThreadPoolExecutor(len(threads)) as pool:
         for number in itertools.count():
-            errors = "".join(pool.map(Thread.run, threads, itertools.repeat(number)))
+            # At first one after the other: what CUDA loads when it is first used waits for all that is in flight.
+            run_all = map if number == 0 else pool.map
+            errors = "".join(run_all(Thread.run, threads, itertools.repeat(number)))
             assert not errors, errors
             rank.meet(f"round {number}")  # so that no rank is in a call while another one looks
             after = usage(rank.device)

@@ -31,6 +31,8 @@ struct Call {
     const ReduceOp op = kReduceOps[random(5).below(std::size(kReduceOps))];
     return has_reduction(dtype(), op) ? op : ReduceOp::kSum;
   }
+  // Of this rank's memory: none, so that it may be moved by packs, or any.
+  int64_t shift(int any) const { return random(9).below(2) == 0 ? 0 : any; }
   // The bytes that `from` has for `to`: any at all, or numbers of like size.
   Bytes data(int from, int to, int64_t bytes) const {
     const uint64_t seed = mix(call) + static_cast<uint64_t>(from * 100 + to);
@@ -154,7 +156,7 @@ template <typename Rank>
 void check_all_reduce(Rank& rank, const Call& call) {
   const int me = rank.rank();
   const int64_t numel = call.size(0, 0) / element_size(call.dtype()), bytes = numel * element_size(call.dtype());
-  Buffer in(call.data(me, 0, bytes), me), out(bytes, me + 1);
+  Buffer in(call.data(me, 0, bytes), call.shift(me)), out(bytes, call.shift(me + 1));
   Buffer& result = call.in_place() ? in : out;
   const Strategy strategy = call.random(8).below(2) == 0 ? Strategy::kOneShot : Strategy::kTwoShot;
   rank.run(AllReduceRequest{in.data(), result.data(), numel, call.dtype(), call.op(), strategy});
@@ -165,7 +167,7 @@ template <typename Rank>
 void check_reduce(Rank& rank, const Call& call) {
   const int me = rank.rank(), root = call.root();
   const int64_t numel = call.size(0, 0) / element_size(call.dtype()), bytes = numel * element_size(call.dtype());
-  Buffer in(call.data(me, 0, bytes), me), out(bytes, me + 1);
+  Buffer in(call.data(me, 0, bytes), call.shift(me)), out(bytes, call.shift(me + 1));
   Buffer& result = call.in_place() ? in : out;
   rank.run(ReduceRequest{in.data(), me == root ? result.data() : nullptr, numel, root, call.dtype(), call.op()});
   if (me == root) result.check(reduced(call, 0, numel), "reduce ", call.call);
@@ -179,10 +181,10 @@ void check_reduce_scatter(Rank& rank, const Call& call) {
   Buffers ins;
   for (int r = 0; r < call.world_size; ++r) {
     numels.push_back((call.uneven() ? call.size(r, 0) : call.size(0, 0)) / size);
-    ins.push(Buffer(call.data(me, r, numels.back() * size), r));
+    ins.push(Buffer(call.data(me, r, numels.back() * size), call.shift(r)));
   }
   const int64_t mine = numels[static_cast<size_t>(me)];
-  Buffer out(mine * size, me + 1);
+  Buffer out(mine * size, call.shift(me + 1));
   Buffer& result = call.in_place() ? ins.each[static_cast<size_t>(me)] : out;
   ReduceScatterRequest request{ins.ins(), result.data(), mine, nullptr, call.dtype(), call.op()};
   if (call.uneven()) request.numels = numels.data();

@@ -139,7 +139,7 @@ struct Lane {
   }
   __device__ __forceinline__ bool has_room() {
     begun = begun || uint32_t(messages) - uint32_t(credit) < kChannelMessages;
-    return begun && (cut().lines || slots - uint32_t(credit >> 32) < kChannelSlots);
+    return begun && (cut().lines || slots - uint32_t(credit >> 32) < uint32_t(p.group.layout.channel.slots));
   }
   __device__ __forceinline__ bool has_data(bool alone) const {
     if (cut().lines) return alone || (words.lane == 0 ? begun : line_is_there(words.lines(p.group, messages), flag()));

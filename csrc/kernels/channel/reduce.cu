@@ -21,10 +21,12 @@ struct Params : DeviceMessages {
   std::byte* out;
 };
 
+constexpr int kEntries = 4;  // pieces handed out and not yet reduced
+
 struct SharedReduction {
-  Sources sources[kQueue];
-  uint64_t handed[kQueue];  // mbarriers, an arrival for each peer: its part is there
-  uint64_t done[kQueue];  // mbarriers, an arrival for each data warp
+  Sources sources[kEntries];
+  uint64_t handed[kEntries];  // mbarriers, an arrival for each peer: its part is there
+  uint64_t done[kEntries];  // mbarriers, an arrival for each data warp
   uint32_t failed;
 };
 
@@ -45,7 +47,7 @@ class Watch {
     for (int k = 0; k < pieces; ++k) {
       if (!lines) await_piece(k, pieces, message, slots);
       // The entry is free when the data warps are done with what was in it.
-      while (taken_ <= k - kQueue) await_done(lines, pieces, message, slots);
+      while (taken_ <= k - kEntries) await_done(lines, pieces, message, slots);
       hand_out(k);
       give_owed();
     }
@@ -91,7 +93,7 @@ class Watch {
       }
       if (lane_.ready(/*alone=*/false)) return wait_.restart(message);
       give_owed();
-      if (taken_ < k && mbarrier_is_over(&shared_.done[taken_ % kQueue], uint32_t(taken_ / kQueue))) {
+      if (taken_ < k && mbarrier_is_over(&shared_.done[taken_ % kEntries], uint32_t(taken_ / kEntries))) {
         take(/*lines=*/false, pieces, message, slots);
       } else if (!wait_.keep_on(lane_.peer, lane_.slots + 1, lane_.posted)) {
         return fail();
@@ -101,18 +103,18 @@ class Watch {
 
   __device__ __forceinline__ void hand_out(int k) {
     const Piece piece = lane_.take_piece();
-    Sources& sources = shared_.sources[k % kQueue];
+    Sources& sources = shared_.sources[k % kEntries];
     sources.at[lane_.peer] = piece.from;
     sources.flags[lane_.peer] = piece.flag;
     const DeviceGroup& g = lane_.p.group;
     if (threadIdx.x == 0) sources.at[g.rank] = lane_.p.own + (piece.to - lane_.p.out);
-    mbarrier_arrive(&shared_.handed[k % kQueue]);
+    mbarrier_arrive(&shared_.handed[k % kEntries]);
   }
 
   __device__ __forceinline__ void await_done(bool lines, int pieces, uint64_t message, uint32_t slots) {
     // Not by mbarrier_wait(), which may sleep: the data warps may be waiting for a peer that another thread of this
     // warp watches.
-    while (!mbarrier_is_over(&shared_.done[taken_ % kQueue], uint32_t(taken_ / kQueue))) {
+    while (!mbarrier_is_over(&shared_.done[taken_ % kEntries], uint32_t(taken_ / kEntries))) {
     }
     take(lines, pieces, message, slots);
   }
@@ -122,12 +124,12 @@ class Watch {
     ++taken_;
     if (lines || failed()) return;
     const uint32_t messages = uint32_t(message) + (taken_ == pieces ? 1 : 0);
-    st_release_sys_u64(lane_.words.credit, uint64_t(slots + uint32_t(taken_)) << 32 | messages);
+    st_relaxed_sys_u64(lane_.words.credit, uint64_t(slots + uint32_t(taken_)) << 32 | messages);
   }
 
-  // For what the lane's last kernel took; behind the first piece, which shall not wait for this store's fence.
+  // For what the lane's last kernel took; the first piece goes before.
   __device__ __forceinline__ void give_owed() {
-    if (owes_credit_) st_release_sys_u64(lane_.words.credit, owed_);
+    if (owes_credit_) st_relaxed_sys_u64(lane_.words.credit, owed_);
     owes_credit_ = false;
   }
 
@@ -139,19 +141,19 @@ class Watch {
   int taken_ = 0;  // pieces that the data warps are done with, as far as this thread knows
 };
 
-// A data warp's part in all pieces of the lane. In flight: packs of slots, lines.
-template <Dtype dtype, int kPacks, int kLines, typename Op>
+// A data warp's part in all pieces of the lane. In flight: packs of slots, of two ranks and of more; lines.
+template <Dtype dtype, int kOfTwo, int kOfMore, int kLines, typename Op>
 __device__ __forceinline__ void reduce_all(const Params& p, int lane, SharedReduction& shared, const Op& op, int thread,
                                            int threads) {
   const Cut& cut = p.messages[p.channels[p.receives.first_channel].first].cut;
   const int rank = p.group.rank, world = p.group.world_size;
   const auto handed = [&](int k) {
-    mbarrier_wait(&shared.handed[k % kQueue], uint32_t(k / kQueue));
+    mbarrier_wait(&shared.handed[k % kEntries], uint32_t(k / kEntries));
     return ld_acquire_cta_u32(&shared.failed) == 0;
   };
   const auto done = [&](int k) {
     __syncwarp();
-    if (thread % kWarp == 0) mbarrier_arrive(&shared.done[k % kQueue]);
+    if (thread % kWarp == 0) mbarrier_arrive(&shared.done[k % kEntries]);
   };
   if (cut.lines) {
     const int64_t begin = cut.begin(lane, 0);
@@ -167,8 +169,8 @@ __device__ __forceinline__ void reduce_all(const Params& p, int lane, SharedRedu
 #pragma unroll 1
   for (int k = 0; k < pieces; ++k) {
     if (handed(k)) {
-      reduce_piece<dtype, kPacks>(shared.sources[k % kQueue], rank, world, p.out + cut.begin(lane, k),
-                                  int(cut.bytes_of(lane, k)), op, thread, threads);
+      reduce_piece<dtype, kOfTwo, kOfMore>(shared.sources[k % kEntries], rank, world, p.out + cut.begin(lane, k),
+                                           int(cut.bytes_of(lane, k)), op, thread, threads);
     }
     done(k);
   }
@@ -184,7 +186,7 @@ __device__ __forceinline__ void data_warps(const Params& p, int lane, SharedRedu
   if (p.op == ReduceOp::kSum) {
     const Fixed<ReduceOp::kSum> sum{p.divisor};
 #define MNNVL_CASE(dtype, op) \
-  case Dtype::dtype: return reduce_all<Dtype::dtype, 4, 5>(p, lane, shared, sum, thread, threads);
+  case Dtype::dtype: return reduce_all<Dtype::dtype, 7, 2, 5>(p, lane, shared, sum, thread, threads);
     switch (p.dtype) {
       MNNVL_FOR_EACH_FAST_SUM(MNNVL_CASE)
       default: break;
@@ -193,7 +195,7 @@ __device__ __forceinline__ void data_warps(const Params& p, int lane, SharedRedu
   }
   const Any op{p.divisor, p.op};
 #define MNNVL_CASE(dtype, unused) \
-  case Dtype::dtype: return reduce_all<Dtype::dtype, 1, 2>(p, lane, shared, op, thread, threads);
+  case Dtype::dtype: return reduce_all<Dtype::dtype, 1, 1, 2>(p, lane, shared, op, thread, threads);
   switch (p.dtype) {
     MNNVL_FOR_EACH_REDUCED_DTYPE(MNNVL_CASE)
     default: break;
@@ -208,7 +210,7 @@ __global__ void __launch_bounds__(kMaxExchangeThreads, kMinBlocks) reduce(const 
   const int block = int(blockIdx.x), sends = p.sends.shape.blocks;
   if (block < sends) return serve<true>(p, p.sends, block, sending);
   const int peers = p.receives.channels, watching = int(align_up(peers, kWarp)), thread = int(threadIdx.x);
-  if (thread < kQueue) {
+  if (thread < kEntries) {
     mbarrier_init(&shared.handed[thread], uint32_t(peers));
     mbarrier_init(&shared.done[thread], uint32_t((int(blockDim.x) - watching) / kWarp));
   }

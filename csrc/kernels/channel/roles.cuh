@@ -2,8 +2,8 @@
 //
 // A block serves some lanes of some channels. Its signal warp has a thread for each of them: it looks which can move,
 // hands pieces to the data warps through a queue in shared memory, and posts or credits them when the data warps have
-// done with them, those of all its threads behind one fence, while the data warps are at the next ones. The block never
-// stands still at one lane while another could move.
+// done with them, while these are at the next ones. Several are posted behind one fence. The block never stands still
+// at one lane while another could move.
 #pragma once
 
 #include "kernels/channel/lane.cuh"
@@ -13,7 +13,7 @@ namespace mnnvl::kernels {
 constexpr unsigned kAllThreads = 0xffffffffu;
 
 constexpr int kDataWarps = kMaxExchangeThreads / kWarp - 1;
-constexpr int kQueue = 4;  // pieces handed out and not yet posted
+constexpr int kQueue = 8;  // pieces handed out and not yet posted
 
 struct Shared {
   Piece pieces[kQueue];
@@ -50,7 +50,7 @@ class Signal {
       const unsigned can = __ballot_sync(kAllThreads, look(/*alone=*/!kSends && __popc(active) == 1));
       if (can != 0) hand_out(can);
       if (owes_credit_) {
-        st_release_sys_u64(lane_.words.credit, lane_.credit);
+        st_relaxed_sys_u64(lane_.words.credit, lane_.credit);
         owes_credit_ = false;
       }
       if (can == 0 && finished_ == handed_ && ok_ && (lane_.active() || header_due_)) {
@@ -79,13 +79,14 @@ class Signal {
     wait_.restart(lane_.messages);
   }
 
-  // All that has been done since the last look is behind one fence. What was taken before its header was there (it may
-  // have had no bytes to wait for) is credited when the header has been seen: not before the message was sent.
+  // What has been done since the last post goes behind one fence; a source waits for some pieces more, if they are
+  // under way. What was taken before its header was there (it may have had no bytes to wait for) is credited when the
+  // header has been seen: not before the message was sent.
   __device__ __forceinline__ void post_what_is_done() {
     const uint32_t done = pieces_done(shared_, handed_);
     __syncwarp();  // what some threads of this warp have acquired, all have
     failed_ = __any_sync(kAllThreads, ld_acquire_cta_u32(&shared_.failed) != 0);
-    if (failed_) return;
+    if (failed_ || (kSends && done != handed_ && done - finished_ < p_.group.layout.channel.posted_at_once())) return;
     for (; finished_ != done; ++finished_) {
       if (shared_.pieces[finished_ % kQueue].notifier != int(threadIdx.x)) continue;
       notice_ = shared_.pieces[finished_ % kQueue].notice;
@@ -93,7 +94,7 @@ class Signal {
     }
     if (notice_due_ && !header_due_) {
       if (kSends) st_release_sys_u32(lane_.words.posted, uint32_t(notice_));
-      if (!kSends) st_release_sys_u64(lane_.words.credit, notice_);
+      if (!kSends) st_relaxed_sys_u64(lane_.words.credit, notice_);
       notice_due_ = false;
     }
     __syncwarp();
@@ -121,7 +122,7 @@ class Signal {
       header_due_ = !kSends && lane_.words.lane == 0 && !lane_.begun;
       const bool lines = lane_.cut().lines;
       Piece piece = lane_.take_piece();
-      // The credit of a kernel's last lines is left to the lane's next kernel, which has no stores to wait for.
+      // The credit of a kernel's last lines is left to the lane's next kernel: their sender rarely waits for it.
       piece.notifier = (kSends ? !lines : !lines || lane_.active()) ? last_ : -1;
       piece.notice = kSends ? lane_.slots : lane_.taken();
       shared_.pieces[handed_ % kQueue] = piece;

@@ -49,8 +49,8 @@ __device__ __forceinline__ uint32_t ld_acquire_sys_u32(const uint32_t* address) 
   return v;
 }
 
-__device__ __forceinline__ void st_release_sys_u64(void* address, uint64_t v) {
-  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(v) : "memory");
+__device__ __forceinline__ void st_relaxed_sys_u64(void* address, uint64_t v) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(v) : "memory");
 }
 
 __device__ __forceinline__ uint64_t ld_acquire_sys_u64(const void* address) {

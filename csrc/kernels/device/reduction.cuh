@@ -43,6 +43,20 @@ struct Sources {
   uint64_t flags[kMaxWorldSize];  // of lines
 };
 
+// Two of the types of 16 bits are rounded in one instruction. The same bits as arithmetic::Element's.
+template <Dtype dtype>
+constexpr bool kInPairs = dtype == Dtype::kFloat16 || dtype == Dtype::kBFloat16;
+template <Dtype dtype>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+#ifdef __CUDA_ARCH__
+  using T = std::conditional_t<dtype == Dtype::kFloat16, __half, __nv_bfloat16>;
+  return without_negative_zero<T>(round_pair<T>({low, high}));
+#else
+  using E = arithmetic::Element<dtype>;
+  return E::narrow(low) | uint32_t(E::narrow(high)) << 16;
+#endif
+}
+
 // Values of `Unit` many bytes, kept wide.
 template <Dtype dtype, typename Unit>
 struct Values {
@@ -60,17 +74,35 @@ struct Values {
       v[i] = first ? value : op.combine(v[i], value);
     }
   }
-  __device__ __forceinline__ Unit finish(int divisor) const {
+  // Of AVG. Apart from finish(), so that a sum has one branch around all divisions instead of one around each.
+  __device__ __forceinline__ void divide(int divisor) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] = arithmetic::finish<ReduceOp::kAvg>(v[i], divisor);
+  }
+  __device__ __forceinline__ void scale(typename E::Wide factor) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] *= factor;
+  }
+  __device__ __forceinline__ Unit finish() const {
     using Bits = std::make_unsigned_t<Stored>;
     Unit unit = 0;
+    if constexpr (kInPairs<dtype> && kCount > 1) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const auto value = divisor != 1 ? arithmetic::finish<ReduceOp::kAvg>(v[i], divisor) : v[i];
-      unit |= Unit(Unit(Bits(E::narrow(value))) << (kBits * i));
+      for (int i = 0; i < kCount; i += 2) unit |= Unit(narrow_pair<dtype>(v[i], v[i + 1])) << (kBits * i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) unit |= Unit(Unit(Bits(E::narrow(v[i]))) << (kBits * i));
     }
     return unit;
   }
 };
+
+template <int kCount, typename V>
+__device__ __forceinline__ void divide_all(V (&values)[kCount], int divisor) {
+  if (divisor == 1) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i].divide(divisor);
+}
 
 // One access to memory as words of Values.
 template <typename Unit>
@@ -118,59 +150,68 @@ __device__ __forceinline__ void reduce_units(const Sources& sources, int world, 
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       if (first + k * kStride >= end) continue;
+      divide_all(values[k], op.divisor);
       A done;
 #pragma unroll
-      for (int w = 0; w < A::kWords; ++w) done.words[w] = values[k][w].finish(op.divisor);
+      for (int w = 0; w < A::kWords; ++w) done.words[w] = values[k][w].finish();
       *reinterpret_cast<A*>(out + first + k * kStride) = done;
     }
   }
 }
 
-// The same of two ranks, where no sum has to be kept while others are loaded: more loads are in flight.
-template <Dtype dtype, int kInFlight, typename Op>
-__device__ __forceinline__ void reduce_two(const Sources& sources, std::byte* out, int end, const Op& op, int thread,
-                                           int threads) {
+// The same of float sums of two ranks, where no sum has to be kept while others are loaded: all packs that a thread has
+// of a piece are in flight at a time. Code for each number of them: around conditions registers are short.
+constexpr int kThreadsOfTwo = kMaxExchangeThreads - kWarp;
+template <Dtype dtype, int kMost, typename Op>
+__device__ __forceinline__ void reduce_row(const std::byte* a, const std::byte* b, std::byte* out, int count,
+                                           const Op& op, float factor) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return reduce_row<dtype, kMost - 1>(a, b, out, count, op, factor);
+  }
+  constexpr int kStride = kThreadsOfTwo * kPackBytes;
   using A = Access<uint4>;
-  constexpr int kSize = int(sizeof(A)), kStride = kWarp * kSize;
-  const int place = thread / kWarp * kInFlight * kStride + thread % kWarp * kSize;
-  for (int first = place; first < end; first += kInFlight * threads * kSize) {
-    A loaded[2][kInFlight];
+  A loaded[2][kMost];
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      const std::byte* source = sources.at[s] + first;
+  for (int k = 0; k < kMost; ++k) loaded[0][k] = *reinterpret_cast<const A*>(a + k * kStride);
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
-        if (first + k * kStride < end) loaded[s][k] = *reinterpret_cast<const A*>(source + k * kStride);
-      }
+  for (int k = 0; k < kMost; ++k) loaded[1][k] = *reinterpret_cast<const A*>(b + k * kStride);
+#pragma unroll
+  for (int k = 0; k < kMost; ++k) {
+    A done;
+#pragma unroll
+    for (int w = 0; w < A::kWords; ++w) {
+      Values<dtype, uint64_t> values;
+      values.add(loaded[0][k].words[w], /*first=*/true, op);
+      values.add(loaded[1][k].words[w], /*first=*/false, op);
+      values.scale(factor);
+      done.words[w] = values.finish();
     }
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      if (first + k * kStride >= end) continue;
-      A done;
-#pragma unroll
-      for (int w = 0; w < A::kWords; ++w) {
-        Values<dtype, uint64_t> values;
-        values.add(loaded[0][k].words[w], /*first=*/true, op);
-        values.add(loaded[1][k].words[w], /*first=*/false, op);
-        done.words[w] = values.finish(op.divisor);
-      }
-      *reinterpret_cast<A*>(out + first + k * kStride) = done;
-    }
+    *reinterpret_cast<A*>(out + k * kStride) = done;
   }
 }
 
-// A piece that is there: `bytes` of every rank, in packs where the user's memory allows. `kInFlight`: of those, of two
-// ranks; of more it is a half.
 template <Dtype dtype, int kInFlight, typename Op>
+__device__ __forceinline__ void reduce_two(const Sources& sources, std::byte* out, int end, const Op& op, int thread) {
+  constexpr int kStride = kThreadsOfTwo * kPackBytes;
+  const float factor = op.divisor == 2 ? 0.5f : 1.0f;  // halving rounds as the division by 2 does
+  for (int first = thread * kPackBytes; first < end; first += kInFlight * kStride) {
+    const int count = (end - first + kStride - 1) / kStride;
+    reduce_row<dtype, kInFlight>(sources.at[0] + first, sources.at[1] + first, out + first, count, op, factor);
+  }
+}
+
+// A piece that is there: `bytes` of every rank, in packs where the user's memory allows. In flight: so many packs of
+// each of two ranks, if there are two, or if there are more.
+template <Dtype dtype, int kOfTwo, int kOfMore, typename Op>
 __device__ __forceinline__ void reduce_piece(const Sources& sources, int rank, int world, std::byte* out, int bytes,
                                              const Op& op, int thread, int threads) {
   using Single = std::make_unsigned_t<typename arithmetic::Element<dtype>::Stored>;
   const bool packs = is_vector_aligned(out) && is_vector_aligned(sources.at[rank]);
   const int whole = packs ? bytes / kPackBytes * kPackBytes : 0;
-  if (kInFlight > 1 && world == 2) {
-    reduce_two<dtype, kInFlight>(sources, out, whole, op, thread, threads);
+  if (kOfTwo > 1 && world == 2) {
+    reduce_two<dtype, kOfTwo>(sources, out, whole, op, thread);
   } else {
-    reduce_units<dtype, uint4, (kInFlight + 1) / 2>(sources, world, out, 0, whole, op, thread, threads);
+    reduce_units<dtype, uint4, kOfMore>(sources, world, out, 0, whole, op, thread, threads);
   }
   reduce_units<dtype, Single, 2>(sources, world, out, whole, bytes, op, thread, threads);
 }
@@ -219,11 +260,12 @@ __device__ __forceinline__ bool reduce_lines(const Sources& sources, const std::
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) values[k].add(data[k], r == 0, op);
     }
+    divide_all(values, op.divisor);
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       const int at = first + k * kStride;
       if (at >= bytes) continue;
-      const uint64_t done = values[k].finish(op.divisor);
+      const uint64_t done = values[k].finish();
       if (words) {
         store_line_data<uint64_t>(out + at, bytes - at, done);
       } else {

@@ -17,8 +17,8 @@ inline void st_relaxed_sys_u32(uint32_t* address, uint32_t v) { __atomic_store_n
 inline uint32_t ld_relaxed_sys_u32(const uint32_t* address) { return polled(address, __ATOMIC_RELAXED); }
 inline void st_release_sys_u32(uint32_t* address, uint32_t v) { __atomic_store_n(address, v, __ATOMIC_RELEASE); }
 inline uint32_t ld_acquire_sys_u32(const uint32_t* address) { return polled(address, __ATOMIC_ACQUIRE); }
-inline void st_release_sys_u64(void* address, uint64_t v) {
-  __atomic_store_n(static_cast<uint64_t*>(address), v, __ATOMIC_RELEASE);
+inline void st_relaxed_sys_u64(void* address, uint64_t v) {
+  __atomic_store_n(static_cast<uint64_t*>(address), v, __ATOMIC_RELEASE);  // C++ knows no issue in order
 }
 inline uint64_t ld_acquire_sys_u64(const void* address) {
   return polled(static_cast<const uint64_t*>(address), __ATOMIC_ACQUIRE);
