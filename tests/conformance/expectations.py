@@ -14,7 +14,7 @@ BY_DESIGN: dict[str, dict[str, str]] = {
         "test_sparse_all_reduce_sum": "sparse tensors are refused, with an error that says so",
     },
     "cuda": {
-        "test_ddp_profiling_execution_trace": "begins by asking whether the backend's name is \"nccl\"",
+        "test_ddp_profiling_execution_trace": 'begins by asking whether the name of the backend is "nccl"',
     },
 }
 
