@@ -9,6 +9,8 @@ No multicast object is made by anybody unless --multicast is given: some hosts m
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import statistics
 import time
@@ -26,6 +28,7 @@ from mnnvl_backend.tools.bench_results import Point, Results, describe, human
 from mnnvl_backend.tools.launch import Place, start
 
 NO_MULTICAST = {"MNNVL_MULTICAST": "0", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+MESSAGES = {"send_recv", "ping_pong"}
 SECONDS_PER_POINT = 3.0  # slow peers get fewer samples, but never under MIN_SAMPLES
 MIN_SAMPLES = 5
 
@@ -155,20 +158,31 @@ def bench_operation(place: Place, results: Results, peers: list[Peer], sizes: li
                 print(f"{operation.name:<14} {human(size):>8}  {peer.name:<24} {point.median:10.1f} µs", flush=True)
 
 
-def run(
-    device: str,
-    min_bytes: int | None,
-    max_bytes: int | None,
-    replays: int,
-    only: list[str] | None = None,
-    output: str | None = None,
-    multicast: bool = False,
-    operations: Sequence[str] = ("all_reduce",),
-) -> int:
-    if not multicast:
+def earlier_results(files: Sequence[str]) -> dict[str, Any]:
+    """By operation."""
+    try:
+        results = [json.loads(Path(file).read_text()) for file in files]
+        return {result["operation"]: result for result in results}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--compare: expected files that mnnvl bench wrote with --output: {error}") from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Of cli.parser()."""
+    if not arguments.multicast:
         os.environ.update(NO_MULTICAST)
-    with start(device) as place:
-        if place.world_size < 2 and {"send_recv", "ping_pong"} & set(operations):
+    operations = arguments.operation or (list(OPERATIONS) if arguments.smoke else ["all_reduce"])
+    min_bytes, max_bytes, replays = arguments.min_bytes, arguments.max_bytes, arguments.replays
+    if arguments.smoke:
+        min_bytes, max_bytes, replays = 1 << 10, 2 << 10, MIN_SAMPLES
+    only = arguments.only.split(",") if arguments.only else None
+    earlier, slower = earlier_results(arguments.compare), False
+    if earlier and (missing := set(operations) - set(earlier)):
+        raise SystemExit(f"--compare: no results of {', '.join(sorted(missing))} in {', '.join(arguments.compare)}")
+    with start(arguments.device) as place:
+        if place.world_size < 2 and arguments.smoke:
+            operations = [name for name in operations if name not in MESSAGES]
+        if place.world_size < 2 and MESSAGES & set(operations):
             raise SystemExit("--operation: messages want two ranks")
         dist.init_process_group("gloo")  # control: timing must not depend on what is timed
         on_gpu = place.device.type == "cuda"
@@ -183,8 +197,12 @@ def run(
                 bench_operation(place, results, peers, sizes, replays)
             if place.rank == 0:
                 print("\n" + results.markdown())
-                if output:
-                    results.write(Path(output), place)
+                if arguments.output:
+                    results.write(Path(arguments.output), place, arguments.limit)
+                if earlier:
+                    text, worse = results.compare(earlier[name])
+                    print("\n" + text)
+                    slower = slower or worse
             for peer in peers:
                 peer.close()
-    return 0
+    return 1 if slower else 0

@@ -22,10 +22,25 @@ class Operation:
     name: str
     meaning: str
     expected: Expected  # what lies in the result of this rank
+    # Of the bytes that a rank puts in, by world size: how much passes through the busiest rank's link in one direction,
+    # as nccl-tests count "bus bandwidth".
+    carried: Callable[[int], float]
     divided: bool = False  # what a rank puts in is a part for each rank
     steps: int = 1  # that one call makes, one after the other; times are of one
     sized: bool = True  # else it moves nothing and is timed once
     captured: bool = True  # in a CUDA graph; else eagerly, for those that wait on the host
+
+
+def _all(world_size: int) -> float:
+    return 1.0
+
+
+def _to_others(world_size: int) -> float:
+    return (world_size - 1) / world_size
+
+
+def _from_others(world_size: int) -> float:
+    return world_size - 1.0
 
 
 def _sum(place: Place, of: Contribution) -> torch.Tensor:
@@ -53,34 +68,40 @@ def _at_root(expected: Expected) -> Expected:
 
 
 _ALL = (
-    Operation("all_reduce", "SUM, in place", _sum),
+    Operation("all_reduce", "SUM, in place", _sum, lambda world_size: 2 * _to_others(world_size)),
     Operation(
         "reduce_scatter",
         "SUM, reduce_scatter_tensor of bytes / world size to each rank",
         lambda place, of: _part(place, _sum(place, of)),
+        _to_others,
         divided=True,
     ),
-    Operation("reduce", "SUM, to rank 0, in place", _at_root(_sum)),
-    Operation("all_gather", "into one tensor of world size times the bytes", _gathered),
-    Operation("gather", "to rank 0, world size times the bytes", _at_root(_gathered)),
-    Operation("broadcast", "from rank 0, in place", lambda place, of: of(0)),
+    Operation("reduce", "SUM, to rank 0, in place", _at_root(_sum), _all),
+    Operation("all_gather", "into one tensor of world size times the bytes", _gathered, _from_others),
+    Operation("gather", "to rank 0, world size times the bytes", _at_root(_gathered), _from_others),
+    Operation("broadcast", "from rank 0, in place", lambda place, of: of(0), _all),
     Operation(
         "scatter",
         "from rank 0, bytes / world size to each rank",
         lambda place, of: _part(place, of(0)),
+        _to_others,
         divided=True,
     ),
-    Operation("all_to_all", "all_to_all_single, bytes / world size to each rank", _exchanged, divided=True),
-    Operation("barrier", "eager calls", lambda place, of: of(place.rank), sized=False, captured=False),
+    Operation("all_to_all", "all_to_all_single, bytes / world size to each rank", _exchanged, _to_others, divided=True),
+    Operation(
+        "barrier", "eager calls", lambda place, of: of(place.rank), lambda world_size: 0.0, sized=False, captured=False
+    ),
     Operation(
         "send_recv",
         "to the next rank and from the one before at once, by batch_isend_irecv; of two ranks, both directions",
         lambda place, of: of((place.rank - 1) % place.world_size),
+        _all,
     ),
     Operation(
         "ping_pong",
         "rank 0 to rank 1 and back, by send and recv; half of the round trip",
         lambda place, of: of(0) if place.rank < 2 else of(place.rank),
+        _all,
         steps=2,
     ),
 )

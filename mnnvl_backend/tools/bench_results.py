@@ -54,14 +54,40 @@ class Results:
         notes = "\n".join(f"- {name}: {note}" for name, note in self.notes.items())
         return f"# {self.operation}, µs: median (least-most), slowest rank\n\n{machine}\n\n{self.table()}\n\n{notes}\n"
 
-    def write(self, folder: Path, place: Place) -> None:
+    def compare(self, old: dict[str, Any]) -> tuple[str, bool]:
+        """Markdown: ours beside what `old`, the JSON of an earlier run, has of ours; and whether anything is slower: by
+        over 5 %, and than the slowest sample then."""
+        before = {(p["peer"], p["size"]): p for p in old["points"]}
+        lines = ["| bytes | of | before, µs | now, µs | now / before | |", "| ---: | --- | ---: | ---: | ---: | --- |"]
+        slower = False
+        for p in self.points:
+            was = before.get((p.peer, p.size))
+            if was is None or not p.peer.startswith("mnnvl"):
+                continue
+            ratio = p.median / was["median"]
+            worse = ratio > 1.05 and p.median > was["most"]
+            slower = slower or worse
+            times = f"{was['median']:.1f} | {p.median:.1f} | {ratio:.2f}"
+            lines.append(f"| {human(p.size)} | {p.peer} | {times} | {'slower' if worse else ''} |")
+        title = f"# {self.operation}, beside {old['machine']['date']}, {old['machine']['ranks']}"
+        return "\n".join([title, "", *lines, ""]), slower
+
+    def write(self, folder: Path, place: Place, limit: float | None = None) -> None:
         """The file's name has the operation, but for all_reduce's, whose files were here first."""
         folder.mkdir(parents=True, exist_ok=True)
         suffix = "" if self.operation == "all_reduce" else f"-{self.operation}"
         stem = folder / f"{self.machine['date']}-{place.device.type}-{place.world_size}{suffix}"
         stem.with_suffix(".md").write_text(self.markdown())
         stem.with_suffix(".json").write_text(json.dumps(asdict(self), indent=1))
-        print(f"written: {stem}.md, {stem}.json")
+        written = [stem.with_suffix(".md"), stem.with_suffix(".json")]
+        if all(p.size > 0 for p in self.points):
+            from mnnvl_backend.tools import bench_picture
+
+            try:
+                written += bench_picture.draw(self, place.world_size, stem, limit)
+            except ImportError:
+                print("no picture: pip install matplotlib")
+        print(f"written: {', '.join(map(str, written))}")
 
 
 def human(size: int) -> str:

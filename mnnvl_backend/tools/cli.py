@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--operation",
         type=_operations,
-        default=["all_reduce"],
+        default=None,
         help="comma-separated: all_reduce (the default), reduce_scatter, reduce, all_gather, gather, broadcast, "
         "scatter, all_to_all, barrier, send_recv, ping_pong",
     )
@@ -51,7 +51,18 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--replays", type=int, default=31, help="samples per size and peer")
     bench.add_argument("--only", help="comma-separated peers, e.g. mnnvl,nccl")
     bench.add_argument("--multicast", action="store_true", help="let mnnvl and its peers make multicast objects")
-    bench.add_argument("--output", help="folder for the dated results, markdown and JSON")
+    bench.add_argument("--output", help="folder for the dated results: markdown, JSON and, with matplotlib, pictures")
+    bench.add_argument("--limit", type=float, metavar="GB/S", help="of the link in one direction, for the pictures")
+    bench.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="JSON",
+        help="results of an earlier run: prints what changed, and exits with 1 if anything of mnnvl got slower",
+    )
+    bench.add_argument(
+        "--smoke", action="store_true", help="whether everything runs: every operation, 1K and 2K, 5 samples"
+    )
     return top
 
 
@@ -68,13 +79,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demo.run(arguments.device, arguments.epochs)
     from mnnvl_backend.tools import bench
 
-    return bench.run(
-        arguments.device,
-        arguments.min_bytes,
-        arguments.max_bytes,
-        arguments.replays,
-        arguments.only.split(",") if arguments.only else None,
-        arguments.output,
-        arguments.multicast,
-        arguments.operation,
-    )
+    return bench.run(arguments)

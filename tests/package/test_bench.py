@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,14 @@ import torch
 import torch.distributed as dist
 from launcher import Rank
 
-from mnnvl_backend.tools import bench, cli
+from mnnvl_backend.tools import bench, bench_picture, cli
 from mnnvl_backend.tools.bench_operations import OPERATIONS
 from mnnvl_backend.tools.bench_peers import Group, Prepared
 from mnnvl_backend.tools.bench_results import Point, Results
 from mnnvl_backend.tools.launch import Place
 
 ROOT = Path(__file__).resolve().parents[2]
+PICTURES = importlib.util.find_spec("matplotlib") is not None
 
 
 def run_bench(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,6 +49,8 @@ def bench_every(tmp_path: Path, device: str, ranks: int, names: list[str], only:
             (s, peer) for s in sizes for peer in only.split(",")
         ], results["notes"]
         assert all(0 < p["least"] <= p["median"] <= p["most"] and p["samples"] == 5 for p in results["points"])
+        drawn = PICTURES and OPERATIONS[name].sized
+        assert file.with_suffix(".svg").exists() == file.with_suffix(".png").exists() == drawn
         table = file.with_suffix(".md").read_text()
         assert f"# {name}, µs" in table
         assert f"| bytes | {' | '.join(only.split(','))} | mnnvl / best peer |" in table
@@ -68,7 +73,7 @@ def test_all_reduce_is_what_it_times_unless_told_otherwise(tmp_path):
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("*-cpu-2.json")
     assert json.loads(file.read_text())["operation"] == "all_reduce"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert {f.suffix for f in tmp_path.iterdir()} - {".svg", ".png"} == {".json", ".md"}
 
 
 def test_unknown_operations_and_peers_are_named(capsys):
@@ -101,6 +106,72 @@ def test_table():
     ]
     rows = Results({}, "broadcast", points).table().splitlines()
     assert rows[2:] == ["| 2 KiB | 2.0 (1.0-3.0) | 8.0 (7.0-9.0) | 0.25 |", "| 4 KiB | - | 9.0 (9.0-9.0) | - |"]
+
+
+def results_of(*medians: float) -> Results:
+    """Of 2 KiB, 4 KiB, ..., with 10 % to both sides; gloo ten times as slow."""
+    points = [
+        Point(peer, 2048 << i, median * factor, median * factor * 0.9, median * factor * 1.1, 5)
+        for i, median in enumerate(medians)
+        for peer, factor in (("mnnvl", 1), ("gloo", 10))
+    ]
+    return Results({"date": "2026-11-30", "ranks": "2 x CPU", "dtype": "float32"}, "broadcast", points)
+
+
+def test_what_got_slower():
+    old = asdict(results_of(10.0, 20.0, 40.0))
+    text, slower = results_of(10.0, 20.9, 44.1).compare(old)
+    rows = text.splitlines()
+    assert rows[0] == "# broadcast, beside 2026-11-30, 2 x CPU"
+    assert rows[4:] == [
+        "| 2 KiB | mnnvl | 10.0 | 10.0 | 1.00 |  |",
+        "| 4 KiB | mnnvl | 20.0 | 20.9 | 1.04 |  |",
+        "| 8 KiB | mnnvl | 40.0 | 44.1 | 1.10 | slower |",
+    ]
+    assert slower
+    for faster in (results_of(9.0, 15.0, 43.9), results_of(10.4), results_of(1.0, 1.0, 1.0, 1.0)):
+        assert not faster.compare(old)[1]
+
+
+def test_a_run_beside_an_earlier_one(tmp_path):
+    """The exit status tells."""
+    file = tmp_path / "old.json"
+    arguments = ("--device", "cpu", "--smoke", "--operation", "broadcast", "--only", "mnnvl", "--compare", str(file))
+    for median, status in ((1e-3, 1), (1e9, 0)):
+        old = Results({"date": "2026-11-30", "ranks": "2 x CPU"}, "broadcast", [Point("mnnvl", 1024, *[median] * 3, 5)])
+        file.write_text(json.dumps(asdict(old)))
+        done = run_bench(2, *arguments)
+        assert ("| slower |" in done.stdout) == (done.returncode != 0) == bool(status), done.stdout + done.stderr
+        assert "# broadcast, beside 2026-11-30, 2 x CPU" in done.stdout
+
+
+def test_an_earlier_run_of_something_else(tmp_path):
+    file = tmp_path / "old.json"
+    file.write_text("[]")
+    with pytest.raises(SystemExit, match="--compare: expected files that mnnvl bench wrote with --output"):
+        cli.main(["bench", "--compare", str(file)])
+    file.write_text(json.dumps(asdict(results_of(1.0))))
+    with pytest.raises(SystemExit, match="--compare: no results of all_reduce in .*old.json"):
+        cli.main(["bench", "--compare", str(file)])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_smoke(ranks):
+    done = run_bench(ranks, "--device", "cpu", "--smoke", "--only", "mnnvl")
+    assert done.returncode == 0, done.stderr
+    run = {name for name in OPERATIONS if f"# {name}, µs" in done.stdout}
+    assert run == set(OPERATIONS) - (bench.MESSAGES if ranks == 1 else set())
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    files = [bench_picture.draw(results_of(3.0, 4.0, 7.0), 2, tmp_path / name / "x", 367) for name in ("a", "b")
+             if not (tmp_path / name).mkdir()]  # fmt: skip
+    svg, png = (file.read_bytes() for file in files[0])
+    assert [svg, png] == [file.read_bytes() for file in files[1]]  # of the same results the same file
+    assert png.startswith(b"\x89PNG")
+    for text in ("mnnvl", "gloo", "2 KiB", "the link: 367 GB/s", "broadcast, 2 x CPU, float32, 2026-11-30"):
+        assert f"<!-- {text} -->".encode() in svg, text
 
 
 class Spoilt(Group):
