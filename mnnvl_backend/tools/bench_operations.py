@@ -31,7 +31,7 @@ class Operation:
     captured: bool = True  # in a CUDA graph; else eagerly, for those that wait on the host
 
 
-def _all(world_size: int) -> float:
+def _once(world_size: int) -> float:
     return 1.0
 
 
@@ -76,10 +76,10 @@ _ALL = (
         _to_others,
         divided=True,
     ),
-    Operation("reduce", "SUM, to rank 0, in place", _at_root(_sum), _all),
+    Operation("reduce", "SUM, to rank 0, in place", _at_root(_sum), _once),
     Operation("all_gather", "into one tensor of world size times the bytes", _gathered, _from_others),
     Operation("gather", "to rank 0, world size times the bytes", _at_root(_gathered), _from_others),
-    Operation("broadcast", "from rank 0, in place", lambda place, of: of(0), _all),
+    Operation("broadcast", "from rank 0, in place", lambda place, of: of(0), _once),
     Operation(
         "scatter",
         "from rank 0, bytes / world size to each rank",
@@ -95,13 +95,13 @@ _ALL = (
         "send_recv",
         "to the next rank and from the one before at once, by batch_isend_irecv; of two ranks, both directions",
         lambda place, of: of((place.rank - 1) % place.world_size),
-        _all,
+        _once,
     ),
     Operation(
         "ping_pong",
         "rank 0 to rank 1 and back, by send and recv; half of the round trip",
         lambda place, of: of(0) if place.rank < 2 else of(place.rank),
-        _all,
+        _once,
         steps=2,
     ),
 )

@@ -17,15 +17,13 @@ def draw(results: Results, world_size: int, stem: Path, limit: float | None = No
     Raises:
         ImportError: without matplotlib.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = stem.name  # the same file for the same results
-    from matplotlib import pyplot
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     carried = OPERATIONS[results.operation].carried(world_size)
-    figure, (time, bandwidth) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    time, bandwidth = figure.subplots(1, 2)
     all_sizes = sorted({point.size for point in results.points})
     names = list(dict.fromkeys(point.peer for point in results.points))
     ours = [name for name in names if name.startswith("mnnvl")]
@@ -62,8 +60,8 @@ def draw(results: Results, world_size: int, stem: Path, limit: float | None = No
     machine = results.machine
     figure.suptitle(f"{results.operation}, {machine['ranks']}, {machine['dtype']}, {machine['date']}", fontsize=11)
     files = [stem.with_suffix(".svg"), stem.with_suffix(".png")]
-    for file in files:
-        # Without the day and the version of matplotlib, which would make each file another.
-        figure.savefig(file, dpi=130, metadata={"Date": None} if file.suffix == ".svg" else {"Software": None})
-    pyplot.close(figure)
+    # The same files for the same results: without the day, the version of matplotlib and random ids.
+    with rc_context({"svg.hashsalt": stem.name}):
+        for file in files:
+            figure.savefig(file, dpi=130, metadata={"Date": None} if file.suffix == ".svg" else {"Software": None})
     return files

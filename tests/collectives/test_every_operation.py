@@ -258,7 +258,7 @@ def run(rank: Rank, cases: list[Case], group: Group = None, places: Places = NO_
                 for work in its_works:
                     if work is not None:
                         work.wait()
-                if rank.device.type == "cuda":  # a copy to the host would wait with the driver's locks in its hand
+                if rank.device.type == "cuda":  # a copy to the host may wait with the driver's locks in its hand
                     torch.cuda.current_stream().synchronize()
                 call.check()
     except Exception as error:

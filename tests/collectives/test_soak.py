@@ -163,7 +163,7 @@ def message_that_waits(rank: Rank, number: int, group: Group) -> None:
 
 
 def places(rank: Rank, count: int) -> Places:
-    """With all the memory they will want in torch's cache. To allocate more, CUDA waits for all that is in flight, also of the other
+    """With all the memory they will want in torch's cache. To allocate more, CUDA may wait for all that is in flight, also of the other
     thread, whose peer may wait for this one's."""
     if rank.device.type != "cuda":
         return NO_STREAM

@@ -161,20 +161,19 @@ __device__ __forceinline__ void reduce_units(const Sources& sources, int world, 
 
 // The same of float sums of two ranks, where no sum has to be kept while others are loaded: all packs that a thread has
 // of a piece are in flight at a time. Code for each number of them: around conditions registers are short.
-constexpr int kThreadsOfTwo = kMaxExchangeThreads - kWarp;
+constexpr int kRow = (kMaxExchangeThreads - kWarp) * kPackBytes;  // a pack of each data thread
 template <Dtype dtype, int kMost, typename Op>
 __device__ __forceinline__ void reduce_row(const std::byte* a, const std::byte* b, std::byte* out, int count,
                                            const Op& op, float factor) {
   if constexpr (kMost > 1) {
     if (count < kMost) return reduce_row<dtype, kMost - 1>(a, b, out, count, op, factor);
   }
-  constexpr int kStride = kThreadsOfTwo * kPackBytes;
   using A = Access<uint4>;
   A loaded[2][kMost];
 #pragma unroll
-  for (int k = 0; k < kMost; ++k) loaded[0][k] = *reinterpret_cast<const A*>(a + k * kStride);
+  for (int k = 0; k < kMost; ++k) loaded[0][k] = *reinterpret_cast<const A*>(a + k * kRow);
 #pragma unroll
-  for (int k = 0; k < kMost; ++k) loaded[1][k] = *reinterpret_cast<const A*>(b + k * kStride);
+  for (int k = 0; k < kMost; ++k) loaded[1][k] = *reinterpret_cast<const A*>(b + k * kRow);
 #pragma unroll
   for (int k = 0; k < kMost; ++k) {
     A done;
@@ -186,16 +185,15 @@ __device__ __forceinline__ void reduce_row(const std::byte* a, const std::byte* 
       values.scale(factor);
       done.words[w] = values.finish();
     }
-    *reinterpret_cast<A*>(out + k * kStride) = done;
+    *reinterpret_cast<A*>(out + k * kRow) = done;
   }
 }
 
 template <Dtype dtype, int kInFlight, typename Op>
 __device__ __forceinline__ void reduce_two(const Sources& sources, std::byte* out, int end, const Op& op, int thread) {
-  constexpr int kStride = kThreadsOfTwo * kPackBytes;
   const float factor = op.divisor == 2 ? 0.5f : 1.0f;  // halving rounds as the division by 2 does
-  for (int first = thread * kPackBytes; first < end; first += kInFlight * kStride) {
-    const int count = (end - first + kStride - 1) / kStride;
+  for (int first = thread * kPackBytes; first < end; first += kInFlight * kRow) {
+    const int count = (end - first + kRow - 1) / kRow;
     reduce_row<dtype, kInFlight>(sources.at[0] + first, sources.at[1] + first, out + first, count, op, factor);
   }
 }
