@@ -227,7 +227,7 @@ setup(
             sources=files("*.cpp"),
             depends=files("*.h"),
             include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args={"cxx": ["-O2", "-g0", "-Wall", "-fvisibility=hidden"]},
+            extra_compile_args={"cxx": ["-O2", "-g0", "-Wall", "-fvisibility=hidden", "-ffp-contract=off"]},
             # Copies of static libraries stay ours: the CUDA runtime must not meet that of torch, nor a C++ runtime that
             # some compilers link statically that of the process.
             extra_link_args=["-Wl,--exclude-libs,ALL"],

@@ -184,6 +184,21 @@ void bind_process_group(py::module_& m) {
       py::arg("grace_ms"), py::call_guard<py::gil_scoped_release>());
 }
 
+void fused_all_reduce(FunctionGroup& self, const at::Tensor& input, const FusedTensors::Maybe& residual,
+                      const at::Tensor& gamma, const FusedTensors::Maybe& output, const at::Tensor& residual_out,
+                      const FusedTensors::Maybe& quantised, const FusedTensors::Maybe& scales,
+                      const FusedTensors::Maybe& scale, double scale_value, double epsilon, double weight_bias,
+                      int quantization, int layout, int group, int strategy, bool pdl) {
+  FusedTensors t{input, residual, gamma, output, residual_out, quantised, scales, scale};
+  t.scale_value = scale_value;
+  t.epsilon = epsilon;
+  t.weight_bias = weight_bias;
+  t.quantization = Quantization(quantization);
+  t.layout = ScaleLayout(layout);
+  t.group = group;
+  self.fused_all_reduce(t, Strategy(strategy), pdl);
+}
+
 void bind_function_group(py::module_& m) {
   struct WithoutGil {
     void operator()(FunctionGroup* group) const {
@@ -215,6 +230,11 @@ void bind_function_group(py::module_& m) {
           },
           py::arg("input"), py::arg("output"), py::arg("strategy"), py::arg("pdl"),
           py::call_guard<py::gil_scoped_release>())
+      .def("fused_all_reduce", &fused_all_reduce, py::arg("input"), py::arg("residual_in"), py::arg("gamma"),
+           py::arg("output"), py::arg("residual_out"), py::arg("quant_out"), py::arg("scale_out"), py::arg("scale"),
+           py::arg("scale_value"), py::arg("epsilon"), py::arg("weight_bias"), py::arg("quantization"),
+           py::arg("layout"), py::arg("group_size"), py::arg("strategy"), py::arg("pdl"),
+           py::call_guard<py::gil_scoped_release>())
       .def("destroy", &FunctionGroup::destroy, py::call_guard<py::gil_scoped_release>());
 }
 

@@ -2,6 +2,7 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "backend/call.h"
 #include "backend/errors.h"
@@ -66,7 +67,23 @@ void FunctionGroup::all_reduce(const at::Tensor& input, at::Tensor& output, Stra
   at_torch_boundary([&] { run(request); });
 }
 
-void FunctionGroup::run(const AllReduceRequest& request) {
+void FunctionGroup::fused_all_reduce(const FusedTensors& tensors, Strategy strategy, bool pdl) {
+  FusedRequest request = fused_request(tensors, device_);
+  if (tensors.input.numel() == 0) return;
+  request.strategy = strategy;
+  request.pdl = pdl;
+  at_torch_boundary([&] { size_ == 1 ? run_alone(request) : run(request); });
+}
+
+void FunctionGroup::run_alone(const FusedRequest& request) {
+  Run run;
+  if (device_.is_cpu()) return mnnvl::run_alone(request, -1, run);
+  const c10::DeviceGuard guard(device_);
+  run.stream = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
+  mnnvl::run_alone(request, device_.index(), run);
+}
+
+void FunctionGroup::run(const Request& request) {
   Run run;
   run.timeout_ms = timeout_ms_;
   if (!device_.is_cpu()) {

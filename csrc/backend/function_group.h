@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "backend/cuda_queue.h"
+#include "backend/fused_function.h"
 #include "transport/transport.h"
 
 namespace mnnvl {
@@ -21,11 +22,14 @@ class FunctionGroup {
   int64_t buffer_bytes() const { return buffer_bytes_; }
   // Same shape, dtype and device, contiguous; the caller has checked the capacity. On the current stream.
   void all_reduce(const at::Tensor& input, at::Tensor& output, Strategy strategy, bool pdl);
+  // Every tensor checked by fused_request(); the caller has checked the capacity. On the current stream.
+  void fused_all_reduce(const FusedTensors& tensors, Strategy strategy, bool pdl);
   // Unmaps; idempotent. Without it a workspace that was used in a capture stays mapped for the process's life.
   void destroy();
 
  private:
-  void run(const AllReduceRequest& request);
+  void run(const Request& request);
+  void run_alone(const FusedRequest& request);
 
   const at::Device device_;
   const int64_t buffer_bytes_;

@@ -86,13 +86,16 @@ void two_shot(const Call& call) {
 }  // namespace
 
 void run(Steps& steps, const AllReduceRequest& request, int64_t timeout_ms) {
+  all_reduce(steps, request, descriptor_of(request), timeout_ms);
+}
+
+void all_reduce(Steps& steps, const AllReduceRequest& request, const CallDescriptor& descriptor, int64_t timeout_ms) {
   check_numel(operation_of(request), request.numel);
   if (request.strategy != Strategy::kOneShot && request.strategy != Strategy::kTwoShot) {
     fail(ErrorKind::kInvalidArgument, "mnnvl: all_reduce: expected the strategy oneshot or twoshot, got ",
          static_cast<int>(request.strategy), "; the transport makes a choice of auto");
   }
   const Reduction reduce(steps, reduce_function(request.dtype, request.op), request.dtype);
-  const CallDescriptor descriptor = descriptor_of(request);
   steps.begin(descriptor, timeout_ms);
   if (descriptor.bytes == 0) return;
   if (steps.world_size() == 1) {

@@ -20,5 +20,9 @@ void run(Steps& steps, const ScatterRequest& request, int64_t timeout_ms);
 void run(Steps& steps, const GatherRequest& request, int64_t timeout_ms);
 void run(Steps& steps, const AllToAllRequest& request, int64_t timeout_ms);
 void run(Steps& steps, const BarrierRequest& request, int64_t timeout_ms);
+void run(Steps& steps, const FusedRequest& request, int64_t timeout_ms);
+
+// An all_reduce, as a part of what `call` describes.
+void all_reduce(Steps& steps, const AllReduceRequest& request, const CallDescriptor& call, int64_t timeout_ms);
 
 }  // namespace mnnvl::cpu

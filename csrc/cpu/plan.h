@@ -55,4 +55,7 @@ inline Slice slice_of(int64_t chunk_bytes, int owner, int world_size) {
   return {begin, end - begin};
 }
 
+// Rows that a fused all-reduce sums at a time.
+inline int64_t rows_of_block(int64_t row_bytes) { return max64(1, (int64_t{1} << 20) / max64(row_bytes, 1)); }
+
 }  // namespace mnnvl::cpu

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "protocol/device_ops.h"
+#include "protocol/requests.h"
 #include "protocol/workspace.h"
 
 namespace mnnvl::kernels {
@@ -38,6 +39,15 @@ struct ReduceScatterParams {
   int64_t numel = 0;
   Dtype dtype = Dtype::kFloat32;
   ReduceOp op = ReduceOp::kSum;
+  int blocks = 1;
+};
+
+// Rows first_row .. first_row + rows of the request's, within the layout's capacity; `blocks` as above.
+struct FusedParams {
+  DeviceGroup group;  // of a group of one: rank and world size alone
+  const void* in = nullptr;
+  RowWork work;
+  int64_t first_row = 0, rows = 0;
   int blocks = 1;
 };
 
@@ -130,6 +140,8 @@ struct KernelTable {
   Row<AllReduceParams> oneshot_allreduce;  // Lamport: store to all, reduce locally
   Row<AllReduceParams> twoshot_allreduce;  // Lamport: scatter, reduce, store the result to all
   Row<ReduceScatterParams> reduce_scatter;  // Lamport: the first half of the two-shot
+  Row<FusedParams> oneshot_fused;          // Lamport: rows, normalised and quantised; also alone
+  Row<FusedParams> twoshot_fused;
   Row<ExchangeParams> exchange;            // pair channels: everything that moves
   Row<ReduceParams> reduce;                // pair channels: every reduction
 

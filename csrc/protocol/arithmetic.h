@@ -44,6 +44,12 @@ struct SmallFloat {
   }
 
   static MNNVL_HOST_DEVICE uint32_t narrow(float v) {
+    const uint32_t narrowed = narrow_signed(v);
+    return narrowed == kSign ? 0 : narrowed;
+  }
+
+  // The same, but -0 stays.
+  static MNNVL_HOST_DEVICE uint32_t narrow_signed(float v) {
     const uint32_t bits = bits_as<uint32_t>(v), magnitude = bits & 0x7fffffffu;
     // Normal: round what is dropped; a carry may reach too far.
     const uint32_t shifted = magnitude - (uint32_t(127 - kBias) << 23);
@@ -53,7 +59,7 @@ struct SmallFloat {
     const float shift = bits_as<float>((unit_exponent() + 23) << 23);
     const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + shift) - bits_as<uint32_t>(shift);
     const uint32_t small = magnitude >= uint32_t(127 - kBias + 1) << 23 ? normal : subnormal;
-    return v != v ? kNaN : small == 0 ? 0 : small | (bits >> 31) << (kWidth - 1);
+    return v != v ? kNaN : small | (bits >> 31) << (kWidth - 1);
   }
 
  private:

@@ -142,6 +142,7 @@ std::string describe(const CallDescriptor& call) {
   const char* operation = name(call.operation);
   switch (call.operation) {
     case Operation::kAllReduce:
+    case Operation::kFusedAllReduce:
       return str(operation, " of ", call.bytes, " bytes ", name(call.dtype), " ", name(call.op),
                  call.strategy == Strategy::kOneShot ? " (one-shot)" : " (two-shot)");
     case Operation::kReduceScatter:

@@ -29,6 +29,36 @@ struct AllReduceRequest {
   bool pdl = false;  // GPU: launch with programmatic dependent launch; the CPU ignores it. May differ between ranks
 };
 
+// What is done with each row of the sum s over ranks r of in_r, in this order (protocol/fused_row.h):
+//   residual_out = s + residual, norm = residual_out * rsqrt(mean square + epsilon) * (weight_bias + gamma), and its
+//   quantisation. Every rank's own tensors: what is the same on all ranks gives the same bits on all ranks.
+struct RowWork {
+  int64_t rows = 0, hidden = 0;  // of every matrix
+  Dtype dtype = Dtype::kFloat32;  // float32, float16 or bfloat16
+  const void* residual = nullptr;  // [rows, hidden]; null: zeros
+  const void* gamma = nullptr;  // [hidden]
+  bool gamma_is_float32 = false;  // else it is of `dtype`
+  float epsilon = 0, weight_bias = 0;
+  void* residual_out = nullptr;  // [rows, hidden]; may equal `residual` or the input
+  void* norm = nullptr;  // [rows, hidden], may equal the input or `residual`; null: not wanted
+  Quantization quantization = Quantization::kNone;
+  void* quantised = nullptr;  // float8_e4m3fn [rows, hidden]; kNVFloat4: two elements a byte, the first one low
+  // kNVFloat4: float8_e4m3fn, a scale for 16 elements; kDynamicFloat8: float32 [rows]; kGroupFloat8: exponents in
+  // int32, fused_row.h.
+  void* scales = nullptr;
+  const float* scale = nullptr;  // of the whole tensor, read when the rows are there; null: `scale_value`
+  float scale_value = 1;
+  ScaleLayout layout = ScaleLayout::kLinear;  // of kNVFloat4
+  int group = 0;  // elements of a scale, kGroupFloat8; divides `hidden`
+};
+
+struct FusedRequest {
+  const void* in = nullptr;  // [rows, hidden]
+  RowWork work;  // its rows, hidden and dtype are the same on every rank
+  Strategy strategy = Strategy::kAuto;  // the same on every rank
+  bool pdl = false;  // as in AllReduceRequest
+};
+
 // out of rank d = the reduction over ranks r of ins_r[d].
 struct ReduceScatterRequest {
   const void* const* ins = nullptr;  // [world_size] pointers to [numel_of(d)] each; the arrays are read during the call
@@ -124,7 +154,7 @@ struct ExchangeRequest {
 
 // The collectives.
 using Request = std::variant<AllReduceRequest, ReduceScatterRequest, ReduceRequest, AllGatherRequest, BroadcastRequest,
-                             ScatterRequest, GatherRequest, AllToAllRequest, BarrierRequest>;
+                             ScatterRequest, GatherRequest, AllToAllRequest, BarrierRequest, FusedRequest>;
 
 // The operation is the request's type: there is no second place where the two could differ.
 constexpr Operation operation_of(const AllReduceRequest&) { return Operation::kAllReduce; }
@@ -136,6 +166,7 @@ constexpr Operation operation_of(const ScatterRequest&) { return Operation::kSca
 constexpr Operation operation_of(const GatherRequest&) { return Operation::kGather; }
 constexpr Operation operation_of(const AllToAllRequest&) { return Operation::kAllToAll; }
 constexpr Operation operation_of(const BarrierRequest&) { return Operation::kBarrier; }
+constexpr Operation operation_of(const FusedRequest&) { return Operation::kFusedAllReduce; }
 inline Operation operation_of(const Request& request) {
   return std::visit([](const auto& r) { return operation_of(r); }, request);
 }
@@ -150,7 +181,7 @@ struct CallDescriptor {
   int root = 0;  // where there is one; all_gather, reduce_scatter: 0, or a digest of the sizes if they differ
   Dtype dtype = Dtype::kFloat32;  // reductions, all_to_all and messages
   ReduceOp op = ReduceOp::kSum;  // reductions
-  Strategy strategy = Strategy::kOneShot;  // all_reduce
+  Strategy strategy = Strategy::kOneShot;  // all_reduce, also fused
   int32_t tag = 0;  // messages
 };
 

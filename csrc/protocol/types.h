@@ -13,7 +13,7 @@ constexpr int kPackBytes = 16;        // one vector access; the unit of every La
 
 // Most threads a block of the kernels: what tuning/ may ask for, and what kernels/ compiles for (launch bounds). The
 // all-reduces of larger worlds need more registers a thread.
-MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 5 ? 512 : 256; }
+MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 5 ? 512 : 256; }constexpr int kFusedThreads = 256;  // a block of the fused ones, exactly: each keeps more
 
 // What the Lamport kernels add comes first; of the others a message or a descriptor only needs the name.
 enum class Dtype : int {
@@ -60,7 +60,12 @@ enum class Operation : int {
   kScatter = 8,
   kGather = 9,
   kAllToAll = 10,
+  kFusedAllReduce = 11,
 };
+// What a fused all-reduce does with the normalised rows, by the values of FlashInfer's MNNVLQuantType; the last is ours.
+enum class Quantization : int { kNone = 0, kFloat8 = 1, kNVFloat4 = 2, kDynamicFloat8 = 3, kGroupFloat8 = 4 };
+// Of the scales of kNVFloat4, by the values of FlashInfer's QuantizationSFLayout.
+enum class ScaleLayout : int { kSwizzled128x4 = 0, kLinear = 2 };
 
 // Bytes; 0 of kOther.
 constexpr int element_size(Dtype dtype) {
@@ -106,6 +111,7 @@ constexpr const char* name(Operation op) {
     case Operation::kScatter: return "scatter";
     case Operation::kGather: return "gather";
     case Operation::kAllToAll: return "all_to_all";
+    case Operation::kFusedAllReduce: return "fused all_reduce";
   }
   return "?";
 }

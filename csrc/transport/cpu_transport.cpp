@@ -1,6 +1,8 @@
 // Requests on the CPU: the steps of cpu/ over one memfd a rank.
 #include "common/error.h"
 #include "cpu/communicator.h"
+#include "cpu/fused_rows.h"
+#include "cpu/plan.h"
 #include "memory/host_segment.h"
 #include "transport/transport.h"
 #include "tuning/choose_cpu.h"
@@ -32,8 +34,13 @@ class CpuTransport final : public Transport {
   void run(const Request& request, const Run& run) override {
     if (const auto* reduce = std::get_if<AllReduceRequest>(&request)) {
       AllReduceRequest chosen = *reduce;
-      if (chosen.strategy == Strategy::kAuto) chosen.strategy = strategy_;
-      chosen.strategy = choose_cpu_strategy(chosen.strategy, chosen.numel * element_size(chosen.dtype), world_size_);
+      chosen.strategy = choose(chosen.strategy, chosen.numel * element_size(chosen.dtype));
+      return communicator_->run(chosen, run.timeout_ms);
+    }
+    if (const auto* fused = std::get_if<FusedRequest>(&request)) {
+      FusedRequest chosen = *fused;
+      const int64_t row_bytes = chosen.work.hidden * element_size(chosen.work.dtype);
+      chosen.strategy = choose(chosen.strategy, min64(chosen.work.rows, cpu::rows_of_block(row_bytes)) * row_bytes);
       return communicator_->run(chosen, run.timeout_ms);
     }
     communicator_->run(request, run.timeout_ms);
@@ -45,6 +52,10 @@ class CpuTransport final : public Transport {
   void close() override { communicator_->messenger().wait_idle(std::chrono::milliseconds::max()); }
 
  private:
+  Strategy choose(Strategy asked, int64_t bytes) const {
+    return choose_cpu_strategy(asked == Strategy::kAuto ? strategy_ : asked, bytes, world_size_);
+  }
+
   const int world_size_;
   const Strategy strategy_;
   std::unique_ptr<HostSegments> segments_;

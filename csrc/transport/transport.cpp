@@ -1,11 +1,20 @@
 #include "transport/transport.h"
 
 #include "bootstrap/agreement.h"
+#include "cpu/fused_rows.h"
+#include "kernels/kernels.h"
+#include "transport/cuda_launch.h"
 
 namespace mnnvl {
 
 void Transport::exchange(const ExchangeRequest& /*request*/, const Run& /*run*/) {
   fail(ErrorKind::kUnsupported, "mnnvl: messages between CPU tensors go through the messenger");
+}
+
+void run_alone(const FusedRequest& request, int device, const Run& run) {
+  if (device < 0) return cpu::run_alone(request);
+  kernels::table().host.load_all(device);
+  launch_alone(request, run.stream);
 }
 
 void agree_on_options(Exchange& exchange, const TransportOptions& options) {

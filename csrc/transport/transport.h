@@ -65,6 +65,10 @@ class Transport {
 // ranks.
 void agree_on_options(Exchange& exchange, const TransportOptions& options);
 
+// A fused all-reduce of a group of one, which has no transport: it exchanges nothing. `device`: a CUDA ordinal, current;
+// -1: the CPU.
+void run_alone(const FusedRequest& request, int device, const Run& run);
+
 std::unique_ptr<Transport> make_cpu_transport(Exchange& exchange, const TransportOptions& options);
 // `device` is a CUDA ordinal.
 std::unique_ptr<Transport> make_cuda_transport(Exchange& exchange, int device, const TransportOptions& options);

@@ -58,6 +58,21 @@ LamportShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype
   return shape;
 }
 
+FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_packs, Strategy strategy) {
+  const int world = group.world_size;
+  const int64_t row_bytes = row_packs * kPackBytes;
+  const int64_t oneshot_rows = group.layout.generation_bytes / (world * row_bytes);
+  const bool oneshot = strategy == Strategy::kOneShot ||
+                       (strategy == Strategy::kAuto && rows * row_bytes <= oneshot_limit(kCrossovers, world) &&
+                        rows <= oneshot_rows);
+  FusedChoice choice;
+  choice.algorithm = oneshot ? Algorithm::kOneShotLamport : Algorithm::kTwoShotLamport;
+  choice.launch_rows = oneshot ? oneshot_rows : group.layout.generation_bytes / 2 / (world * row_bytes) * world;
+  const int64_t blocks = min64(rows, choice.launch_rows);
+  choice.blocks = int(std::clamp<int64_t>(oneshot ? blocks : ceil_div(blocks, world), 1, group.multiprocessors));
+  return choice;
+}
+
 // As few lanes a block as the blocks allow: one that is alone in its block is waited for by the data warps.
 int choose_exchange_blocks(const GroupShape& group, ChannelKind kind, int channels, int lanes) {
   if (channels == 0) return 0;

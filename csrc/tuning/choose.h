@@ -32,6 +32,14 @@ AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype 
 // A reduce-scatter of float sums, `numel` elements to each rank.
 LamportShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype dtype);
 
+// A fused all-reduce: rows, each padded to `row_packs` whole packs. launch_rows: most of one launch.
+struct FusedChoice {
+  Algorithm algorithm = Algorithm::kOneShotLamport;
+  int blocks = 1;
+  int64_t launch_rows = 0;
+};
+FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_packs, Strategy strategy);
+
 // How many blocks serve the sends, or the receives, of an exchange: `channels` of them, whose largest message takes
 // `lanes`. A block serves kMaxBlockLanes at most. Point-to-point kernels may all wait at once, one for each peer and
 // direction: together they get a block a multiprocessor, beside a collective's.

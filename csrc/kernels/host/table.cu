@@ -12,6 +12,8 @@ namespace mnnvl::kernels {
   X(oneshot_allreduce) \
   X(twoshot_allreduce) \
   X(reduce_scatter) \
+  X(oneshot_fused) \
+  X(twoshot_fused) \
   X(exchange) \
   X(reduce)
 

@@ -1,0 +1,111 @@
+// Fused all-reduce, one shot: every rank stores its rows to every rank, and each block finishes its rows locally.
+#include "kernels/device/fused_row.cuh"
+#include "kernels/device/lamport.cuh"
+#include "kernels/host/launch.cuh"
+
+namespace mnnvl::kernels {
+namespace {
+
+template <typename T, int kWorld>
+__global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
+    oneshot_lamport_fused(const __grid_constant__ FusedParams p) {
+  using Row = FusedRow<T, /*kAhead=*/true>;
+  __shared__ typename Row::Shared shared;
+  grid_dependency_wait();
+  const DeviceGroup& g = p.group;
+  LamportCall call(g, Operation::kFusedAllReduce);
+  if (call.aborted()) return;
+
+  Row fused(p.work, shared);
+  const int packs = fused.packs();
+  const int64_t row_bytes = p.work.hidden * int64_t(sizeof(T));
+  const int64_t slot_bytes = p.rows * packs * kPackBytes;  // slot r holds rank r's rows, each of whole packs
+  const auto load_own = [&](int64_t row, int i) {
+    const auto* in = static_cast<const std::byte*>(p.in) + (p.first_row + row) * row_bytes + int64_t(i) * kPackBytes;
+    return without_negative_zero<T>(load_pack<Unit<T>>(in, row_bytes - int64_t(i) * kPackBytes));
+  };
+
+  // Phase 1, publish.
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    for (int i = int(threadIdx.x); i < packs; i += kFusedThreads) {
+      publish<kWorld>(g, call.stage(0) + g.rank * slot_bytes + (row * packs + i) * kPackBytes, load_own(row, i));
+    }
+  }
+  call.advance();
+  if (p.first_row == 0) fused.zero_padding();
+
+  // Phase 2, take, reduce, finish. In place too: a thread reads each pack of the input again before it, and nobody
+  // else, writes there.
+  const int kept = g.multicast == nullptr ? g.rank : kNoRank;
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    const auto sum = [&](int i, uint4& pack) {
+      const int64_t at = row * packs + i;
+      Accumulator<T> acc;
+      Wait wait(g, Operation::kFusedAllReduce, /*stage=*/0, call.sequence());
+      std::byte* first = g.peers[g.rank] + call.stage(0) + at * kPackBytes;
+      if (!take_and_sum<T, kWorld, /*kClearFirst=*/false>(g, first, slot_bytes, kept, load_own(row, i), wait,
+                                                          uint64_t(at), acc)) {
+        pack = {};
+        return false;
+      }
+      pack = acc.finish(1.0f);
+      return true;
+    };
+    if (!fused.finish(p.first_row + row, sum)) return;
+  }
+}
+
+// A group of one.
+template <typename T>
+__global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
+    fused_alone(const __grid_constant__ FusedParams p) {
+  using Row = FusedRow<T, /*kAhead=*/true>;
+  __shared__ typename Row::Shared shared;
+  grid_dependency_wait();
+  Row fused(p.work, shared);
+  const int64_t row_bytes = p.work.hidden * int64_t(sizeof(T));
+  fused.zero_padding();
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    const auto sum = [&](int i, uint4& pack) {
+      const auto* in = static_cast<const std::byte*>(p.in) + row * row_bytes + int64_t(i) * kPackBytes;
+      Accumulator<T> acc;
+      acc.begin(load_pack<Unit<T>>(in, row_bytes - int64_t(i) * kPackBytes));
+      acc.add({});  // so that NaN and -0 become what they become in any sum
+      pack = acc.finish(1.0f);
+      return true;
+    };
+    if (!fused.finish(row, sum)) return;
+  }
+}
+
+void launch_instance(const FusedParams& params, const Launch& shape) {
+#define MNNVL_LAUNCH(T, world) \
+  if (params.work.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) \
+    return launch(oneshot_lamport_fused<T, world>, params, params.blocks, shape);
+#define MNNVL_LAUNCH_ALONE(T) \
+  if (params.work.dtype == dtype_of<T>() && params.group.world_size == 1) \
+    return launch(fused_alone<T>, params, params.blocks, shape);
+  MNNVL_FOR_EACH_INSTANCE(MNNVL_LAUNCH)
+  MNNVL_LAUNCH_ALONE(float)
+  MNNVL_LAUNCH_ALONE(__half)
+  MNNVL_LAUNCH_ALONE(__nv_bfloat16)
+#undef MNNVL_LAUNCH_ALONE
+#undef MNNVL_LAUNCH
+}
+
+void load_instances() {
+#define MNNVL_LOAD(T, world) load(oneshot_lamport_fused<T, world>);
+  MNNVL_FOR_EACH_INSTANCE(MNNVL_LOAD)
+#undef MNNVL_LOAD
+  load(fused_alone<float>);
+  load(fused_alone<__half>);
+  load(fused_alone<__nv_bfloat16>);
+}
+
+}  // namespace
+
+namespace rows {
+extern constexpr KernelTable::Row<FusedParams> oneshot_fused{"oneshot_lamport_fused", launch_instance, load_instances};
+}
+
+}  // namespace mnnvl::kernels

@@ -1,0 +1,166 @@
+"""The fused all-reduce: every dtype, quantisation, layout and strategy at random shapes, in place or not. All bytes are
+compared with a reference in numpy, on all ranks, so that strategy, batch and device change no bit.
+
+MNNVL_TEST_CASES: how many for each world size (default 80); MNNVL_TEST_SEED: the first one's seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from dataclasses import dataclass
+
+import fused_reference as reference
+import pytest
+import torch
+from launcher import Rank
+from reference import DTYPES, assert_bits, canonical, random_input, reduced
+from workspaces import workspace_of
+
+from mnnvl_backend import MNNVLAllreduceFusionStrategy as Strategy
+from mnnvl_backend import MNNVLAllReduceFusionWorkspace as Workspace
+
+CASES = int(os.environ.get("MNNVL_TEST_CASES", "80"))
+FIRST_SEED = int(os.environ.get("MNNVL_TEST_SEED", "1"))
+HIDDEN = (1, 7, 8, 16, 48, 80, 128, 256, 1000, 1024, 2880, 4096, 7168, 8200, 16384, 20000)
+NONE, FP8, NVFP4, DYNAMIC, GROUP = range(5)  # csrc/protocol/types.h, Quantization
+SWIZZLED, LINEAR = 0, 2
+GUARD = 0xA5
+
+
+@dataclass(frozen=True)
+class Case:
+    seed: int
+    rows: int
+    hidden: int
+    dtype: torch.dtype
+    strategy: Strategy
+    residual: bool
+    float_gamma: bool
+    weight_bias: float
+    quantization: int
+    layout: int
+    group: int
+    scale: float
+    scale_tensor: bool
+    writes_norm: bool
+    in_place: str  # "", "norm" (over the input, residual_out over residual_in) or "residual" (residual_out over input)
+    pdl: bool
+
+    @staticmethod
+    def random(seed: int) -> Case:
+        r = random.Random(seed)
+        dtype, hidden = r.choice(DTYPES), r.choice(HIDDEN)
+        kinds = [NONE, FP8, DYNAMIC, GROUP, *([NVFP4] if hidden % 16 == 0 and dtype.itemsize == 2 else [])]
+        quantization = r.choice(kinds)
+        divisors = [d for d in range(1, min(hidden, 512) + 1) if hidden % d == 0]
+        return Case(
+            seed=seed,
+            rows=r.choice([1, 2, 3, 5, 16, 33, 130]) if hidden <= 8200 else r.choice([1, 2, 5]),
+            hidden=hidden,
+            dtype=dtype,
+            strategy=r.choice([Strategy.ONESHOT, Strategy.TWOSHOT]),
+            residual=r.random() < 0.7,
+            float_gamma=r.random() < 0.4,
+            weight_bias=r.choice([0.0, 0.0, 1.0]),
+            quantization=quantization,
+            layout=r.choice([SWIZZLED, LINEAR]),
+            group=r.choice([d for d in (128, 64, 32, 8) if hidden % d == 0] or divisors)
+            if r.random() < 0.6
+            else r.choice(divisors),
+            scale=r.choice([1.0, 0.013, 3.7, 1e-3]),
+            scale_tensor=r.random() < 0.5,
+            writes_norm=quantization == NONE or r.random() < 0.5,
+            in_place=r.choice(["", "", "norm", "residual"]),
+            pdl=r.random() < 0.3,
+        )
+
+
+def filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    x = torch.empty(shape, dtype=dtype)
+    x.view(torch.uint8).fill_(GUARD)
+    return x.to(device)
+
+
+def expected_of(case: Case, sums: torch.Tensor, residual: torch.Tensor | None, gamma: torch.Tensor):
+    """(residual_out, norm, quantised), on the CPU."""
+    r = sums if residual is None else canonical((sums.float() + residual.float()).to(case.dtype))
+    norm = reference.norms(r, gamma, 1e-5, case.weight_bias)
+    match case.quantization:
+        case 1:
+            return r, norm, reference.float8(norm, case.scale)
+        case 2:
+            return r, norm, reference.nv_float4(norm, case.scale, case.layout == SWIZZLED)
+        case 3:
+            return r, norm, reference.dynamic_float8(norm)
+        case 4:
+            return r, norm, reference.group_float8(norm, case.group)
+    return r, norm, None
+
+
+def check_exact(case: Case, r: torch.Tensor, gamma: torch.Tensor, norm: torch.Tensor) -> None:
+    """Within a unit in the last place of float64's."""
+    exact = reference.exact_norms(r, gamma, 1e-5, case.weight_bias)
+    exponent = torch.frexp(exact)[1].clamp(min=torch.frexp(torch.tensor(torch.finfo(case.dtype).tiny))[1].item())
+    mantissa = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}[case.dtype]
+    assert ((norm.double() - exact).abs() <= torch.exp2((exponent - mantissa).double())).all(), case
+
+
+def run_case(rank: Rank, workspace: Workspace, case: Case) -> None:
+    n, shape, device = rank.world_size, (case.rows, case.hidden), rank.device
+    numel = case.rows * case.hidden
+    inputs = [(random_input(r, numel, case.dtype, case.seed) / 64).to(case.dtype).view(shape) for r in range(n)]
+    residual = random_input(100, numel, case.dtype, case.seed).view(shape) if case.residual else None
+    gamma = random_input(101, case.hidden, torch.float32, case.seed).clamp(-8, 8)
+    gamma = gamma if case.float_gamma else gamma.to(case.dtype)
+    sums = reduced("SUM", inputs)
+    r, norm, quantised = expected_of(case, sums, residual, gamma)
+    check_exact(case, r, gamma, norm)
+
+    x = inputs[rank.rank].to(device)
+    residual_in = None if residual is None else residual.to(device)
+    in_place = case.in_place
+    output = x if in_place == "norm" and case.writes_norm else None
+    residual_out = x if in_place == "residual" else residual_in if in_place == "norm" else None
+    if residual_out is None:
+        residual_out = filled(shape, case.dtype, device)
+    if output is None and case.writes_norm:
+        output = filled(shape, case.dtype, device)
+    quant_out = scale_out = scale = None
+    if quantised is not None:
+        quant_out = filled(tuple(quantised.values.shape), torch.uint8, device)
+        if quantised.scales is not None:
+            scale_out = filled(tuple(quantised.scales.shape), quantised.scales.dtype, device)
+    if case.scale_tensor and case.quantization in (FP8, NVFP4):
+        scale = torch.tensor([case.scale, 99.0]).to(device)
+    workspace._compiled.fused_all_reduce(
+        x, residual_in, gamma.to(device), output, residual_out, quant_out, scale_out, scale,
+        1e9 if scale is not None else case.scale, 1e-5, case.weight_bias, case.quantization, case.layout, case.group,
+        case.strategy.value, case.pdl,
+    )  # fmt: skip
+    assert_bits(residual_out, r, f"residual_out of {case}")
+    if output is not None:
+        assert_bits(output, norm, f"norm of {case}")
+    if quantised is not None:
+        wrong = (quant_out.cpu() != quantised.values).nonzero()
+        assert wrong.numel() == 0, f"{len(wrong)} quantised bytes differ, first {wrong[:4].tolist()}: {case}"
+    if quantised is not None and quantised.scales is not None:
+        assert scale_out.cpu().numpy().tobytes() == quantised.scales.numpy().tobytes(), f"scales: {case}"
+
+
+def cases_body(rank: Rank, cases: list[Case]) -> None:
+    with workspace_of(rank, buffer_size_in_bytes=1 << 20) as workspace:
+        for case in cases:
+            try:
+                run_case(rank, workspace, case)
+            except Exception as error:
+                raise AssertionError(f"rank {rank.rank}: {error}; {case}") from error
+
+
+@pytest.mark.timeout(60 + CASES)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_random_cases(ranks, device, world_size):
+    """The workspace is small, so that larger cases take several launches."""
+    cases = [Case.random(FIRST_SEED + i) for i in range(CASES)]
+    ranks(cases_body, world_size, device, args=(cases,), timeout=50 + CASES)
