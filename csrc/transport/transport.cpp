@@ -8,6 +8,12 @@ void Transport::exchange(const ExchangeRequest& /*request*/, const Run& /*run*/)
   fail(ErrorKind::kUnsupported, "mnnvl: messages between CPU tensors go through the messenger");
 }
 
+void fail_detached() {
+  fail(ErrorKind::kUnsupported,
+       "mnnvl: the workspace's memory is not attached: it was given back, and every rank has to restore it "
+       "before the next call");
+}
+
 void agree_on_options(Exchange& exchange, const TransportOptions& options) {
   const std::string mine = str("strategy ", int(options.strategy), ", workspace_bytes ", options.workspace_bytes,
                                ", buffer_size_in_bytes ", 2 * options.stage_bytes);
