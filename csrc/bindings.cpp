@@ -1,4 +1,5 @@
 // The only pybind11 file: what Python sees of the compiled core. mnnvl_backend/_C.pyi is its stub.
+#include <pybind11/chrono.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <torch/version.h>
