@@ -1,5 +1,5 @@
-// The CPU transport giving its memory back, for the sanitizers: collectives and messages before and after, other threads
-// that look at it or abort it at any moment. tests/native/test_setup.cpp has the same of the memory of GPUs.
+// The CPU transport giving its memory back, for the sanitizers: collectives and messages before and after, other
+// threads that look at it or abort it at any moment. tests/native/test_setup.cpp has the same of the memory of GPUs.
 #include <atomic>
 #include <chrono>
 #include <future>
