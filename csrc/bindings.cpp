@@ -1,4 +1,5 @@
 // The only pybind11 file: what Python sees of the compiled core. mnnvl_backend/_C.pyi is its stub.
+#include <pybind11/chrono.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <torch/version.h>
@@ -174,6 +175,8 @@ void bind_process_group(py::module_& m) {
       .def("_set_default_timeout", &ProcessGroupMNNVL::setTimeout, py::arg("timeout"))
       .def("_get_sequence_number_for_group", &ProcessGroupMNNVL::getSequenceNumberForGroup)
       .def("last_operations", &last_operations)
+      .def("release_memory", &ProcessGroupMNNVL::release_memory, py::call_guard<py::gil_scoped_release>())
+      .def("restore_memory", &ProcessGroupMNNVL::restore_memory, py::call_guard<py::gil_scoped_release>())
       .def("abort", &ProcessGroupMNNVL::abort, py::call_guard<py::gil_scoped_release>())
       .def("shutdown", &ProcessGroupMNNVL::shutdown, py::call_guard<py::gil_scoped_release>())
       // new_group() of torch calls this on the ranks outside a new group when the parent supports splitting; a split
@@ -235,6 +238,23 @@ void bind_function_group(py::module_& m) {
            py::arg("scale_value"), py::arg("epsilon"), py::arg("weight_bias"), py::arg("quantization"),
            py::arg("layout"), py::arg("group_size"), py::arg("strategy"), py::arg("pdl"),
            py::call_guard<py::gil_scoped_release>())
+      .def(
+          "detach",
+          [](FunctionGroup& self, py::object comm, int rank, int size) {
+            PythonExchange exchange(std::move(comm), rank, size);
+            py::gil_scoped_release no_gil;
+            return self.detach(exchange);
+          },
+          py::arg("comm"), py::arg("rank"), py::arg("size"))
+      .def(
+          "attach",
+          [](FunctionGroup& self, py::object comm, int rank, int size) {
+            PythonExchange exchange(std::move(comm), rank, size);
+            py::gil_scoped_release no_gil;
+            self.attach(exchange);
+          },
+          py::arg("comm"), py::arg("rank"), py::arg("size"))
+      .def_property_readonly("attached", &FunctionGroup::attached)
       .def("destroy", &FunctionGroup::destroy, py::call_guard<py::gil_scoped_release>());
 }
 

@@ -38,6 +38,8 @@ _LAZY = {
     "Mapping": "flashinfer.mapping",
     "Options": "options",
     "last_operations": "flight_recorder",
+    "release_memory": "sleep",
+    "restore_memory": "sleep",
     "trtllm_mnnvl_allreduce": "flashinfer.allreduce",
 }
 
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace
     from mnnvl_backend.flight_recorder import last_operations
     from mnnvl_backend.options import Options
+    from mnnvl_backend.sleep import release_memory, restore_memory
 
 __all__ = [
     "MNNVLAllReduceFusionWorkspace",
@@ -56,6 +59,8 @@ __all__ = [
     "Mapping",
     "Options",
     "last_operations",
+    "release_memory",
+    "restore_memory",
     "trtllm_mnnvl_allreduce",
 ]
 

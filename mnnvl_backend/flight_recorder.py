@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mnnvl_backend.compiled import load_compiled
+from mnnvl_backend.groups import compiled_groups
 
 
 def last_operations(group: dist.ProcessGroup | None = None) -> list[dict[str, Any]]:
@@ -20,12 +20,5 @@ def last_operations(group: dist.ProcessGroup | None = None) -> list[dict[str, An
     Raises:
         ValueError: no backend of the group is "mnnvl".
     """
-    group = dist.group.WORLD if group is None else group
-    if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"last_operations: group: expected a process group that this rank is in, got {group!r}")
-    kind = load_compiled().ProcessGroupMNNVL
-    backends = {group._get_backend(device) for device in group._device_types}
-    served = [backend for backend in backends if isinstance(backend, kind)]
-    if not served:
-        raise ValueError(f"last_operations: group: expected a backend 'mnnvl', got {dist.get_backend_config(group)}")
+    served = compiled_groups("last_operations", group)
     return sorted((one for backend in served for one in backend.last_operations()), key=lambda one: one["time"])

@@ -33,7 +33,9 @@ class Posting : public std::enable_shared_from_this<Posting> {
       at_torch_boundary([&] {
         state_->guarded(call_.name, [&] {
           const auto done = [self = shared_from_this()](const std::optional<Error>& error) { self->end(error); };
-          work_->follow(transport->messenger()->post(call_.messages(), timeout_ms, done));
+          const std::shared_ptr<Messenger> messenger = transport->messenger();
+          if (!messenger) fail_detached();
+          work_->follow(messenger->post(call_.messages(), timeout_ms, done));
         });
       });
     } catch (...) {
@@ -121,12 +123,12 @@ c10::intrusive_ptr<CpuWork> CpuQueue::post(Call call, const std::shared_ptr<CpuS
   return work;
 }
 
-void CpuQueue::connect(std::shared_ptr<CpuSetUp> set_up) {
+void CpuQueue::run(const std::shared_ptr<CpuSetUp>& set_up, const Step& step) {
   const auto ended = std::make_shared<std::promise<void>>();
   const auto complete = [ended](std::exception_ptr failure) {
     failure ? ended->set_exception(failure) : ended->set_value();
   };
-  enqueue({[set_up = std::move(set_up)] { (void)set_up->transport(); }, complete}, /*here=*/true);
+  enqueue({[&] { step(*set_up->transport()); }, complete}, /*here=*/true);
   ended->get_future().get();
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <memory>
 
 #include "backend/call.h"
@@ -25,8 +26,9 @@ class CpuQueue {
   c10::intrusive_ptr<CpuWork> submit(Call call, std::shared_ptr<CpuSetUp> set_up, int64_t timeout_ms);
   // Point-to-point: begins the call's messages, when the set-up is over, beside the jobs. Any thread.
   c10::intrusive_ptr<CpuWork> post(Call call, const std::shared_ptr<CpuSetUp>& set_up, int64_t timeout_ms);
-  // Returns when the set-up is over, and throws what it failed of.
-  void connect(std::shared_ptr<CpuSetUp> set_up);
+  // Runs the set-up if need be, then `step`, as a job that the caller waits for; throws what it threw.
+  using Step = std::function<void(Transport&)>;
+  void run(const std::shared_ptr<CpuSetUp>& set_up, const Step& step);
   // Runs what is queued, each job ending by its deadline; then submit() throws. Idempotent.
   void stop();
   // True once no job and no callback runs or is queued; false after `timeout`.

@@ -1,5 +1,6 @@
 #include "backend/cuda_queue.h"
 
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
@@ -33,9 +34,14 @@ void CudaQueue::give_back_streams() noexcept {
   }
 }
 
+void CudaQueue::check_open() const {
+  TORCH_CHECK_WITH(DistBackendError, !closed_, "mnnvl: this group has been shut down");
+}
+
 void CudaQueue::enqueue(bool async, const Work& work, const Then& then) {
   std::lock_guard<std::mutex> lock(mutex_);
-  TORCH_CHECK_WITH(DistBackendError, !closed_, "mnnvl: this group has been shut down");
+  check_open();
+  at_torch_boundary([this] { check_attached(*transport_); });
   const c10::impl::VirtualGuardImpl guard(device_.type());
   const c10::Stream current = guard.getStream(device_);
   if (async && !async_stream_) async_stream_ = guard.getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
@@ -44,7 +50,8 @@ void CudaQueue::enqueue(bool async, const Work& work, const Then& then) {
 
 void CudaQueue::enqueue_messages(const ExchangeRequest& request, const Work& work, const Then& then) {
   std::lock_guard<std::mutex> lock(mutex_);
-  TORCH_CHECK_WITH(DistBackendError, !closed_, "mnnvl: this group has been shut down");
+  check_open();
+  at_torch_boundary([this] { check_attached(*transport_); });
   const c10::Stream current = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_);
   std::vector<Track*> tracks;
   const auto add = [&](const Message* messages, int count, bool incoming) {
@@ -113,6 +120,20 @@ bool CudaQueue::wait_idle(std::chrono::milliseconds timeout) {
     if (std::chrono::steady_clock::now() >= deadline) return false;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
+}
+
+size_t CudaQueue::detach(Exchange& exchange) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  check_open();
+  const c10::DeviceGuard guard(device_);
+  return transport_->detach(exchange);
+}
+
+void CudaQueue::attach(Exchange& exchange) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  check_open();
+  const c10::DeviceGuard guard(device_);
+  transport_->attach(exchange);
 }
 
 void CudaQueue::close() {

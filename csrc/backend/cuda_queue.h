@@ -37,9 +37,9 @@ class CudaQueue {
     bool capturing;
   };
   // Calls `work(stream's native handle)`, which enqueues on the caller's current stream or, if `async`, on one of the
-  // group's own that waits for it; behind what was enqueued here before. Throws if closed, or if the stream's capture
-  // is invalidated, before anything is enqueued. `then` runs under a guard of the stream, behind the work, also if that
-  // failed.
+  // group's own that waits for it; behind what was enqueued here before. Throws if closed or detached, or if the
+  // stream's capture is invalidated, before anything is enqueued. `then` runs under a guard of the stream, behind the
+  // work, also if that failed.
   using Work = std::function<void(void* stream)>;
   using Then = std::function<void(const Enqueued&)>;
   void enqueue(bool async, const Work& work, const Then& then);
@@ -47,6 +47,10 @@ class CudaQueue {
   // The same for messages: on streams of the group's own, one for each peer and direction, so that what waits for one
   // peer keeps nothing else waiting. Behind what was enqueued before for any of its peers and directions.
   void enqueue_messages(const ExchangeRequest& request, const Work& work, const Then& then);
+
+  // The transport's, between launches: enqueue() waits meanwhile, and throws "not attached" after a detach().
+  size_t detach(Exchange& exchange);
+  void attach(Exchange& exchange);
 
   // True once the last work has ended; false after `timeout`.
   bool wait_idle(std::chrono::milliseconds timeout);
@@ -59,6 +63,7 @@ class CudaQueue {
     c10::Stream stream;
     StreamOrder order;
   };
+  void check_open() const;
   Track& track(int peer, bool incoming);
   void enqueue_on(c10::Stream stream, c10::Stream current, const std::vector<StreamOrder*>& orders, const Work& work,
                   const Then& then);

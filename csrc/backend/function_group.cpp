@@ -33,7 +33,11 @@ void check_arguments(const at::Tensor& input, const at::Tensor& output, at::Devi
 }  // namespace
 
 FunctionGroup::FunctionGroup(Exchange& exchange, at::Device device, int64_t buffer_bytes, TransportOptions options)
-    : device_(device), buffer_bytes_(buffer_bytes), timeout_ms_(options.timeout_ms), size_(exchange.size()) {
+    : device_(device),
+      buffer_bytes_(buffer_bytes),
+      timeout_ms_(options.timeout_ms),
+      rank_(exchange.rank()),
+      size_(exchange.size()) {
   TORCH_CHECK_VALUE(buffer_bytes > 0, "mnnvl workspace: buffer_size_in_bytes: expected more than 0, got ",
                     buffer_bytes);
   TORCH_CHECK_VALUE(size_ >= 1 && size_ <= kMaxWorldSize, "mnnvl workspace: world size: expected 1 to ", kMaxWorldSize,
@@ -51,6 +55,7 @@ FunctionGroup::FunctionGroup(Exchange& exchange, at::Device device, int64_t buff
 }
 
 void FunctionGroup::all_reduce(const at::Tensor& input, at::Tensor& output, Strategy strategy, bool pdl) {
+  if (!attached()) at_torch_boundary([] { fail_detached(); });
   check_arguments(input, output, device_);
   if (input.numel() == 0) return;
   if (size_ == 1) {
@@ -69,6 +74,7 @@ void FunctionGroup::all_reduce(const at::Tensor& input, at::Tensor& output, Stra
 
 void FunctionGroup::fused_all_reduce(const FusedTensors& tensors, Strategy strategy, bool pdl) {
   FusedRequest request = fused_request(tensors, device_);
+  if (!attached()) at_torch_boundary([] { fail_detached(); });
   if (tensors.input.numel() == 0) return;
   request.strategy = strategy;
   request.pdl = pdl;
@@ -96,6 +102,39 @@ void FunctionGroup::run(const Request& request) {
   std::lock_guard<std::mutex> lock(mutex_);
   TORCH_CHECK(!destroyed_, "mnnvl workspace: it has been destroyed");
   cpu_->run(request, run);
+}
+
+bool FunctionGroup::attached() {
+  if (cuda_) return cuda_->transport()->attached();
+  std::lock_guard<std::mutex> lock(mutex_);
+  return cpu_ ? cpu_->attached() : alone_attached_.load();
+}
+
+void FunctionGroup::check_same_ranks(const Exchange& exchange) const {
+  TORCH_CHECK_VALUE(exchange.rank() == rank_ && exchange.size() == size_, "comm_backend: expected rank ", rank_, " of ",
+                    size_, ", as when the workspace was made, got rank ", exchange.rank(), " of ", exchange.size());
+}
+
+int64_t FunctionGroup::detach(Exchange& exchange) {
+  check_same_ranks(exchange);
+  size_t bytes = 0;
+  at_torch_boundary([&] {
+    if (cuda_) bytes = cuda_->detach(exchange);
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (cpu_) bytes = cpu_->detach(exchange);
+  });
+  alone_attached_ = false;
+  return static_cast<int64_t>(bytes);
+}
+
+void FunctionGroup::attach(Exchange& exchange) {
+  check_same_ranks(exchange);
+  at_torch_boundary([&] {
+    if (cuda_) cuda_->attach(exchange);
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (cpu_) cpu_->attach(exchange);
+  });
+  alone_attached_ = true;
 }
 
 void FunctionGroup::destroy() {

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -24,17 +25,23 @@ class FunctionGroup {
   void all_reduce(const at::Tensor& input, at::Tensor& output, Strategy strategy, bool pdl);
   // Every tensor checked by fused_request(); the caller has checked the capacity. On the current stream.
   void fused_all_reduce(const FusedTensors& tensors, Strategy strategy, bool pdl);
+  // Transport's, of a group of one too. For the same rank of as many. After detach() every call throws "not attached".
+  int64_t detach(Exchange& exchange);
+  void attach(Exchange& exchange);
+  bool attached();
   // Unmaps; idempotent. Without it a workspace that was used in a capture stays mapped for the process's life.
   void destroy();
 
  private:
   void run(const Request& request);
   void run_alone(const FusedRequest& request);
+  void check_same_ranks(const Exchange& exchange) const;
 
   const at::Device device_;
   const int64_t buffer_bytes_;
   const int64_t timeout_ms_;
-  const int size_;
+  const int rank_, size_;
+  std::atomic<bool> alone_attached_{true};  // of a group of one, which has no transport
   std::mutex mutex_;  // the calls of several threads on the CPU, and destroy()
   bool destroyed_ = false;
   std::unique_ptr<Transport> cpu_;

@@ -69,7 +69,10 @@ std::shared_ptr<CpuSetUp> ProcessGroupMNNVL::cpu_set_up(bool waits) {
   const auto find = [&](const std::shared_ptr<CpuSetUp>& begun) {
     std::lock_guard<std::mutex> lock(mutex_);
     check_usable();
-    if (cpu_ && !cpu_->failed()) return cpu_;
+    if (cpu_ && !cpu_->failed()) {
+      if (const auto made = cpu_->made()) check_attached(*made);
+      return cpu_;
+    }
     if (begun) cpu_ = begun;
     return begun;
   };
@@ -102,6 +105,7 @@ std::shared_ptr<CudaQueue> ProcessGroupMNNVL::cuda_queue(at::Device device) {
     check_usable();
     TORCH_CHECK_VALUE(!cuda_ || cuda_->device() == device, "mnnvl: this rank of the group uses ", cuda_->device(),
                       ", got a tensor on ", device, "; a rank has one GPU");
+    if (cuda_) check_attached(*cuda_->transport());
     return cuda_;
   };
   if (auto queue = existing()) return queue;
@@ -278,7 +282,7 @@ void ProcessGroupMNNVL::eagerConnectSingleDevice(at::Device device) {
   if (size_ == 1) return;
   at_torch_boundary([&] {
     if (device.is_cpu()) {
-      cpu_queue_.connect(cpu_set_up(/*waits=*/true));
+      cpu_queue_.run(cpu_set_up(/*waits=*/true), [](Transport&) {});
     } else {
       cuda_queue(device);
     }
@@ -336,7 +340,8 @@ void ProcessGroupMNNVL::finish(std::chrono::milliseconds grace) noexcept {
     }
     const auto messages_end = [&] {
       const auto cpu = set_up ? set_up->made() : nullptr;
-      return !cpu || cpu->messenger()->wait_idle(grace);
+      const auto messenger = cpu ? cpu->messenger() : nullptr;
+      return !messenger || messenger->wait_idle(grace);
     };
     if (!cpu_queue_.wait_idle(grace) || !messages_end() || (cuda && !cuda->wait_idle(grace))) abort();
     shutdown();

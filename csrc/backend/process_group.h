@@ -127,6 +127,12 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   std::vector<FlightRecorder::Operation> last_operations() const { return state_->recorder()->operations(); }
   c10d::ErrorType getError() override;
 
+  // Sleep: collective, beside no call; those made between the two throw "not attached", before anything is enqueued,
+  // and break nothing. Of the device types that were set up: nothing for others. A failure leaves the group usable, or
+  // detached, alike on every rank. csrc/README.md, "Giving the memory back".
+  int64_t release_memory();  // the bytes that this rank gave back
+  void restore_memory();
+
   // Ends every wait of this rank and, through the abort words, of its peers. Idempotent, any thread.
   void abort() override;
   // Waits for what was enqueued, then releases all. Idempotent. Later collectives raise.
@@ -150,12 +156,15 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   WorkPtr run_on_cuda(const Call& call, const std::shared_ptr<CudaQueue>& queue, int64_t timeout_ms);
 
   // The transport of a device type: on the CPU the attempt to make it, begun if need be, by a call that `waits` for it
-  // or not; on a GPU what was made, if need be now. Throws if the group is shut down or has failed on any device type.
+  // or not; on a GPU what was made, if need be now. Throws if it is detached, if the group is shut down, or if it has
+  // failed on any device type.
   std::shared_ptr<CpuSetUp> cpu_set_up(bool waits);
   CpuSetUp::Make make_cpu(bool waits) const;
   std::shared_ptr<CudaQueue> cuda_queue(at::Device device);
   void set_up_cuda(at::Device device);
   void check_usable() const;
+  void on_set_up(const std::function<void(Transport&, Exchange&)>& on_cpu,
+                 const std::function<void(CudaQueue&, Exchange&)>& on_cuda);
 
   const c10::intrusive_ptr<c10d::Store> store_;
   const c10::intrusive_ptr<Options> options_;
@@ -166,6 +175,7 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   const std::shared_ptr<GroupState> state_;
 
   std::mutex setup_mutex_;  // held through a set-up of CUDA, which may take until the timeout; taken before mutex_
+  std::mutex sleep_mutex_;  // held through release_memory() and restore_memory()
   std::mutex monitored_mutex_;  // held through a monitored barrier, of which a rank can be in one at a time
   std::mutex mutex_;  // what follows; held briefly, so that abort() never waits for a set-up
   std::shared_ptr<CpuSetUp> cpu_;

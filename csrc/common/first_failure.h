@@ -20,6 +20,15 @@ class FirstFailure {
     failed_.store(true, std::memory_order_release);
     return true;
   }
+  // Runs `step`, whatever failed before, and remembers its Error.
+  template <typename F>
+  void guard(const F& step) {
+    try {
+      step();
+    } catch (const Error& error) {
+      remember(error);
+    }
+  }
   bool failed() const { return failed_.load(std::memory_order_acquire); }
   // What was remembered; there must be something.
   Error get() const {

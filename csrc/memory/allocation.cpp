@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <fcntl.h>
 
+#include <utility>
+
 namespace mnnvl {
 namespace {
 
@@ -76,6 +78,11 @@ Allocation::~Allocation() {
   if (driver_ != nullptr) driver_->mem_release(handle_);
 }
 
+void Allocation::release() {
+  const CudaDriver* driver = std::exchange(driver_, nullptr);
+  if (driver != nullptr) check(*driver, driver->mem_release(handle_), "cuMemRelease");
+}
+
 CUmemFabricHandle Allocation::export_fabric() const {
   CUmemFabricHandle fabric{};
   check(*driver_, driver_->mem_export_to_shareable_handle(&fabric, handle_, kMemHandleFabric, 0),
@@ -93,35 +100,51 @@ UniqueFd Allocation::export_fd() const {
   return owned;
 }
 
-Mapping::Range::Range(const CudaDriver& d, size_t bytes, size_t alignment) : driver(d), size(bytes) {
-  check(d, d.mem_address_reserve(&address, bytes, alignment, 0, 0), "cuMemAddressReserve", " of ", bytes, " bytes");
-  if (address == 0) fail(ErrorKind::kSystem, "cuMemAddressReserve succeeded but gave a null address");
+AddressRange::AddressRange(const CudaDriver& driver, size_t size, size_t alignment) : driver_(driver), size_(size) {
+  check(driver, driver.mem_address_reserve(&address_, size, alignment, 0, 0), "cuMemAddressReserve", " of ", size,
+        " bytes");
+  if (address_ == 0) fail(ErrorKind::kSystem, "cuMemAddressReserve succeeded but gave a null address");
 }
 
-Mapping::Range::~Range() { driver.mem_address_free(address, size); }
+AddressRange::~AddressRange() { driver_.mem_address_free(address_, size_); }
 
-Mapping::Mapped::Mapped(const Range& r, const Allocation& allocation) : range(r) {
-  check(r.driver, r.driver.mem_map(r.address, r.size, 0, allocation.handle(), 0), "cuMemMap", " of ", r.size, " bytes");
+Mapping::Mapped::Mapped(const AddressRange& r, const Allocation& allocation) : range(&r) {
+  const CudaDriver& driver = r.driver();
+  check(driver, driver.mem_map(r.address(), r.size(), 0, allocation.handle(), 0), "cuMemMap", " of ", r.size(),
+        " bytes");
 }
 
-Mapping::Mapped::~Mapped() { range.driver.mem_unmap(range.address, range.size); }
+Mapping::Mapped::~Mapped() {
+  if (range != nullptr) range->driver().mem_unmap(range->address(), range->size());
+}
 
-Mapping::Mapping(const CudaDriver& driver, int device, const Allocation& allocation, size_t size, size_t alignment)
-    : range_(driver, size, alignment), mapped_(range_, allocation) {
+void Mapping::Mapped::release() {
+  const AddressRange* r = std::exchange(range, nullptr);
+  if (r == nullptr) return;
+  check(r->driver(), r->driver().mem_unmap(r->address(), r->size()), "cuMemUnmap", " of ", r->size(), " bytes");
+}
+
+Mapping::Mapping(const AddressRange& range, int device, const Allocation& allocation) : mapped_(range, allocation) {
   CUmemAccessDesc access{{kMemLocationDevice, device}, kMemAccessReadWrite};
-  check(driver, driver.mem_set_access(range_.address, size, &access, 1), "cuMemSetAccess", " of ", size,
-        " bytes for device ", device);
+  check(range.driver(), range.driver().mem_set_access(range.address(), range.size(), &access, 1), "cuMemSetAccess",
+        " of ", range.size(), " bytes for device ", device);
 }
-
-Mapping::~Mapping() = default;
 
 MulticastBinding::MulticastBinding(const CudaDriver& driver, int device, const Allocation& multicast,
                                    const Allocation& memory, size_t size)
     : driver_(driver), device_(device_of(driver, device)), multicast_(multicast.handle()), size_(size) {
   check(driver, driver.multicast_bind_mem(multicast_, 0, memory.handle(), 0, size, 0), "cuMulticastBindMem", " of ",
         size, " bytes");
+  bound_ = true;
 }
 
-MulticastBinding::~MulticastBinding() { driver_.multicast_unbind(multicast_, device_, 0, size_); }
+MulticastBinding::~MulticastBinding() {
+  if (bound_) driver_.multicast_unbind(multicast_, device_, 0, size_);
+}
+
+void MulticastBinding::release() {
+  if (!std::exchange(bound_, false)) return;
+  check(driver_, driver_.multicast_unbind(multicast_, device_, 0, size_), "cuMulticastUnbind", " of ", size_, " bytes");
+}
 
 }  // namespace mnnvl

@@ -1,5 +1,6 @@
 // One RAII class per driver object. Each releases what it owns in its destructor, which never throws: a driver that
-// fails there, or is already shut down at process exit, leaves nothing else to do. The driver outlives them all.
+// fails there, or is already shut down at process exit, leaves nothing else to do. Who has to know calls release()
+// before: once, and it throws what the driver says; the object owns nothing then. The driver outlives them all.
 #pragma once
 
 #include <memory>
@@ -30,6 +31,7 @@ class Allocation {
     return *this;
   }
   ~Allocation();
+  void release();
 
   CUmemFabricHandle export_fabric() const;
   UniqueFd export_fd() const;  // closed on exec
@@ -48,32 +50,42 @@ class Allocation {
   CUmemHandle handle_ = 0;
 };
 
-// An allocation mapped, readable and writable by `device`, at addresses of its own. The allocation may be released
+// Addresses, reserved until destroyed. What is mapped there may come and go, one thing at a time: a launch that was
+// captured with these addresses is valid whenever something is.
+class AddressRange {
+ public:
+  AddressRange(const CudaDriver& driver, size_t size, size_t alignment);
+  ~AddressRange();
+  AddressRange(const AddressRange&) = delete;
+  AddressRange& operator=(const AddressRange&) = delete;
+
+  const CudaDriver& driver() const { return driver_; }
+  CUdeviceptr address() const { return address_; }
+  size_t size() const { return size_; }
+
+ private:
+  const CudaDriver& driver_;
+  const size_t size_;
+  CUdeviceptr address_ = 0;
+};
+
+// An allocation mapped in a range, which outlives it, readable and writable by `device`. The allocation may be released
 // before the mapping: memory lives as long as it is mapped.
 class Mapping {
  public:
-  Mapping(const CudaDriver& driver, int device, const Allocation& allocation, size_t size, size_t alignment);
-  ~Mapping();
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
-
-  CUdeviceptr address() const { return range_.address; }
+  Mapping(const AddressRange& range, int device, const Allocation& allocation);
+  void release() { mapped_.release(); }
 
  private:
-  struct Range {
-    Range(const CudaDriver& driver, size_t size, size_t alignment);
-    ~Range();
-    const CudaDriver& driver;
-    const size_t size;
-    CUdeviceptr address = 0;
-  };
   struct Mapped {
-    Mapped(const Range& range, const Allocation& allocation);
+    Mapped(const AddressRange& range, const Allocation& allocation);
     ~Mapped();
-    const Range& range;
+    Mapped(const Mapped&) = delete;
+    Mapped& operator=(const Mapped&) = delete;
+    void release();
+    const AddressRange* range;  // null: released
   };
-  const Range range_;
-  const Mapped mapped_;
+  Mapped mapped_;
 };
 
 // A device's memory bound into a multicast object, until destroyed.
@@ -82,6 +94,7 @@ class MulticastBinding {
   MulticastBinding(const CudaDriver& driver, int device, const Allocation& multicast, const Allocation& memory,
                    size_t size);
   ~MulticastBinding();
+  void release();
   MulticastBinding(const MulticastBinding&) = delete;
   MulticastBinding& operator=(const MulticastBinding&) = delete;
 
@@ -90,6 +103,7 @@ class MulticastBinding {
   const CUdevice device_;
   const CUmemHandle multicast_;
   const size_t size_;
+  bool bound_ = false;
 };
 
 }  // namespace mnnvl

@@ -4,6 +4,7 @@
 
 #include "bootstrap/agreement.h"
 #include "bootstrap/record.h"
+#include "common/first_failure.h"
 #include "memory/capabilities.h"
 
 namespace mnnvl {
@@ -39,10 +40,8 @@ size_t multicast_granularity(const SetupContext& context, size_t size) {
   return largest;
 }
 
-std::unique_ptr<Multicast> Multicast::create(const SetupContext& context, const Allocation& memory, size_t size,
-                                             size_t alignment) {
+void Multicast::attach(const SetupContext& context, const Allocation& memory, size_t size, size_t alignment) {
   const CudaDriver& driver = context.driver;
-  auto self = std::make_unique<Multicast>();
 
   // Nobody creates before everybody has looked at the switches once more.
   agree(context.exchange, "checking the multicast switches", context.where, [&] { check_allowed(context); });
@@ -51,27 +50,37 @@ std::unique_ptr<Multicast> Multicast::create(const SetupContext& context, const 
       exchange_handles(context, /*nccl=*/nullptr, "the multicast object", [&]() -> const Allocation* {
         if (context.rank() != 0) return nullptr;
         check_allowed(context);
-        self->object_ = Allocation::create_multicast(driver, context.handle, size, context.size());
-        return &self->object_;
+        object_ = Allocation::create_multicast(driver, context.handle, size, context.size());
+        return &object_;
       });
   agree(context.exchange, "importing the multicast object", context.where, [&] {
-    if (context.rank() != 0) self->object_ = handles[0].import(driver);
-    if (self->object_.handle() == 0) fail(ErrorKind::kSystem, "the import succeeded but gave no multicast object");
+    if (context.rank() != 0) object_ = handles[0].import(driver);
+    if (object_.handle() == 0) fail(ErrorKind::kSystem, "the import succeeded but gave no multicast object");
   });
   handles.clear();
 
   agree(context.exchange, "adding devices to the multicast object", context.where, [&] {
     CUdevice device = 0;
     check(driver, driver.device_get(&device, context.device), "cuDeviceGet");
-    check(driver, driver.multicast_add_device(self->object_.handle(), device), "cuMulticastAddDevice", " of device ",
+    check(driver, driver.multicast_add_device(object_.handle(), device), "cuMulticastAddDevice", " of device ",
           context.device);
   });
-  agree(context.exchange, "binding memory to the multicast object", context.where, [&] {
-    self->binding_ = std::make_unique<MulticastBinding>(driver, context.device, self->object_, memory, size);
+  agree(context.exchange, "binding memory to the multicast object", context.where,
+        [&] { binding_ = std::make_unique<MulticastBinding>(driver, context.device, object_, memory, size); });
+  agree(context.exchange, "mapping the multicast object", context.where, [&] {
+    if (range_ == nullptr) range_ = std::make_unique<AddressRange>(driver, size, alignment);
+    mapping_ = std::make_unique<Mapping>(*range_, context.device, object_);
   });
-  agree(context.exchange, "mapping the multicast object", context.where,
-        [&] { self->mapping_ = std::make_unique<Mapping>(driver, context.device, self->object_, size, alignment); });
-  return self;
+}
+
+void Multicast::detach() {
+  FirstFailure failure;
+  if (mapping_ != nullptr) failure.guard([&] { mapping_->release(); });
+  if (binding_ != nullptr) failure.guard([&] { binding_->release(); });
+  failure.guard([&] { object_.release(); });
+  mapping_.reset();
+  binding_.reset();
+  failure.check();
 }
 
 }  // namespace mnnvl

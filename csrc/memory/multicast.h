@@ -10,15 +10,18 @@ namespace mnnvl {
 class Multicast {
  public:
   // Collective: rank 0 creates and exports, all import, then all add their device, then all bind, then all map, with
-  // an agreement between each two, since the driver blocks in a bind until every device was added. Throws the same
-  // AgreedError on every rank; the caller then goes on without multicast. Creates nothing where
-  // context.multicast_forbidden says so.
-  static std::unique_ptr<Multicast> create(const SetupContext& context, const Allocation& memory, size_t size,
-                                           size_t alignment);
+  // an agreement between each two, since the driver blocks in a bind until every device was added. Maps where it did
+  // the last time. Throws the same AgreedError on every rank, and is then to be detached or destroyed. Creates nothing
+  // where context.multicast_forbidden says so.
+  void attach(const SetupContext& context, const Allocation& memory, size_t size, size_t alignment);
+  // Not collective. Keeps the address alone; releases all else, then throws the first that failed.
+  void detach();
 
-  CUdeviceptr address() const { return mapping_->address(); }
+  CUdeviceptr address() const { return range_->address(); }
 
  private:
+  // Released from the last to the first.
+  std::unique_ptr<AddressRange> range_;  // from the first attach() on
   Allocation object_;
   std::unique_ptr<MulticastBinding> binding_;
   std::unique_ptr<Mapping> mapping_;

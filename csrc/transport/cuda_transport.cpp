@@ -5,6 +5,7 @@
 
 #include "bootstrap/agreement.h"
 #include "common/error.h"
+#include "common/first_failure.h"
 #include "driver/cuda_driver.h"
 #include "driver/nccl.h"
 #include "kernels/kernels.h"
@@ -52,10 +53,9 @@ class CudaTransport final : public Transport {
     context_.strategy = options.strategy;
     timeout_ms_ = options.timeout_ms;
     agree_on_options(exchange, options);
-    const std::string where = str("cuda:", device);
     const NcclLibrary* nccl = nullptr;
     // Every kernel is loaded now: a lazy load later could wait for a peer's spinning kernel.
-    agree(exchange, "loading the CUDA driver and kernels", where, [&] {
+    agree(exchange, "loading the CUDA driver and kernels", where_, [&] {
       kernels::table().host.load_all(device);
       (void)real_driver();
       nccl = nccl_for(options);
@@ -63,8 +63,7 @@ class CudaTransport final : public Transport {
       mailbox_.reset(kernels::table().host.allocate_mailbox());
     });
     map(exchange, nccl, options);
-    // The last stage: nobody may store a flag here before the flags are zero.
-    agree(exchange, "initialising the control area", where, [&] { initialise(); });
+    open(exchange);
   }
 
   ~CudaTransport() override { close(); }
@@ -87,6 +86,40 @@ class CudaTransport final : public Transport {
     (void)mailbox_.release();
   }
 
+  // The watchdog stays, and so does what it looks at: processes, and the mailbox.
+  size_t detach(Exchange& exchange) override {
+    if (!attached_) return 0;
+    // When all have come out of it, no kernel of any rank is left that could touch the memory of any other.
+    agree(exchange, "waiting for the device", where_, [&] {
+      check();
+      if (!kernels::table().host.synchronize_device(device_)) {
+        fail(ErrorKind::kSystem, "the device could not be waited for: a capture is under way, or its context is lost");
+      }
+      check();
+    });
+    {
+      std::lock_guard<std::mutex> lock(close_mutex_);
+      attached_ = false;  // from here on abort() stores nothing through the mappings
+    }
+    buffer_->detach(exchange);
+    return buffer_->bytes();
+  }
+
+  void attach(Exchange& exchange) override {
+    if (attached_) return;
+    agree(exchange, "looking for failures since the release", where_, [&] { check(); });
+    buffer_->attach(exchange);
+    try {
+      open(exchange);
+    } catch (...) {
+      FirstFailure ignored;  // the one in flight tells more
+      ignored.guard([&] { buffer_->detach(exchange); });
+      throw;
+    }
+  }
+
+  bool attached() const override { return attached_; }
+
   void run(const Request& request, const Run& run) override {
     check_usable();
     launch(context_of(run), request);
@@ -95,6 +128,7 @@ class CudaTransport final : public Transport {
   // A peer that has ended may have sent before.
   void exchange(const ExchangeRequest& request, const Run& run) override {
     check();
+    check_attached(*this);
     launch(context_of(run), request);
   }
 
@@ -161,6 +195,16 @@ class CudaTransport final : public Transport {
     context_.shape.layout = group.layout;
   }
 
+  // The last stage of a set-up: nobody may store a flag before everybody's flags are zero.
+  void open(Exchange& exchange) {
+    agree(exchange, "initialising the control area", where_, [&] { initialise(); });
+    std::lock_guard<std::mutex> lock(close_mutex_);
+    attached_ = true;
+    // An abort() since the last look at it had no memory to tell the peers through.
+    const uint32_t cause = __atomic_load_n(&mailbox()->abort, __ATOMIC_ACQUIRE);
+    if (cause != 0) store_abort_words(context_.group.rank, FailureCause(cause));
+  }
+
   void initialise() {
     const int capability = buffer_->min_compute_capability();
     if (capability < kMinComputeCapability) {
@@ -170,13 +214,17 @@ class CudaTransport final : public Transport {
     const WorkspaceLayout& layout = context_.group.layout;
     const uint64_t words = buffer_->address(context_.group.rank) + uint64_t(layout.lines_offset);
     kernels::table().device_ops.fill_words(device_, words, 0, size_t((layout.total_bytes - layout.lines_offset) / 4));
-    watchdog_.emplace(mailbox(), buffer_->peer_pids(), [this] { log(recorded_failure().what()); });
+    if (!watchdog_) watchdog_.emplace(mailbox(), buffer_->peer_pids(), [this] { log(recorded_failure().what()); });
   }
 
-  // Peers may wait in a kernel for this rank, which will launch nothing more.
+  // Peers may wait in a kernel for this rank, which will launch nothing more. While detached none can.
   void tell_peers(int root, FailureCause cause) noexcept {
     std::lock_guard<std::mutex> lock(close_mutex_);
-    if (!buffer_) return;
+    if (buffer_ && attached_) store_abort_words(root, cause);
+  }
+
+  // With close_mutex_ held.
+  void store_abort_words(int root, FailureCause cause) noexcept {
     const uint32_t word = abort_word(root, cause, context_.group.rank);
     for (int r = 0; r < context_.group.world_size; ++r) {
       if (r == context_.group.rank) continue;  // the mailbox tells the own kernels
@@ -193,6 +241,7 @@ class CudaTransport final : public Transport {
   // Before a launch. A peer that has ended is a failure only for calls that still need it.
   void check_usable() {
     check();
+    check_attached(*this);
     if (const int dead = watchdog_->dead_rank(); dead >= 0) {
       tell_peers(dead, FailureCause::kPeerDied);
       fail(ErrorKind::kPeerFailed, "mnnvl: the process of rank ", dead, " has ended; rank ", context_.group.rank,
@@ -202,10 +251,12 @@ class CudaTransport final : public Transport {
 
   // Members are destroyed in reverse: the watchdog before the mailbox it reads.
   const int device_;
+  const std::string where_ = str("cuda:", device_);
   const std::function<void(const std::string&)> log_;
   LaunchContext context_{};
   std::atomic<int64_t> timeout_ms_{0};  // of the last request, for the words of a failure
-  std::mutex close_mutex_;  // buffer_ against close()
+  std::mutex close_mutex_;  // buffer_ against close(), its mappings against detach()
+  std::atomic<bool> attached_{false};  // changes under close_mutex_
   std::unique_ptr<HostMailbox, MailboxDeleter> mailbox_;
   std::unique_ptr<SymmetricBuffer> buffer_;
   std::optional<Watchdog> watchdog_;

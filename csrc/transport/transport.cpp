@@ -17,6 +17,12 @@ void run_alone(const FusedRequest& request, int device, const Run& run) {
   launch_alone(request, run.stream);
 }
 
+void fail_detached() {
+  fail(ErrorKind::kUnsupported,
+       "mnnvl: the workspace's memory is not attached: it was given back, and every rank has to restore it "
+       "before the next call");
+}
+
 void agree_on_options(Exchange& exchange, const TransportOptions& options) {
   const std::string mine = str("strategy ", int(options.strategy), ", workspace_bytes ", options.workspace_bytes,
                                ", buffer_size_in_bytes ", 2 * options.stage_bytes);

@@ -48,8 +48,20 @@ class Transport {
   virtual void exchange(const ExchangeRequest& request, const Run& run);
   // The messages between pairs of ranks that a host moves: those of the CPU, which are no part of the order of requests
   // and may be under way beside them, on other threads. Null on a GPU, where messages are enqueued on a stream like
-  // collectives. Lives as long as the transport; the transfers that it gives may live on.
-  virtual Messenger* messenger() { return nullptr; }
+  // collectives. Null while detached, too. The transfers that it gives may live on.
+  virtual std::shared_ptr<Messenger> messenger() { return nullptr; }
+
+  // Sleep; csrc/README.md, "Giving the memory back". Both are collective, in the order of requests, and beside no other
+  // call but check(), abort(), messenger() and attached(). Both throw on every rank if they throw on one.
+  //
+  // Waits for what was enqueued on every rank, then gives the workspace's memory back: this rank's bytes of it, 0 if it
+  // was detached before. Addresses stay, so launches that were captured are valid again after attach(); they must not
+  // run meanwhile. A failure before any rank has let go leaves the transport attached.
+  virtual size_t detach(Exchange& exchange) = 0;
+  // New memory, at rest. Nothing if attached. After a failure it is detached, and this may be called again.
+  virtual void attach(Exchange& exchange) = 0;
+  // Any thread. While it is false, requests throw what check_attached() throws, before anything is enqueued.
+  virtual bool attached() const = 0;
 
   // Throws the failure of this transport, if it has one by now. Any thread.
   virtual void check() = 0;
@@ -60,6 +72,12 @@ class Transport {
   // under way by abort(): nobody is left to want them.
   virtual void close() = 0;
 };
+
+// Error(kUnsupported) with "not attached", which breaks no group.
+[[noreturn]] void fail_detached();
+inline void check_attached(const Transport& transport) {
+  if (!transport.attached()) fail_detached();
+}
 
 // Collective: what must be the same on every rank and isn't looked at elsewhere. Error(kInvalidArgument) naming two
 // ranks.

@@ -90,6 +90,10 @@ class StoreComm:
         self._opened().give_up(reason)
         self._failed = True
 
+    def leave(self) -> None:
+        """Ends the attempt: another StoreComm may have the store. The next call here begins a new one."""
+        self._exchange, self._failed = None, False
+
     def _opened(self) -> Any:
         if self._exchange is None:
             exchange = load_compiled().StoreExchange

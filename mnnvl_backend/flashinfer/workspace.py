@@ -12,7 +12,7 @@ import torch
 
 from mnnvl_backend import arguments, config
 from mnnvl_backend.compiled import load_compiled
-from mnnvl_backend.flashinfer.comm import BytesComm, CommBackend, telling_peers
+from mnnvl_backend.flashinfer.comm import BytesComm, CommBackend, StoreComm, telling_peers
 from mnnvl_backend.flashinfer.strategy import (
     ONESHOT_THRESHOLD_BYTES,
     MNNVLAllreduceFusionStrategy,
@@ -52,8 +52,8 @@ class MNNVLAllReduceFusionWorkspace:
             group is mapping.tp_group.
         max_num_tokens, hidden_dim, dtype: of the largest input, [max_num_tokens, hidden_dim].
         buffer_size_in_bytes: size of one of the three Lamport buffers; goes before the other three.
-        comm_backend: for set-up only; of the tensor-parallel group, or of a larger one that is then split. None: the
-            default process group's store.
+        comm_backend: for set-up and checkpoint_prepare() only; of the tensor-parallel group, or of a larger one that is
+            then split. None: the default process group's store.
         device: "cuda", "cpu" or a torch.device; None: the current CUDA device if there is one, else the CPU.
         options: timeout, multicast and bootstrap are used; None: defaults. MNNVL_* variables go before it.
 
@@ -102,6 +102,8 @@ class MNNVLAllReduceFusionWorkspace:
                 buffer_size_bytes=size_bytes,
                 **settings.fields(),
             )
+        self._comm = comm
+        _leave(comm)
         self.buffer_size_bytes: int = self._compiled.buffer_size_bytes
         self.handle = next(_handles)
         _by_handle[self.handle] = self
@@ -154,6 +156,59 @@ class MNNVLAllReduceFusionWorkspace:
     def destroyed(self) -> bool:
         return self._compiled is None
 
+    def checkpoint_prepare(self) -> int:
+        """Gives the physical memory back and keeps the addresses. Collective; waits for the device on every rank.
+
+        Until checkpoint_restore() calls on the workspace raise RuntimeError ("not attached"), and CUDA graphs that hold
+        such calls must not be replayed. A second call is a no-op. Meets over the comm_backend of the set-up, or of the
+        last restore.
+
+        Returns:
+            The bytes that this rank has given back, 0 if there was nothing to do.
+
+        Raises:
+            RuntimeError: on every rank, with the reason of the rank that failed; or the workspace was destroyed.
+        """
+        compiled = self._existing()
+        return self._collectively(compiled.detach, self._comm) if compiled.attached else 0
+
+    def checkpoint_restore(self, comm_backend: CommBackend | None = None) -> None:
+        """Allocates anew, at the addresses of before, so that graphs captured before checkpoint_prepare() can be
+        replayed. Collective; a no-op if the memory is there.
+
+        Args:
+            comm_backend: of the tensor-parallel group, with the same rank and size as before. None: that of before.
+
+        Raises:
+            TypeError: comm_backend lacks a method.
+            ValueError: it is of another rank or size.
+            RuntimeError: on every rank, with the reason of the rank that failed; the workspace then stays without
+                memory, and this may be called again. Or the workspace was destroyed.
+        """
+        compiled = self._existing()
+        if comm_backend is not None:
+            _check_comm(comm_backend)
+            place = (comm_backend.Get_rank(), comm_backend.Get_size())
+            if place != (self.rank, self.tp_size):
+                raise ValueError(
+                    f"comm_backend: expected rank {self.rank} of {self.tp_size}, as when the workspace was made, got "
+                    f"rank {place[0]} of {place[1]}"
+                )
+            self._comm = comm_backend
+        if not compiled.attached:
+            self._collectively(compiled.attach, self._comm)
+
+    def _existing(self) -> Any:
+        if self._compiled is None:
+            raise RuntimeError("workspace: it was destroyed; make a new MNNVLAllReduceFusionWorkspace")
+        return self._compiled
+
+    def _collectively(self, step: Any, comm: CommBackend) -> Any:
+        try:
+            return step(BytesComm(comm), self.rank, self.tp_size)
+        finally:
+            _leave(comm)
+
     def destroy(self) -> None:
         """Unmaps and frees; idempotent. Not collective, but no rank may still be in a call on this workspace."""
         compiled, self._compiled = self._compiled, None
@@ -182,6 +237,20 @@ def compiled_workspace(handle: int) -> Any:
     return workspace._compiled
 
 
+def _leave(comm: CommBackend) -> None:
+    """The meeting of one collective step ends with it: other workspaces use the same store."""
+    if isinstance(comm, StoreComm):
+        comm.leave()
+
+
+def _check_comm(comm_backend: object) -> None:
+    missing = [m for m in COMM_METHODS if not callable(getattr(comm_backend, m, None))]
+    if missing or isinstance(comm_backend, type):
+        wanted = f"an object with the methods {', '.join(COMM_METHODS)}"
+        got = f"{arguments.shown(comm_backend)}, without {', '.join(missing)}" if missing else "a class"
+        raise TypeError(f"comm_backend: expected {wanted}, or None, got {got}")
+
+
 def _check_arguments(
     mapping: Any,
     max_num_tokens: object,
@@ -199,11 +268,7 @@ def _check_arguments(
     """
     _check_mapping(mapping)
     if comm_backend is not None:
-        missing = [m for m in COMM_METHODS if not callable(getattr(comm_backend, m, None))]
-        if missing or isinstance(comm_backend, type):
-            wanted = f"an object with the methods {', '.join(COMM_METHODS)}"
-            got = f"{arguments.shown(comm_backend)}, without {', '.join(missing)}" if missing else "a class"
-            raise TypeError(f"comm_backend: expected {wanted}, or None, got {got}")
+        _check_comm(comm_backend)
     if options is not None:
         arguments.instance("options", options, Options, "mnnvl_backend.Options or None")
     size = _buffer_size(mapping.tp_size, max_num_tokens, hidden_dim, dtype, buffer_size_in_bytes)

@@ -247,7 +247,8 @@ def own_methods_body(rank: Rank) -> None:
     backend._set_sequence_number_for_group()
     all_reduce_works(rank)
     assert backend._get_sequence_number_for_group() == before + 1
-    for set_timeout, seconds in ((group.set_timeout, 41), (backend.set_timeout, 42)):
+    setters = (group.set_timeout, backend.set_timeout, backend._set_default_timeout)
+    for seconds, set_timeout in enumerate(setters, 41):
         set_timeout(timedelta(seconds=seconds))
         assert backend.options._timeout == timedelta(seconds=seconds)
     all_reduce_works(rank)

@@ -26,6 +26,7 @@ FakeSetupConfig fake_config(const py::kwargs& kwargs) {
   MNNVL_FIELD(bytes);
   MNNVL_FIELD(timeout_ms);
   MNNVL_FIELD(repeats);
+  MNNVL_FIELD(sleeps);
   MNNVL_FIELD(bootstrap);
   MNNVL_FIELD(multicast_forbidden);
   MNNVL_FIELD(multicast_off_ranks);
@@ -66,6 +67,9 @@ py::dict fake_result(const FakeSetupResult& result) {
   MNNVL_FIELD(min_multiprocessors);
   MNNVL_FIELD(min_compute_capabilities);
   MNNVL_FIELD(bytes);
+  MNNVL_FIELD(addresses_kept);
+  MNNVL_FIELD(sleep_errors);
+  MNNVL_FIELD(asleep);
   MNNVL_FIELD(leaks);
   MNNVL_FIELD(descriptors_leaked);
   MNNVL_FIELD(mappings_leaked);

@@ -21,6 +21,7 @@
 #include "memory/symmetric_buffer.h"
 #include "native/fake_driver.h"
 #include "native/fake_nccl.h"
+#include "native/fake_sleep.h"
 #include "native/file_exchange.h"
 #include "native/thread_exchange.h"
 
@@ -88,6 +89,7 @@ struct Row {
   std::vector<int> peer_pids;
   int min_multiprocessors = 0, min_compute_capability = 0;
   int64_t bytes = 0;
+  FakeSleep sleep;
 
   // Runs `setup`, timing it and keeping its error, if any.
   void run(const std::function<void()>& setup) {
@@ -121,6 +123,9 @@ FakeSetupResult collect(const std::vector<Row>& rows) {
     result.min_multiprocessors.push_back(row.min_multiprocessors);
     result.min_compute_capabilities.push_back(row.min_compute_capability);
     result.bytes.push_back(row.bytes);
+    result.addresses_kept.push_back(row.sleep.addresses_kept);
+    result.sleep_errors.push_back(row.sleep.error);
+    if (!row.sleep.held.empty()) result.asleep = row.sleep.held;
   }
   return result;
 }
@@ -245,6 +250,10 @@ void set_up_buffer(const FakeSetupConfig& config, std::shared_ptr<fake::World> w
   row->min_compute_capability = buffer->min_compute_capability();
   row->bytes = static_cast<int64_t>(buffer->bytes());
   row->verified = verify(*buffer, exchange);
+  for (int i = 0; i < config.sleeps; ++i) {
+    sleep_and_wake(*buffer, *world, exchange, &row->sleep);
+    row->verified = row->verified && verify(*buffer, exchange);
+  }
 }
 
 // --- Host segments.

@@ -15,6 +15,7 @@ struct FakeSetupConfig {
   int64_t bytes = 100000;
   int timeout_ms = 4000;
   int repeats = 1;  // whole set-ups and tear-downs, one after another; stops after one that fails
+  int sleeps = 0;  // of a buffer that works: detach() and attach(), so many times; a failed one is tried once more
   std::string bootstrap = "store";  // "nccl" (a simulated one, between threads only) or "auto"
   std::vector<int> multicast_off_ranks;  // ranks whose options switch multicast off
 
@@ -57,6 +58,10 @@ struct FakeSetupResult {
   std::vector<int> min_multiprocessors;
   std::vector<int> min_compute_capabilities;
   std::vector<int64_t> bytes;
+  std::vector<bool> addresses_kept;  // through all sleeps
+  std::vector<std::string> sleep_errors;  // of the first detach() or attach() that failed
+  // What all ranks' drivers hold while all are detached, at the last such time.
+  std::map<std::string, int64_t> asleep;
 
   std::map<std::string, int64_t> leaks;  // live driver objects after tear-down, by kind
   int descriptors_leaked = 0;  // /proc/self/fd, after less before

@@ -66,6 +66,65 @@ TEST(setup_survives_every_failing_call) {
   }
 }
 
+// While it sleeps nobody holds anything but addresses: one for each rank's memory, one for multicast.
+void check_asleep(const FakeSetupResult& result, int world_size, bool multicast, const std::string& what) {
+  const int64_t ranges = world_size * (world_size + (multicast ? 1 : 0));
+  const std::map<std::string, int64_t> expected{{"reservations", ranges}};
+  for (const auto& [kind, count] : result.asleep) CHECK(expected.count(kind), what, ": ", count, " ", kind);
+  CHECK(result.asleep == expected, what);
+}
+
+void check_awake(const FakeSetupResult& result, const std::string& what) {
+  check_works(result, what);
+  for (bool kept : result.addresses_kept) CHECK(kept, what);
+  for (const std::string& error : result.sleep_errors) CHECK(error == result.sleep_errors[0], what, ": ", error);
+}
+
+TEST(sleep_of_every_plan) {
+  FakeSetupConfig plain = one_host();
+  plain.multicast_support = {0};
+  FakeSetupConfig alone = one_host();
+  alone.world_size = 1;
+  for (FakeSetupConfig config : {one_host(), rack("store"), rack("nccl"), plain, alone}) {
+    config.sleeps = iterations(3);
+    const FakeSetupResult result = run_fake_setup(config);
+    check_awake(result, "every plan");
+    CHECK(result.sleep_errors[0].empty(), result.sleep_errors[0]);
+    const bool multicast = config.world_size > 1 && config.multicast_support.empty();
+    CHECK(result.multicast[0] == multicast);
+    check_asleep(result, config.world_size, multicast, "every plan");
+  }
+}
+
+// Every driver call of a sleep fails once on rank 1: all ranks raise the same, hold nothing but addresses, and the
+// second try succeeds at the old addresses, with multicast as before.
+TEST(sleep_survives_every_failing_call) {
+  for (const FakeSetupConfig& good : {one_host(), rack("nccl")}) {
+    FakeSetupConfig sleeping = good;
+    sleeping.sleeps = 1;
+    const FakeSetupResult awake = run_fake_setup(good), well = run_fake_setup(sleeping);
+    check_awake(well, "well");
+    for (const auto& [function, count] : well.calls_by_rank[1]) {
+      const auto before = awake.calls_by_rank[1].find(function);
+      const int64_t first = before == awake.calls_by_rank[1].end() ? 0 : before->second;
+      for (int64_t nth = 1; nth <= count; ++nth) {
+        // Of the releasing functions the first calls are the sleep's, and the last ones the tear-down's.
+        const bool releases = function == "cuMemUnmap" || function == "cuMemRelease" || function == "cuMulticastUnbind";
+        if (!releases && nth <= first) continue;
+        FakeSetupConfig config = sleeping;
+        config.faults = {{1, function, static_cast<int>(nth), 999}};
+        const FakeSetupResult result = run_fake_setup(config);
+        const std::string what = function + " " + std::to_string(nth);
+        check_awake(result, what);
+        check_asleep(result, config.world_size, /*multicast=*/true, what);
+        CHECK(result.multicast[0], what);
+        const bool heard = !result.sleep_errors[0].empty();
+        if (function == "cuMemCreate" || function == "cuMemMap" || function == "cuMulticastBindMem") CHECK(heard, what);
+      }
+    }
+  }
+}
+
 TEST(setup_finds_a_wrong_mapping) {
   FakeSetupConfig config = one_host();
   config.corruptions = {{0, 2, "lost"}};

@@ -132,11 +132,12 @@ def test_host_segments(directory: Path, world_size: int) -> None:
 
 @pytest.mark.parametrize("clusters", [[""], ["rack"]], ids=["fd", "fabric"])
 def test_device_memory(directory: Path, clusters: list[str]) -> None:
-    results = run_ranks(run_fake_setup, directory, 3, repeats=5, clusters=clusters, multicast_support=[0])
+    results = run_ranks(run_fake_setup, directory, 3, repeats=5, sleeps=2, clusters=clusters, multicast_support=[0])
     assert_works(results)
     assert_sees_peers(results)
     for result in results:
         assert result is not None
+        assert result["asleep"] == {"reservations": 3}
         assert result["handle_types"] == ("fabric" if clusters[0] else "fd")
 
 
