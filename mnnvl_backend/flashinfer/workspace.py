@@ -12,9 +12,9 @@ import torch
 
 from mnnvl_backend import arguments, config
 from mnnvl_backend.compiled import load_compiled
-from mnnvl_backend.flashinfer.comm import BytesComm, CommBackend, telling_peers
+from mnnvl_backend.flashinfer.control import BytesComm, CommBackend, telling_peers
 from mnnvl_backend.flashinfer.strategy import (
-    ONESHOT_THRESHOLD_BYTES,
+    MNNVL_ONE_SHOT_THRESHOLD,
     MNNVLAllreduceFusionStrategy,
     check_problem,
     check_strategy,
@@ -251,7 +251,7 @@ def _buffer_size(
 
 def _size_for_auto(tp_size: int, max_num_tokens: int, hidden_dim: int, dtype: torch.dtype) -> int:
     """What AUTO needs at most up to max_num_tokens: for one-shot at its threshold, or for two-shot at the end."""
-    oneshot_tokens = min(ONESHOT_THRESHOLD_BYTES // (tp_size * hidden_dim * dtype.itemsize), max_num_tokens)
+    oneshot_tokens = min(MNNVL_ONE_SHOT_THRESHOLD // (tp_size * hidden_dim * dtype.itemsize), max_num_tokens)
     return max(
         required_bytes(tp_size, oneshot_tokens, hidden_dim, dtype.itemsize, MNNVLAllreduceFusionStrategy.ONESHOT),
         required_bytes(tp_size, max_num_tokens, hidden_dim, dtype.itemsize, MNNVLAllreduceFusionStrategy.TWOSHOT),
