@@ -36,6 +36,25 @@ class FunctionGroup:
     @property
     def buffer_size_bytes(self) -> int: ...
     def all_reduce(self, input: torch.Tensor, output: torch.Tensor, strategy: int, pdl: bool) -> None: ...
+    def fused_all_reduce(
+        self,
+        input: torch.Tensor,
+        residual_in: torch.Tensor | None,
+        gamma: torch.Tensor,
+        output: torch.Tensor | None,
+        residual_out: torch.Tensor,
+        quant_out: torch.Tensor | None,
+        scale_out: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        scale_value: float,
+        epsilon: float,
+        weight_bias: float,
+        quantization: int,
+        layout: int,
+        group_size: int,
+        strategy: int,
+        pdl: bool,
+    ) -> None: ...
     def destroy(self) -> None: ...
 
 class StoreExchange:
