@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from mnnvl_backend import arguments
-from mnnvl_backend.flashinfer.checks import check_input, check_like, check_matrix, check_workspace
+from mnnvl_backend.flashinfer.checks import check_input, check_like, check_workspace
 from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy, check_strategy
 from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace, compiled_workspace
 
@@ -75,7 +75,6 @@ def trtllm_mnnvl_allreduce(
     if output is None:
         output = torch.empty_like(input)
     else:
-        check_matrix("output", output)
         check_like("output", output, input)
     strategy = check_workspace(workspace, input, strategy)
     torch.ops.mnnvl.trtllm_allreduce(input, output, workspace.handle, strategy.value, launch_with_pdl)

@@ -41,13 +41,32 @@ def check_input(input: torch.Tensor) -> None:
 
 
 def check_like(name: str, tensor: torch.Tensor, input: torch.Tensor) -> None:
-    """Of input's shape, dtype and device, and contiguous."""
+    """A tensor of input's shape, dtype and device, and contiguous. In one expression, for the sake of good calls."""
+    if not (
+        isinstance(tensor, torch.Tensor)
+        and tensor.shape == input.shape
+        and tensor.dtype is input.dtype
+        and tensor.device == input.device
+        and tensor.is_contiguous()
+    ):
+        _refuse_unlike(name, tensor, input)
+
+
+def _refuse_unlike(name: str, tensor: object, input: torch.Tensor) -> None:
+    check_optional_tensor(name, tensor)
+    assert isinstance(tensor, torch.Tensor)
+    check_matrix(name, tensor)
     if tensor.shape != input.shape:
         refuse(name, f"input's shape {tuple(input.shape)}", tuple(tensor.shape))
     if tensor.dtype != input.dtype:
         refuse(name, f"input's dtype {input.dtype}", tensor.dtype)
     check_device(name, tensor, input)
     check_contiguous(name, tensor)
+
+
+def check_optional_tensor(name: str, tensor: object) -> None:
+    if tensor is not None:
+        arguments.instance(name, tensor, torch.Tensor, "a torch.Tensor or None")
 
 
 def check_workspace(

@@ -20,7 +20,7 @@ from mnnvl_backend.flashinfer.checks import (
     check_device,
     check_input,
     check_like,
-    check_matrix,
+    check_optional_tensor,
     check_workspace,
     refuse,
 )
@@ -112,7 +112,10 @@ def trtllm_mnnvl_fused_allreduce_add_rmsnorm(
         TypeError, ValueError, RuntimeError: as trtllm_mnnvl_allreduce. The tensors are checked before the workspace.
     """
     _check_inputs(input, residual_in, gamma)
-    output = torch.empty_like(input) if output is None else _checked_output("output", output, input)
+    if output is None:
+        output = torch.empty_like(input)
+    else:
+        check_like("output", output, input)
     residual_out = _residual_out_of(input, residual_out, output)
     epsilon = _checked_numbers(input, epsilon, weight_bias, launch_with_pdl)
     strategy = check_workspace(workspace, input, strategy)
@@ -194,10 +197,10 @@ def fused_quantized(
     _check_inputs(input, residual_in, gamma)
     group = check_quantizable(input, quantization, group_size)
     if output is not None:
-        _checked_output("output", output, input)
+        check_like("output", output, input)
     residual_out = _residual_out_of(input, residual_out, output)
-    _check_optional_tensor("quant_out", quant_out)
-    _check_optional_tensor("scale_out", scale_out)
+    check_optional_tensor("quant_out", quant_out)
+    check_optional_tensor("scale_out", scale_out)
     quant_out = quant_out_of(input, quantization, quant_out)
     scale_out = scale_out_of(input, quantization, layout, group, scale_out)
     scale, scale_value = _scale_of(input, quantization, output_scale)
@@ -212,32 +215,22 @@ def fused_quantized(
 
 
 def _check_inputs(input: torch.Tensor, residual_in: torch.Tensor | None, gamma: torch.Tensor) -> None:
-    arguments.instance("input", input, torch.Tensor, "a torch.Tensor")
+    if not isinstance(input, torch.Tensor):
+        raise arguments.wrong_type("input", "a torch.Tensor", input)
     check_input(input)
     hidden_dim = input.shape[1]
     if hidden_dim < 1:
         refuse("input", "hidden_dim of at least 1", hidden_dim)
     if residual_in is not None:
-        _checked_output("residual_in", residual_in, input)
-    arguments.instance("gamma", gamma, torch.Tensor, "a torch.Tensor")
+        check_like("residual_in", residual_in, input)
+    if not isinstance(gamma, torch.Tensor):
+        raise arguments.wrong_type("gamma", "a torch.Tensor", gamma)
     if gamma.dim() != 1 or gamma.shape[0] != hidden_dim:
         refuse("gamma", f"shape ({hidden_dim},)", tuple(gamma.shape))
     if gamma.dtype is not input.dtype and gamma.dtype is not torch.float32:
         refuse("gamma", f"input's dtype {input.dtype} or torch.float32", gamma.dtype)
     check_device("gamma", gamma, input)
     check_contiguous("gamma", gamma)
-
-
-def _checked_output(name: str, tensor: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-    _check_optional_tensor(name, tensor)
-    check_matrix(name, tensor)
-    check_like(name, tensor, input)
-    return tensor
-
-
-def _check_optional_tensor(name: str, tensor: object) -> None:
-    if tensor is not None:
-        arguments.instance(name, tensor, torch.Tensor, "a torch.Tensor or None")
 
 
 def _residual_out_of(
@@ -248,7 +241,8 @@ def _residual_out_of(
         return torch.empty_like(input)
     if residual_out is output:
         refuse("residual_out", "another tensor than output", "the same")
-    return _checked_output("residual_out", residual_out, input)
+    check_like("residual_out", residual_out, input)
+    return residual_out
 
 
 def _scale_of(
