@@ -49,8 +49,11 @@ def create_allreduce_fusion_workspace(
     comm_backend: CommBackend | None = None,
     force_oneshot_support: bool = False,
     group: dist.ProcessGroup | None = None,
+    *,
+    device: torch.device | str | None = None,
+    options: Options | None = None,
 ) -> MNNVLAllReduceFusionWorkspace:
-    """A workspace of `world_size` ranks, on the current CUDA device if there is one, else the CPU. Collective.
+    """A workspace of `world_size` ranks. Collective over them.
 
     Args:
         backend: "auto" or "mnnvl", which are the same: this kind needs no NVLink multicast.
@@ -60,6 +63,7 @@ def create_allreduce_fusion_workspace(
         comm_backend: where the ranks meet; None: over the store of `group`.
         force_oneshot_support: room for ONESHOT up to max_token_num, not only up to where AUTO takes it.
         group: None: the default group.
+        device, options: as MNNVLAllReduceFusionWorkspace's; not FlashInfer's.
 
     Raises:
         RuntimeError: another backend, or set-up failed.
@@ -71,14 +75,18 @@ def create_allreduce_fusion_workspace(
             "needs no special hardware support and takes the place of both of FlashInfer's"
         )
     size = arguments.integer("world_size", world_size, 1)
+    if options is not None:
+        arguments.instance("options", options, Options, "mnnvl_backend.Options or None")
     place = arguments.integer("rank", rank, 0, size - 1)
     mapping = Mapping(size, place, gpus_per_node or min(torch.cuda.device_count(), size) or size, tp_size=size)
     if comm_backend is None and group is not None:
-        settings = config.merge(Options(), config.read_environment())
+        settings = config.merge(options or Options(), config.read_environment())
         comm_backend = StoreComm.of_group(group, timedelta(milliseconds=settings.timeout_ms))
     arguments.instance("force_oneshot_support", force_oneshot_support, bool, "a bool")
     buffer_size = _any_strategy_bytes(size, max_token_num, hidden_dim, dtype) if force_oneshot_support else None
-    return MNNVLAllReduceFusionWorkspace(mapping, max_token_num, hidden_dim, dtype, buffer_size, comm_backend)
+    return MNNVLAllReduceFusionWorkspace(
+        mapping, max_token_num, hidden_dim, dtype, buffer_size, comm_backend, device=device, options=options
+    )
 
 
 def _any_strategy_bytes(tp_size: int, max_token_num: object, hidden_dim: object, dtype: object) -> int:

@@ -191,8 +191,8 @@ class MNNVLAllReduceFusionWorkspace(AllReduceFusionWorkspace):
 
     @cached_property
     def buffer_flags(self) -> torch.Tensor:
-        """As large as FlashInfer's; nothing reads it."""
-        return torch.full((9,), self.handle, dtype=torch.int32, device=self.device)
+        """Of FlashInfer's size and dtype; nothing reads it."""
+        return torch.full((9,), self.handle, dtype=torch.int32, device=self.device).view(torch.uint32)
 
     def destroy(self) -> None:
         """Unmaps and frees; idempotent. Not collective, but no rank may still be in a call on this workspace."""

@@ -60,7 +60,7 @@ def test_module_paths_give_the_package_s_own(module):
     [
         (plain, "input residual_in gamma workspace epsilon output residual_out launch_with_pdl strategy weight_bias"),
         (quant, "input residual_in gamma workspace epsilon output residual_out quant_out scale_out output_scale layout_code quant_type launch_with_pdl strategy weight_bias"),
-        (comm.create_allreduce_fusion_workspace, "backend world_size rank max_token_num hidden_dim dtype gpus_per_node comm_backend force_oneshot_support group"),
+        (comm.create_allreduce_fusion_workspace, "backend world_size rank max_token_num hidden_dim dtype gpus_per_node comm_backend force_oneshot_support group device options"),
         (trtllm_mnnvl_ar.get_allreduce_mnnvl_workspace, "mapping dtype comm_backend_for_handle_transfer buffer_size_in_bytes"),
         (trtllm_mnnvl_ar.trtllm_mnnvl_all_reduce, "inp multicast_buffer_ptr buffer_ptrs_dev buffer_M buffer_flags_mnnvl nranks rank wait_for_results launch_with_pdl out"),
         (trtllm_mnnvl_ar.trtllm_mnnvl_fused_allreduce_rmsnorm, "prenorm_output normed_output shard_input multicast_buffer_ptr buffer_ptrs_dev unicast_ptr buffer_M buffer_flags_mnnvl nranks rank gamma epsilon residual launch_with_pdl"),
@@ -359,6 +359,8 @@ def test_backends_of_the_factory(backend):
         ({"max_token_num": None, "force_oneshot_support": True}, TypeError, "max_token_num: expected an integer"),
         ({"dtype": None, "force_oneshot_support": True}, TypeError, "dtype: expected a torch.dtype, got None"),
         ({"force_oneshot_support": 1}, TypeError, "force_oneshot_support: expected a bool"),
+        ({"options": {}, "group": "group"}, TypeError, "options: expected mnnvl_backend.Options or None"),
+        ({"device": "meta"}, ValueError, "device: expected 'cpu' or 'cuda', got 'meta'"),
     ],
 )
 def test_arguments_of_the_factory(given, error, text):
@@ -373,7 +375,9 @@ def test_arguments_of_the_factory(given, error, text):
 def test_room_of_the_factory(monkeypatch, ranks, oneshot, expected):
     """For an odd count of tokens over two ranks, two-shot needs more than one-shot, which is what is asked for."""
     made = []
-    monkeypatch.setattr("mnnvl_backend.flashinfer.unified.MNNVLAllReduceFusionWorkspace", lambda *a: made.append(a))
+    monkeypatch.setattr(
+        "mnnvl_backend.flashinfer.unified.MNNVLAllReduceFusionWorkspace", lambda *a, **_: made.append(a)
+    )
     comm.create_allreduce_fusion_workspace("mnnvl", ranks, 1, 7, 600_000, torch.float32, None, "comm", oneshot)
     ((mapping, *rest),) = made
     assert (mapping.tp_size, mapping.tp_rank) == (ranks, 1)
