@@ -71,19 +71,19 @@ def create_allreduce_fusion_workspace(
     """
     if backend not in ("auto", "mnnvl"):
         raise RuntimeError(
-            f"backend: expected 'auto' or 'mnnvl', got {backend!r}; this package has the one kind of workspace, which "
-            "needs no special hardware support and takes the place of both of FlashInfer's"
+            f"backend: expected 'auto' or 'mnnvl', got {backend!r}; this package has one kind of workspace, for every "
+            "machine, and not FlashInfer's others"
         )
     size = arguments.integer("world_size", world_size, 1)
-    if options is not None:
-        arguments.instance("options", options, Options, "mnnvl_backend.Options or None")
     place = arguments.integer("rank", rank, 0, size - 1)
     mapping = Mapping(size, place, gpus_per_node or min(torch.cuda.device_count(), size) or size, tp_size=size)
+    arguments.instance("force_oneshot_support", force_oneshot_support, bool, "a bool")
+    buffer_size = _any_strategy_bytes(size, max_token_num, hidden_dim, dtype) if force_oneshot_support else None
+    if options is not None:
+        arguments.instance("options", options, Options, "mnnvl_backend.Options or None")
     if comm_backend is None and group is not None:
         settings = config.merge(options or Options(), config.read_environment())
         comm_backend = StoreComm.of_group(group, timedelta(milliseconds=settings.timeout_ms))
-    arguments.instance("force_oneshot_support", force_oneshot_support, bool, "a bool")
-    buffer_size = _any_strategy_bytes(size, max_token_num, hidden_dim, dtype) if force_oneshot_support else None
     return MNNVLAllReduceFusionWorkspace(
         mapping, max_token_num, hidden_dim, dtype, buffer_size, comm_backend, device=device, options=options
     )
