@@ -100,8 +100,8 @@ def trtllm_mnnvl_fused_allreduce_add_rmsnorm(
         gamma: [hidden_dim], input's dtype or float32.
         workspace: with room for an all-reduce of `input` under the strategy; fusion needs no more.
         epsilon: added to the mean square; None: torch.finfo(input.dtype).eps.
-        output, residual_out: like `input`; None: new tensors. `output` may be `input`, `residual_out` may be
-            `residual_in` or `input`.
+        output, residual_out: like `input`; None: new tensors. Each may be `input` or `residual_in`; apart from that, what
+            is written may overlap nothing else (ValueError).
         launch_with_pdl, strategy: see trtllm_mnnvl_allreduce.
         weight_bias: added to gamma; 1.0 for Gemma and Qwen3.5.
 
@@ -153,7 +153,7 @@ def trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant(
             or float4_e2m1fn_x2, the even element in the low half. None: a new tensor (NVFP4: uint8).
         scale_out: dynamic FP8: [num_tokens, 1], float32. NVFP4: float8_e4m3fn, LINEAR: at least num_tokens * hidden_dim
             / 16 elements; SWIZZLED_128x4: at least compute_fp4_swizzled_layout_sf_size(num_tokens, hidden_dim / 16).
-            None: a new tensor. FP8 ignores it.
+            Padding is made zero. None: a new tensor. FP8 ignores it.
         output_scale: FP8 divides by it, NVFP4's scales are multiplied by it, dynamic FP8 ignores it. A tensor's first
             element is read when the kernel runs, and is copied before if it isn't float32 on input's device; a number
             goes by value, which can be captured. None: 1.0.
