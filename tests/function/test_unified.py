@@ -296,7 +296,10 @@ def compiled_body(rank: Rank) -> None:
             fp4, scales, *_ = trtllm_mnnvl_ar.trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant(
                 norm, None, gamma, workspace, quant_type=2, output_scale=2.0
             )
-            return norm + 1, quant.float(), fp4, scales.view(torch.uint8)[:1]
+            same, kept = norm * 2, residual * 1  # what follows is in place
+            comm.allreduce_fusion(same, workspace, Pattern.kARResidualRMSNorm, norm_out=same, residual_in=kept,
+                                  residual_out=kept, rms_gamma=gamma)  # fmt: skip
+            return norm + 1, quant.float(), fp4, scales.view(torch.uint8)[:1], same, kept
 
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         for tokens in (4, 7, 9):
