@@ -100,8 +100,8 @@ def trtllm_mnnvl_fused_allreduce_add_rmsnorm(
         gamma: [hidden_dim], input's dtype or float32.
         workspace: with room for an all-reduce of `input` under the strategy; fusion needs no more.
         epsilon: added to the mean square; None: torch.finfo(input.dtype).eps.
-        output, residual_out: like `input`; None: new tensors. Each may be `input` or `residual_in`; apart from that, what
-            is written may overlap nothing else (ValueError).
+        output, residual_out: like `input`; None: new tensors. Each may be `input` or `residual_in`; what is written may
+            overlap nothing else (ValueError).
         launch_with_pdl, strategy: see trtllm_mnnvl_allreduce.
         weight_bias: added to gamma; 1.0 for Gemma and Qwen3.5.
 
