@@ -291,7 +291,7 @@ py::dict probe(const std::string& nccl_path) {
                   py::arg("devices") = devices);
 }
 
-// The set-up's control plane, for flashinfer/comm.py and tests. A time-out is a TimeoutError, so that who waits in
+// The set-up's control plane, for flashinfer/control.py and tests. A time-out is a TimeoutError, so that who waits in
 // Python can tell it from a peer's failure.
 void bind_store_exchange(py::module_& m) {
   struct Bound {

@@ -42,6 +42,25 @@ class FunctionGroup:
     def attach(self, comm: _Comm, rank: int, size: int) -> None: ...
     @property
     def attached(self) -> bool: ...
+    def fused_all_reduce(
+        self,
+        input: torch.Tensor,
+        residual_in: torch.Tensor | None,
+        gamma: torch.Tensor,
+        output: torch.Tensor | None,
+        residual_out: torch.Tensor,
+        quant_out: torch.Tensor | None,
+        scale_out: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        scale_value: float,
+        epsilon: float,
+        weight_bias: float,
+        quantization: int,
+        layout: int,
+        group_size: int,
+        strategy: int,
+        pdl: bool,
+    ) -> None: ...
     def destroy(self) -> None: ...
 
 class StoreExchange:

@@ -33,35 +33,93 @@ def _autoload() -> None:
 
 # Name -> module that defines it; loaded on first use, so that importing the package stays cheap.
 _LAZY = {
+    "MNNVL_ONE_SHOT_THRESHOLD": "flashinfer.strategy",
+    "AllReduceFusionPattern": "flashinfer.quantization",
+    "AllReduceFusionWorkspace": "flashinfer.workspace_base",
+    "CommBackend": "flashinfer.control",
     "MNNVLAllReduceFusionWorkspace": "flashinfer.workspace",
     "MNNVLAllreduceFusionStrategy": "flashinfer.strategy",
+    "MNNVLQuantType": "flashinfer.quantization",
+    "MPIBackend": "flashinfer.backends",
     "Mapping": "flashinfer.mapping",
     "Options": "options",
+    "QuantizationSFLayout": "flashinfer.quantization",
+    "TorchDistBackend": "flashinfer.backends",
+    "allreduce_fusion": "flashinfer.unified",
+    "compute_fp4_swizzled_layout_sf_size": "flashinfer.quantization",
+    "create_allreduce_fusion_workspace": "flashinfer.unified",
+    "get_allreduce_mnnvl_workspace": "flashinfer.legacy",
+    "is_mnnvl_fabric_supported": "flashinfer.hardware",
+    "is_multicast_supported": "flashinfer.hardware",
     "last_operations": "flight_recorder",
+    "mpi_barrier": "flashinfer.backends",
     "release_memory": "sleep",
     "restore_memory": "sleep",
+    "trtllm_mnnvl_all_reduce": "flashinfer.legacy",
     "trtllm_mnnvl_allreduce": "flashinfer.allreduce",
+    "trtllm_mnnvl_fused_allreduce_add_rmsnorm": "flashinfer.fusion",
+    "trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant": "flashinfer.fusion",
+    "trtllm_mnnvl_fused_allreduce_rmsnorm": "flashinfer.legacy",
 }
 
 if TYPE_CHECKING:
     __version__: str
     from mnnvl_backend.flashinfer.allreduce import trtllm_mnnvl_allreduce
+    from mnnvl_backend.flashinfer.backends import MPIBackend, TorchDistBackend, mpi_barrier
+    from mnnvl_backend.flashinfer.control import CommBackend
+    from mnnvl_backend.flashinfer.fusion import (
+        trtllm_mnnvl_fused_allreduce_add_rmsnorm,
+        trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant,
+    )
+    from mnnvl_backend.flashinfer.hardware import is_mnnvl_fabric_supported, is_multicast_supported
+    from mnnvl_backend.flashinfer.legacy import (
+        get_allreduce_mnnvl_workspace,
+        trtllm_mnnvl_all_reduce,
+        trtllm_mnnvl_fused_allreduce_rmsnorm,
+    )
     from mnnvl_backend.flashinfer.mapping import Mapping
-    from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy
+    from mnnvl_backend.flashinfer.quantization import (
+        AllReduceFusionPattern,
+        MNNVLQuantType,
+        QuantizationSFLayout,
+        compute_fp4_swizzled_layout_sf_size,
+    )
+    from mnnvl_backend.flashinfer.strategy import MNNVL_ONE_SHOT_THRESHOLD, MNNVLAllreduceFusionStrategy
+    from mnnvl_backend.flashinfer.unified import allreduce_fusion, create_allreduce_fusion_workspace
     from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace
+    from mnnvl_backend.flashinfer.workspace_base import AllReduceFusionWorkspace
     from mnnvl_backend.flight_recorder import last_operations
     from mnnvl_backend.options import Options
     from mnnvl_backend.sleep import release_memory, restore_memory
 
 __all__ = [
+    "MNNVL_ONE_SHOT_THRESHOLD",
+    "AllReduceFusionPattern",
+    "AllReduceFusionWorkspace",
+    "CommBackend",
     "MNNVLAllReduceFusionWorkspace",
     "MNNVLAllreduceFusionStrategy",
+    "MNNVLQuantType",
+    "MPIBackend",
     "Mapping",
     "Options",
+    "QuantizationSFLayout",
+    "TorchDistBackend",
+    "allreduce_fusion",
+    "compute_fp4_swizzled_layout_sf_size",
+    "create_allreduce_fusion_workspace",
+    "get_allreduce_mnnvl_workspace",
+    "is_mnnvl_fabric_supported",
+    "is_multicast_supported",
     "last_operations",
+    "mpi_barrier",
     "release_memory",
     "restore_memory",
+    "trtllm_mnnvl_all_reduce",
     "trtllm_mnnvl_allreduce",
+    "trtllm_mnnvl_fused_allreduce_add_rmsnorm",
+    "trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant",
+    "trtllm_mnnvl_fused_allreduce_rmsnorm",
 ]
 
 

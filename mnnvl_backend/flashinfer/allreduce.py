@@ -12,15 +12,9 @@ from typing import NoReturn
 import torch
 
 from mnnvl_backend import arguments
-from mnnvl_backend.flashinfer.strategy import (
-    MNNVLAllreduceFusionStrategy,
-    check_strategy,
-    required_bytes,
-    strategy_for,
-)
+from mnnvl_backend.flashinfer.checks import check_input, check_like, check_workspace
+from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy, check_strategy
 from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace, compiled_workspace
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _library = torch.library.Library("mnnvl", "FRAGMENT")
 _library.define(
@@ -77,31 +71,12 @@ def trtllm_mnnvl_allreduce(
         and isinstance(strategy, MNNVLAllreduceFusionStrategy)
     ):
         _refuse_types(input, workspace, launch_with_pdl, output, strategy)
-    if input.dim() != 2:
-        raise ValueError(f"input: expected 2-D [num_tokens, hidden_dim], got {input.dim()}-D {tuple(input.shape)}")
-    if output is not None and output.dim() != 2:
-        raise ValueError(f"output: expected 2-D [num_tokens, hidden_dim], got {output.dim()}-D {tuple(output.shape)}")
-    if input.dtype not in DTYPES:
-        raise ValueError(f"input: expected dtype float32, float16 or bfloat16, got {input.dtype}")
-    if input.device != workspace.device:
-        raise ValueError(f"input: expected a tensor on the workspace's device {workspace.device}, got {input.device}")
-    if not input.is_contiguous():
-        raise ValueError(f"input: expected a contiguous tensor, got strides {input.stride()}")
+    check_input(input)
     if output is None:
         output = torch.empty_like(input)
     else:
-        _check_like(output, input)
-
-    num_tokens, hidden_dim = input.shape
-    tp_size, itemsize = workspace.tp_size, input.dtype.itemsize
-    if strategy is MNNVLAllreduceFusionStrategy.AUTO:
-        strategy = strategy_for(num_tokens * hidden_dim * tp_size * itemsize)
-    required = required_bytes(tp_size, num_tokens, hidden_dim, itemsize, strategy)
-    if required > workspace.buffer_size_bytes:
-        raise ValueError(
-            f"workspace: its buffer of {workspace.buffer_size_bytes} bytes is too small; {strategy.name} of "
-            f"[{num_tokens}, {hidden_dim}] {input.dtype} over {tp_size} ranks requires {required} bytes"
-        )
+        check_like("output", output, input)
+    strategy = check_workspace(workspace, input, strategy)
     torch.ops.mnnvl.trtllm_allreduce(input, output, workspace.handle, strategy.value, launch_with_pdl)
     return output
 
@@ -117,14 +92,3 @@ def _refuse_types(
         arguments.instance("output", output, torch.Tensor, "a torch.Tensor or None")
     check_strategy(strategy)
     raise AssertionError("unreachable: one of the arguments is of a wrong type")
-
-
-def _check_like(output: torch.Tensor, input: torch.Tensor) -> None:
-    for what in ("shape", "dtype", "device"):
-        if getattr(output, what) != getattr(input, what):
-            expected, got = getattr(input, what), getattr(output, what)
-            if what == "shape":
-                expected, got = tuple(expected), tuple(got)
-            raise ValueError(f"output: expected input's {what} {expected}, got {got}")
-    if not output.is_contiguous():
-        raise ValueError(f"output: expected a contiguous tensor, got strides {output.stride()}")

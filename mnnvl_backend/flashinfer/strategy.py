@@ -8,8 +8,8 @@ import torch
 
 from mnnvl_backend import arguments
 
-# FlashInfer's threshold, on num_tokens * hidden_dim * tp_size * element size: callers size their buffers by it.
-ONESHOT_THRESHOLD_BYTES = 64 * 1024 * 8 * 2
+# FlashInfer's name and value, on num_tokens * hidden_dim * tp_size * element size: callers size their buffers by it.
+MNNVL_ONE_SHOT_THRESHOLD = 64 * 1024 * 8 * 2
 
 
 class MNNVLAllreduceFusionStrategy(Enum):
@@ -39,9 +39,21 @@ class MNNVLAllreduceFusionStrategy(Enum):
 STRATEGY_NAMES = {s.name.lower(): s for s in MNNVLAllreduceFusionStrategy}
 
 
+def strategy_of(use_oneshot: object) -> MNNVLAllreduceFusionStrategy:
+    """The strategy that the unified API's three-valued switch names.
+
+    Raises:
+        TypeError: neither a bool nor None.
+    """
+    if use_oneshot is None:
+        return MNNVLAllreduceFusionStrategy.AUTO
+    arguments.instance("use_oneshot", use_oneshot, bool, "a bool, or None (by size)")
+    return MNNVLAllreduceFusionStrategy.ONESHOT if use_oneshot else MNNVLAllreduceFusionStrategy.TWOSHOT
+
+
 def strategy_for(oneshot_bytes: int) -> MNNVLAllreduceFusionStrategy:
     """AUTO's choice, unchecked, for every call: by the bytes that one-shot would need."""
-    if oneshot_bytes <= ONESHOT_THRESHOLD_BYTES:
+    if oneshot_bytes <= MNNVL_ONE_SHOT_THRESHOLD:
         return MNNVLAllreduceFusionStrategy.ONESHOT
     return MNNVLAllreduceFusionStrategy.TWOSHOT
 

@@ -1,10 +1,13 @@
-"""The memory behind trtllm_mnnvl_allreduce, under FlashInfer's name and arguments."""
+"""The memory behind trtllm_mnnvl_allreduce and its fused forms, under FlashInfer's name and arguments."""
 
 from __future__ import annotations
 
 import itertools
+import sys
+import warnings
 import weakref
 from datetime import timedelta
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +15,17 @@ import torch
 
 from mnnvl_backend import arguments, config
 from mnnvl_backend.compiled import load_compiled
-from mnnvl_backend.flashinfer.comm import BytesComm, CommBackend, StoreComm, telling_peers
+from mnnvl_backend.flashinfer.control import BytesComm, CommBackend, StoreComm, telling_peers
 from mnnvl_backend.flashinfer.strategy import (
-    ONESHOT_THRESHOLD_BYTES,
+    MNNVL_ONE_SHOT_THRESHOLD,
     MNNVLAllreduceFusionStrategy,
     check_problem,
     check_strategy,
     required_bytes,
     strategy_for,
+    strategy_of,
 )
+from mnnvl_backend.flashinfer.workspace_base import AllReduceFusionWorkspace
 from mnnvl_backend.options import Options
 
 if TYPE_CHECKING:
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_BUFFER_BYTES = 2**32 - 1  # FlashInfer's limit, kept so that the same program works with both
 MAX_WORLD_SIZE = 72  # csrc/protocol/types.h
+TOKENS = "mc_ptr, uc_ptrs_dev or uc_ptr_local"
 COMM_METHODS = ("Get_rank", "Get_size", "allgather", "bcast", "barrier", "Split")
 MAPPING_SIZES = {"tp_size": 1, "cp_size": 1, "tp_rank": 0, "cp_rank": 0, "pp_rank": 0}  # and their least values
 
@@ -36,7 +42,7 @@ _by_handle: weakref.WeakValueDictionary[int, MNNVLAllReduceFusionWorkspace] = we
 _handles = itertools.count(1)
 
 
-class MNNVLAllReduceFusionWorkspace:
+class MNNVLAllReduceFusionWorkspace(AllReduceFusionWorkspace):
     """Peer-mapped buffers of one tensor-parallel group; making one is collective over it.
 
     Sized either for a problem (`max_num_tokens`, `hidden_dim`, `dtype`: enough for AUTO up to that many tokens) or
@@ -45,7 +51,8 @@ class MNNVLAllReduceFusionWorkspace:
 
     destroy(), and leaving a `with` block, unmap its memory: do it after the last replay of every CUDA graph that holds
     a call on it. Being garbage-collected is another thing: a workspace that was used while a graph was captured then
-    leaves its memory mapped until the process ends, since that graph may still be replayed and nobody can tell.
+    leaves its memory mapped until the process ends, since that graph may still be replayed and nobody can tell. It also
+    gives a ResourceWarning.
 
     Args:
         mapping: the rank's place, a Mapping or anything with its tp_size, tp_rank, cp_size, cp_rank and pp_rank; the
@@ -58,9 +65,11 @@ class MNNVLAllReduceFusionWorkspace:
         options: timeout, multicast and bootstrap are used; None: defaults. MNNVL_* variables go before it.
 
     Attributes:
-        rank, tp_size: in the tensor-parallel group.
+        rank, tp_size: in the tensor-parallel group; world_size is tp_size.
         buffer_size_bytes: usable bytes of one Lamport buffer, at least what was asked for.
         workspace_size_bytes: of all three.
+        handle, mc_ptr, uc_ptrs_dev, uc_ptr_local, ptrs, buffer_flags: tokens by which FlashInfer's older functions find
+            the workspace; no addresses, and never 0, with multicast or without.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, missing or out of range, by name, before anything is set up;
@@ -88,14 +97,13 @@ class MNNVLAllReduceFusionWorkspace:
             size_bytes, self.device = _check_arguments(
                 mapping, max_num_tokens, hidden_dim, dtype, buffer_size_in_bytes, comm_backend, device, options
             )
-            self.rank = mapping.tp_rank
             self.tp_size = mapping.tp_size
             settings = config.merge(options or Options(), config.read_environment())
             compiled = load_compiled()
             comm = peers.tensor_parallel_comm(timedelta(milliseconds=settings.timeout_ms))
             self._compiled = compiled.FunctionGroup(
                 BytesComm(comm),
-                self.rank,
+                mapping.tp_rank,
                 self.tp_size,
                 device_type=self.device.type,
                 device_index=self.device.index or 0,
@@ -107,6 +115,7 @@ class MNNVLAllReduceFusionWorkspace:
         self.buffer_size_bytes: int = self._compiled.buffer_size_bytes
         self.handle = next(_handles)
         _by_handle[self.handle] = self
+        super().__init__(self.tp_size, mapping.tp_rank)
 
     @staticmethod
     def get_required_buffer_size_bytes(
@@ -135,8 +144,22 @@ class MNNVLAllReduceFusionWorkspace:
         num_tokens: int,
         hidden_dim: int,
         dtype: torch.dtype,
-        strategy: MNNVLAllreduceFusionStrategy = MNNVLAllreduceFusionStrategy.AUTO,
+        strategy: MNNVLAllreduceFusionStrategy | bool | None = None,
+        *,
+        use_oneshot: bool | None = None,
     ) -> bool:
+        """Whether get_required_buffer_size_bytes of the problem is held. `use_oneshot` (True, False, None: by size) is
+        another name of `strategy`, which takes both forms; not both of them.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        if strategy is not None and use_oneshot is not None:
+            raise ValueError("use_oneshot: expected None beside strategy, got both")
+        if not isinstance(strategy, MNNVLAllreduceFusionStrategy):
+            if strategy is not None and not isinstance(strategy, bool):
+                check_strategy(strategy)
+            strategy = strategy_of(use_oneshot if strategy is None else strategy)
         required = self.get_required_buffer_size_bytes(tp_size, num_tokens, hidden_dim, dtype, strategy)
         return required <= self.buffer_size_bytes
 
@@ -145,16 +168,33 @@ class MNNVLAllReduceFusionWorkspace:
         return "mnnvl"
 
     @property
-    def world_size(self) -> int:
-        return self.tp_size
-
-    @property
     def workspace_size_bytes(self) -> int:
         return self.buffer_size_bytes * self.NUM_LAMPORT_BUFFERS
 
     @property
     def destroyed(self) -> bool:
-        return self._compiled is None
+        return self._destroyed
+
+    @property
+    def mc_ptr(self) -> int:
+        return self.handle
+
+    @property
+    def uc_ptrs_dev(self) -> int:
+        return self.handle
+
+    @property
+    def uc_ptr_local(self) -> int:
+        return self.handle
+
+    @property
+    def ptrs(self) -> list[int]:
+        return [self.handle] * self.tp_size
+
+    @cached_property
+    def buffer_flags(self) -> torch.Tensor:
+        """Of FlashInfer's size and dtype; nothing reads it."""
+        return torch.full((9,), self.handle, dtype=torch.int32, device=self.device).view(torch.uint32)
 
     def checkpoint_prepare(self) -> int:
         """Gives the physical memory back and keeps the addresses. Collective; waits for the device on every rank.
@@ -212,9 +252,19 @@ class MNNVLAllReduceFusionWorkspace:
     def destroy(self) -> None:
         """Unmaps and frees; idempotent. Not collective, but no rank may still be in a call on this workspace."""
         compiled, self._compiled = self._compiled, None
+        self._destroyed = True
         if compiled is not None:
             _by_handle.pop(self.handle, None)
             compiled.destroy()
+
+    def __del__(self) -> None:
+        if not self._destroyed and not sys.is_finalizing():
+            warnings.warn(
+                f"{type(self).__name__} of {self.tp_size} ranks was never destroyed: call destroy(), or use it in a "
+                "`with` block",
+                ResourceWarning,
+                stacklevel=1,
+            )
 
     def __enter__(self) -> MNNVLAllReduceFusionWorkspace:
         return self
@@ -223,6 +273,19 @@ class MNNVLAllReduceFusionWorkspace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.destroy()
+
+
+def workspace_at(name: str, token: int) -> MNNVLAllReduceFusionWorkspace:
+    """The workspace that handed out `token`, which argument `name` gives.
+
+    Raises:
+        TypeError: not an integer. ValueError: no workspace's that is alive.
+    """
+    workspace = _by_handle.get(arguments.integer(name, token, 1))
+    if workspace is None:
+        wanted = f"the {TOKENS} of a workspace that was not destroyed"
+        raise arguments.wrong_value(name, wanted, token)
+    return workspace
 
 
 def compiled_workspace(handle: int) -> Any:
@@ -316,7 +379,7 @@ def _buffer_size(
 
 def _size_for_auto(tp_size: int, max_num_tokens: int, hidden_dim: int, dtype: torch.dtype) -> int:
     """What AUTO needs at most up to max_num_tokens: for one-shot at its threshold, or for two-shot at the end."""
-    oneshot_tokens = min(ONESHOT_THRESHOLD_BYTES // (tp_size * hidden_dim * dtype.itemsize), max_num_tokens)
+    oneshot_tokens = min(MNNVL_ONE_SHOT_THRESHOLD // (tp_size * hidden_dim * dtype.itemsize), max_num_tokens)
     return max(
         required_bytes(tp_size, oneshot_tokens, hidden_dim, dtype.itemsize, MNNVLAllreduceFusionStrategy.ONESHOT),
         required_bytes(tp_size, max_num_tokens, hidden_dim, dtype.itemsize, MNNVLAllreduceFusionStrategy.TWOSHOT),

@@ -15,7 +15,7 @@ from workspaces import workspace_of
 from mnnvl_backend import Mapping, trtllm_mnnvl_allreduce
 from mnnvl_backend import MNNVLAllreduceFusionStrategy as Strategy
 from mnnvl_backend import MNNVLAllReduceFusionWorkspace as Workspace
-from mnnvl_backend.flashinfer.comm import StoreComm
+from mnnvl_backend.flashinfer.control import StoreComm
 
 
 def tensor_parallel_body(rank: Rank) -> None:

@@ -10,7 +10,7 @@ import torch
 from mnnvl_backend import Mapping, arguments
 from mnnvl_backend import MNNVLAllreduceFusionStrategy as Strategy
 from mnnvl_backend import MNNVLAllReduceFusionWorkspace as Workspace
-from mnnvl_backend.flashinfer.comm import StoreComm
+from mnnvl_backend.flashinfer.control import StoreComm
 
 
 def test_select_strategy_at_the_threshold():

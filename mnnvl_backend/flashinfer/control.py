@@ -7,7 +7,7 @@ import pickle
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from mnnvl_backend.flashinfer.mapping import Mapping
 
 
+@runtime_checkable
 class CommBackend(Protocol):
-    """What a workspace asks of `comm_backend`. mpi4py's communicators and FlashInfer's backends have it."""
+    """What a workspace asks of `comm_backend`. mpi4py's communicators and FlashInfer's backends have it; callers may
+    subclass it."""
 
     def Get_rank(self) -> int: ...
     def Get_size(self) -> int: ...

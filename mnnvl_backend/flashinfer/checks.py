@@ -1,0 +1,106 @@
+"""Checks of the tensors of one call, shared by the all-reduce and its fused forms. All are pure, and raise before
+anything is enqueued: ValueError naming the argument, what was expected and what was given."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+
+from mnnvl_backend import arguments
+from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy, check_strategy, required_bytes, strategy_for
+from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def refuse(name: str, expected: object, got: object) -> NoReturn:
+    raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_matrix(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dim() != 2:
+        refuse(name, "2-D [num_tokens, hidden_dim]", f"{tensor.dim()}-D {tuple(tensor.shape)}")
+
+
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        refuse(name, "a contiguous tensor", f"strides {tensor.stride()}")
+
+
+def check_device(name: str, tensor: torch.Tensor, input: torch.Tensor) -> None:
+    if tensor.device != input.device:
+        refuse(name, f"input's device {input.device}", tensor.device)
+
+
+def check_input(input: torch.Tensor) -> None:
+    check_matrix("input", input)
+    if input.dtype not in DTYPES:
+        refuse("input", "dtype float32, float16 or bfloat16", input.dtype)
+    check_contiguous("input", input)
+
+
+def check_like(name: str, tensor: torch.Tensor, input: torch.Tensor) -> None:
+    """A tensor of input's shape, dtype and device, and contiguous. In one expression, for the sake of good calls."""
+    if not (
+        isinstance(tensor, torch.Tensor)
+        and tensor.shape == input.shape
+        and tensor.dtype is input.dtype
+        and tensor.device == input.device
+        and tensor.is_contiguous()
+    ):
+        _refuse_unlike(name, tensor, input)
+
+
+def _refuse_unlike(name: str, tensor: object, input: torch.Tensor) -> None:
+    check_optional_tensor(name, tensor)
+    assert isinstance(tensor, torch.Tensor)
+    check_matrix(name, tensor)
+    if tensor.shape != input.shape:
+        refuse(name, f"input's shape {tuple(input.shape)}", tuple(tensor.shape))
+    if tensor.dtype != input.dtype:
+        refuse(name, f"input's dtype {input.dtype}", tensor.dtype)
+    check_device(name, tensor, input)
+    check_contiguous(name, tensor)
+
+
+def check_optional_tensor(name: str, tensor: object) -> None:
+    if tensor is not None:
+        arguments.instance(name, tensor, torch.Tensor, "a torch.Tensor or None")
+
+
+def check_workspace(
+    workspace: MNNVLAllReduceFusionWorkspace, input: torch.Tensor, strategy: MNNVLAllreduceFusionStrategy
+) -> MNNVLAllreduceFusionStrategy:
+    """That the workspace is one, alive, large enough and on input's device. The strategy, by size if it is AUTO.
+
+    Raises:
+        TypeError: not a workspace, or not a strategy. RuntimeError: it was destroyed. ValueError: the rest.
+    """
+    if not isinstance(workspace, MNNVLAllReduceFusionWorkspace):
+        raise arguments.wrong_type("workspace", "an MNNVLAllReduceFusionWorkspace", workspace)
+    if not isinstance(strategy, MNNVLAllreduceFusionStrategy):
+        check_strategy(strategy)
+    if workspace.destroyed:
+        raise RuntimeError("workspace: it was destroyed; make a new MNNVLAllReduceFusionWorkspace")
+    strategy = check_room(workspace, input, strategy)
+    if input.device != workspace.device:
+        refuse("input", f"a tensor on the workspace's device {workspace.device}", input.device)
+    return strategy
+
+
+def check_room(
+    workspace: MNNVLAllReduceFusionWorkspace, input: torch.Tensor, strategy: MNNVLAllreduceFusionStrategy
+) -> MNNVLAllreduceFusionStrategy:
+    """That the workspace has room for an all-reduce of `input`. The strategy, by size if it is AUTO."""
+    num_tokens, hidden_dim = input.shape
+    tp_size, itemsize = workspace.tp_size, input.dtype.itemsize
+    if strategy is MNNVLAllreduceFusionStrategy.AUTO:
+        strategy = strategy_for(num_tokens * hidden_dim * tp_size * itemsize)
+    required = required_bytes(tp_size, num_tokens, hidden_dim, itemsize, strategy)
+    if required > workspace.buffer_size_bytes:
+        raise ValueError(
+            f"workspace: its buffer of {workspace.buffer_size_bytes} bytes is too small; {strategy.name} of "
+            f"[{num_tokens}, {hidden_dim}] {input.dtype} over {tp_size} ranks requires {required} bytes"
+        )
+    return strategy

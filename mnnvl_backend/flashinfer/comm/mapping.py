@@ -1,0 +1,5 @@
+"""flashinfer.comm.mapping"""
+
+from mnnvl_backend.flashinfer.mapping import Mapping
+
+__all__ = ["Mapping"]
