@@ -98,8 +98,10 @@ class Session:
         import torch.distributed as dist
 
         init = dist.init_process_group
-        if 0 < torch.cuda.device_count() < int(os.environ.get("WORLD_SIZE", "1")):
+        gpus = torch.cuda.device_count()
+        if 0 < gpus < int(os.environ.get("WORLD_SIZE", "1")):
             dist.init_process_group = lambda backend, **rest: init("gloo", **rest)
+            os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % gpus)
 
     def pytest_sessionfinish(self) -> None:
         import torch.distributed as dist

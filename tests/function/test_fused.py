@@ -6,7 +6,6 @@ MNNVL_TEST_CASES: how many for each world size (default 80); MNNVL_TEST_SEED: th
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 from dataclasses import dataclass

@@ -108,7 +108,7 @@ def broken_restore_body(rank: Rank) -> None:
             except RuntimeError as error:
                 text = str(error)
             if text:
-                assert "the test's" in text
+                assert "the test's" in text, text
                 with pytest.raises(RuntimeError, match="not attached"):
                     trtllm_mnnvl_allreduce(torch.ones(1, 8, device=rank.device), workspace, False)
                 workspace.checkpoint_restore(StoreComm(rank.store, rank.rank, rank.world_size, rank.group_timeout))

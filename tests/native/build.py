@@ -26,7 +26,15 @@ ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tests" / "native"
 # The layers below torch. Of kernels/ this is what stands in where no nvcc is.
 LAYERS = ("common", "system", "protocol", "driver", "bootstrap", "memory", "kernels", "cpu", "tuning", "transport")
-WARNINGS = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-unknown-pragmas", "-Werror"]
+WARNINGS = [
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-missing-field-initializers",
+    "-Wno-unknown-pragmas",
+    "-Werror",
+]
 SANITIZERS = {
     "none": ["-O1", "-g"],
     # TSan can't follow atomic_thread_fence; GCC says so at each one, and so it is an error.
