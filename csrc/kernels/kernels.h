@@ -15,6 +15,7 @@ namespace mnnvl::kernels {
 
 struct Launch {
   int threads = 128;
+  int cluster = 1;         // blocks of a cluster; divides the blocks
   bool pdl = false;        // programmatic dependent launch: the kernel waits for its predecessor before shared state
   void* stream = nullptr;  // cudaStream_t
 };

@@ -11,7 +11,7 @@ namespace mnnvl {
 namespace {
 
 constexpr int64_t kLeastScatteredBroadcast = int64_t{1} << 20;  // bytes
-constexpr int64_t kMaxAloneBlocks = 1024;
+constexpr int64_t kMaxAloneRows = 256;  // at once
 
 void launch_lamport(const LaunchContext& context, const AllReduceRequest& request) {
   const Strategy strategy = request.strategy == Strategy::kAuto ? context.strategy : request.strategy;
@@ -314,6 +314,7 @@ void launch_rows(const kernels::KernelTable::Row<kernels::FusedParams>& kernel, 
                  const FusedRequest& request, const FusedChoice& choice, void* stream) {
   kernels::Launch shape;
   shape.threads = kFusedThreads;
+  shape.cluster = choice.cluster;
   shape.pdl = request.pdl;
   shape.stream = stream;
   kernels::FusedParams params;
@@ -347,7 +348,8 @@ void launch_one(const LaunchContext& context, const FusedRequest& request) {
 void launch_alone(const FusedRequest& request, void* stream) {
   FusedChoice choice;
   choice.launch_rows = max64(request.work.rows, 1);
-  choice.blocks = int(min64(choice.launch_rows, kMaxAloneBlocks));
+  choice.cluster = choose_fused_cluster(request.work.rows, row_packs(request.work), GroupShape{}.multiprocessors);
+  choice.blocks = int(min64(choice.launch_rows, kMaxAloneRows)) * choice.cluster;
   DeviceGroup group{};
   group.world_size = 1;
   launch_rows(kernels::table().oneshot_fused, group, request, choice, stream);

@@ -58,6 +58,14 @@ LamportShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype
   return shape;
 }
 
+int choose_fused_cluster(int64_t rows, int64_t row_packs, int multiprocessors) {
+  int blocks = 1;
+  while (blocks < kMaxFusedCluster && blocks * kFusedThreads < row_packs && 2 * blocks * rows <= multiprocessors) {
+    blocks *= 2;
+  }
+  return blocks;
+}
+
 FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_packs, Strategy strategy) {
   const int world = group.world_size;
   const int64_t row_bytes = row_packs * kPackBytes;
@@ -68,8 +76,10 @@ FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_pack
   FusedChoice choice;
   choice.algorithm = oneshot ? Algorithm::kOneShotLamport : Algorithm::kTwoShotLamport;
   choice.launch_rows = oneshot ? oneshot_rows : group.layout.generation_bytes / 2 / (world * row_bytes) * world;
-  const int64_t blocks = min64(rows, choice.launch_rows);
-  choice.blocks = int(std::clamp<int64_t>(oneshot ? blocks : ceil_div(blocks, world), 1, group.multiprocessors));
+  int64_t at_once = min64(rows, choice.launch_rows);
+  if (!oneshot) at_once = ceil_div(at_once, world);
+  choice.cluster = choose_fused_cluster(at_once, row_packs, group.multiprocessors);
+  choice.blocks = int(std::clamp<int64_t>(at_once, 1, group.multiprocessors / choice.cluster)) * choice.cluster;
   return choice;
 }
 

@@ -41,6 +41,9 @@ import torch
 
 def get_compute_capability(device):
     return torch.cuda.get_device_capability(device)
+
+def round_up(x, multiple):
+    return -(-x // multiple) * multiple
 """
 FP4 = """
 from mnnvl_backend import compute_fp4_swizzled_layout_sf_size as _compute_swizzled_layout_sf_size

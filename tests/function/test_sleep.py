@@ -108,7 +108,8 @@ def broken_restore_body(rank: Rank) -> None:
             except RuntimeError as error:
                 text = str(error)
             if text:
-                assert "the test's" in text, text
+                # Who comes to a step that the failed rank has left by then hears which rank that was, and not why.
+                assert "the test's" in text or "rank 0 waited for rank 1" in text, text
                 with pytest.raises(RuntimeError, match="not attached"):
                     trtllm_mnnvl_allreduce(torch.ones(1, 8, device=rank.device), workspace, False)
                 workspace.checkpoint_restore(StoreComm(rank.store, rank.rank, rank.world_size, rank.group_timeout))

@@ -1,9 +1,12 @@
-// A row of a fused all-reduce on one block: protocol/fused_row.h with hardware's conversions, which round alike.
+// A row of a fused all-reduce on a cluster of blocks: protocol/fused_row.h with hardware's conversions, which round alike.
 //
-// Thread t takes packs t, t + threads, ... of the row, so it has kPartials of the row's lanes, those whose numbers
-// are t modulo the threads. Its first kPartials packs stay in registers from the sum to the end; others are read back
-// from residual_out, where the same thread has written them. Loops aren't unrolled, and choose among registers instead:
-// with a copy of all for each pack the kernels took twelve minutes to compile.
+// Thread t of block b takes packs b * threads + t, then every further one a cluster's threads away. So its packs belong to
+// as many of the row's lanes as the cluster has fewer blocks than kMaxFusedCluster, and in turns. kKept of them stay in
+// registers from the sum to the end; others are read back from residual_out, where the same thread has written them.
+//
+// Blocks hand their warps' sums to all blocks of the cluster, through their shared memory. Two rows take turns in it: who
+// writes for the next row but one has passed the barrier of the next, which all reach when they have read this one's. A
+// block writes to no other after the last barrier, so it may end then. All leave a failed call at the same barrier.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -52,53 +55,96 @@ __device__ __forceinline__ void store_bytes(std::byte* p, int64_t valid, uint64_
   }
 }
 
-// kAhead: a pack's residual is loaded before the wait for its sum, where registers allow.
-template <typename T, bool kAhead>
+// Of this block's cluster.
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+// What all threads of the cluster have written before, all see after it.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// To the place of another block's shared memory that `mine` is of this one's.
+template <typename Word>
+__device__ __forceinline__ void store_to_block(Word* mine, int rank, Word value) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(uint32_t(__cvta_generic_to_shared(mine))), "r"(rank));
+  if constexpr (sizeof(Word) == 8) {
+    asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(address), "l"(arithmetic::bits_as<uint64_t>(value)) : "memory");
+  } else {
+    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(arithmetic::bits_as<uint32_t>(value)) : "memory");
+  }
+}
+
+template <typename T, int kWorld>
 class FusedRow {
  public:
-  static constexpr int kElements = kPackElements<T>, kThreads = kFusedThreads;
-  static constexpr int kLine = 128;  // bytes of a prefetch
-  static constexpr int kPartials = fused::kRowLanes / kThreads;
+  // Worlds that leave registers for it keep all packs of a row of up to 16 KiB.
+  static constexpr int kKept = kWorld >= 1 && kWorld <= 4 ? kMaxFusedCluster : 1;
+  static constexpr int kElements = kPackElements<T>, kThreads = kFusedThreads, kWarps = kThreads / 32;
   using Wide = fused::Wide<kDtype<T>>;
   struct Shared {
-    Wide sums[2][32];  // of the warps' lanes; two rows take turns, so that one barrier a row is enough
+    Wide sums[2][32];  // of the warps of all blocks
     float most[2][32];
+    uint32_t failed[2];
   };
-  static_assert(kThreads % 32 == 0 && kPartials * (kThreads / 32) == 32);
+  static_assert(kWarps * kMaxFusedCluster == 32 && kThreads * kMaxFusedCluster == fused::kRowLanes);
 
   __device__ __forceinline__ FusedRow(const RowWork& work, Shared& shared)
-      : w_(work), shared_(shared), packs_(int(ceil_div(work.hidden, kElements))) {
-    // gamma is wanted at the end of the row: on its way meanwhile. In registers there is no room for it.
-    for (int64_t at = int64_t(threadIdx.x) * kLine; at < w_.hidden * gamma_bytes(); at += int64_t(kThreads) * kLine) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const std::byte*>(w_.gamma) + at));
-    }
+      : w_(work),
+        shared_(shared),
+        packs_(int(ceil_div(work.hidden, kElements))),
+        rank_(cluster_rank()),
+        blocks_(cluster_size()) {
+    if (threadIdx.x < 2) shared.failed[threadIdx.x] = 0;
   }
 
+  // The rows of this block's cluster: first, first + step, ...
+  __device__ __forceinline__ int first_row() const { return int(blockIdx.x) / blocks_; }
+  __device__ __forceinline__ int row_step() const { return int(gridDim.x) / blocks_; }
+  // The packs of this thread in each of them: first, first + step, ...
+  __device__ __forceinline__ int first_pack() const { return rank_ * kThreads + int(threadIdx.x); }
+  __device__ __forceinline__ int pack_step() const { return blocks_ * kThreads; }
   __device__ __forceinline__ int packs() const { return packs_; }
 
-  // `sum(i, pack)`: pack i of the row's sum, false if the wait for it gave up. False, for all threads of the block, if
-  // one did. Every thread of the block must come, for the same rows.
+  // Loads what every row wants. Once, before finish(), when what others wait for has been sent.
+  __device__ __forceinline__ void prepare() {
+    gamma_ = gamma_of(first_pack());
+    scale_ = w_.scale != nullptr ? *w_.scale : w_.scale_value;
+    cluster_barrier();  // all blocks are there, and have cleared `failed`
+  }
+
+  // `sum(i, pack)`: pack i of the row's sum, false if the wait for it gave up. False, for all threads of the cluster, if
+  // one did. Every thread of the cluster must come, for the same rows.
   template <typename Sum>
   __device__ __forceinline__ bool finish(int64_t row, const Sum& sum) {
     row_ = row;
-    Wide partial[kPartials] = {};
+    Wide squares[kMaxFusedCluster] = {};
     bool failed = false;
-    uint4 residual = kAhead ? residual_pack(int(threadIdx.x)) : uint4{};
+    uint4 residual = residual_pack(first_pack());
 #pragma unroll 1
-    for (int n = 0, i = int(threadIdx.x); i < packs_; ++n, i += kThreads) {
+    for (int n = 0, i = first_pack(); i < packs_; ++n, i += pack_step()) {
       uint4 s;
       if (!sum(i, s)) failed = true;
-      const uint4 r = with_residual(s, kAhead ? residual : residual_pack(i));
-      if (kAhead) residual = residual_pack(i + kThreads);
+      const uint4 r = with_residual(s, residual);
+      residual = residual_pack(i + pack_step());
       store_pack<Unit<T>>(place(w_.residual_out, i), bytes_behind(i), r);
-      const Wide squares = sum_of_squares(r);
 #pragma unroll
-      for (int k = 0; k < kPartials; ++k) {
+      for (int k = 0; k < kKept; ++k) {
         if (n == k) kept_[k] = r;
-        partial[k] = fused::add(partial[k], n % kPartials == k ? squares : Wide(0));
       }
+      const Wide of_pack = sum_of_squares(r);
+      const int turn = n % (kMaxFusedCluster / blocks_);
+#pragma unroll
+      for (int k = 0; k < kMaxFusedCluster; ++k) squares[k] = fused::add(squares[k], turn == k ? of_pack : Wide(0));
     }
-    if (!block_sum(partial, failed)) return false;
+    if (!cluster_sum(squares, failed)) return false;
     inverse_ = fused::inverse_rms(sum_, w_.hidden, w_.epsilon);
     if (w_.quantization == Quantization::kDynamicFloat8) find_row_scale();
     each_norm([&](int i, uint4 norm) { write(i, norm); });
@@ -124,7 +170,20 @@ class FusedRow {
     if (w_.residual == nullptr || i >= packs_) return {};
     return load_pack<Unit<T>>(place(w_.residual, i), bytes_behind(i));
   }
-  __device__ __forceinline__ int gamma_bytes() const { return w_.gamma_is_float32 ? 4 : int(sizeof(T)); }
+  // gamma's elements of a pack, as they lie: of T in the first half, or float32.
+  struct Gamma {
+    uint4 low, high;
+  };
+  __device__ __forceinline__ bool wide_gamma() const { return sizeof(T) == 2 && w_.gamma_is_float32; }
+  __device__ __forceinline__ Gamma gamma_of(int i) const {
+    if (i >= packs_) return {};
+    const int64_t first = int64_t(i) * kElements;
+    const auto* gamma = static_cast<const std::byte*>(w_.gamma);
+    if (!wide_gamma()) return {load_pack<Unit<T>>(gamma + first * sizeof(T), bytes_behind(i)), {}};
+    const int64_t behind = (w_.hidden - first) * 4;
+    return {load_pack<uint32_t>(gamma + first * 4, behind),
+            behind > kPackBytes ? load_pack<uint32_t>(gamma + first * 4 + kPackBytes, behind - kPackBytes) : uint4{}};
+  }
 
   __device__ __forceinline__ uint4 with_residual(uint4 s, uint4 residual) const {
     if (w_.residual == nullptr) return s;
@@ -160,43 +219,47 @@ class FusedRow {
     return sum;
   }
 
+  // To all blocks of the cluster, each lane of the warp to one.
+  template <typename Word>
+  __device__ __forceinline__ void hand_out(Word* place, Word value) const {
+    const int lane = int(threadIdx.x) % 32;
+    if (lane < blocks_) store_to_block(place, lane, value);
+  }
+
   // False, for all, if a thread failed.
-  __device__ __forceinline__ bool block_sum(const Wide (&partial)[kPartials], bool failed) {
-    constexpr int kWarps = kThreads / 32;
-    const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-    Wide* sums = shared_.sums[turn_];
-#pragma unroll
-    for (int k = 0; k < kPartials; ++k) {
-      const Wide sum = warp_sum(partial[k]);
-      if (lane == 0) sums[k * kWarps + warp] = sum;
-    }
-    if (__syncthreads_or(failed)) return false;
-    sum_ = warp_sum(sums[lane]);
+  __device__ __forceinline__ bool cluster_sum(const Wide (&squares)[kMaxFusedCluster], bool failed) {
     turn_ ^= 1;
+    Wide* sums = shared_.sums[turn_];
+    const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+#pragma unroll
+    for (int k = 0; k < kMaxFusedCluster; ++k) {
+      const int lanes = rank_ + k * blocks_;  // of the row's, kThreads each
+      if (lanes < kMaxFusedCluster && lanes * kThreads < packs_) {
+        hand_out(sums + lanes * kWarps + warp, warp_sum(squares[k]));
+      }
+    }
+    for (int rank = 0; failed && rank < blocks_; ++rank) store_to_block(&shared_.failed[turn_], rank, 1u);
+    cluster_barrier();
+    if (shared_.failed[turn_] != 0) return false;
+    sum_ = warp_sum(lane / kWarps * kThreads < packs_ ? sums[lane] : Wide(0));
     return true;
   }
-
-  __device__ __forceinline__ float block_max(float amax) {
+  __device__ __forceinline__ float cluster_max(float amax) {
     const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     float* most = shared_.most[turn_];
-    amax = warp_max(amax, 32);
-    if (lane == 0) most[warp] = amax;
-    __syncthreads();
-    return warp_max(lane < kThreads / 32 ? most[lane] : 0.0f, 32);
+    hand_out(most + rank_ * kWarps + warp, warp_max(amax, 32));
+    cluster_barrier();
+    return warp_max(lane < blocks_ * kWarps ? most[lane] : 0.0f, 32);
   }
 
-  __device__ __forceinline__ uint4 normalised(int i, uint4 r) const {
+  __device__ __forceinline__ uint4 normalised(uint4 r, const Gamma& gamma) const {
     float v[kElements], g[kElements];
     Accumulator<T>::expand(r, v);
-    const int64_t first = int64_t(i) * kElements;
-    const auto* gamma = static_cast<const std::byte*>(w_.gamma) + first * gamma_bytes();
-    if (gamma_bytes() == int(sizeof(T))) {
-      Accumulator<T>::expand(load_pack<Unit<T>>(gamma, bytes_behind(i)), g);
+    if (!wide_gamma()) {
+      Accumulator<T>::expand(gamma.low, g);
     } else {
-      const int64_t behind = (w_.hidden - first) * 4;
-      const uint4 low = load_pack<uint32_t>(gamma, behind);
-      const uint4 high = behind > kPackBytes ? load_pack<uint32_t>(gamma + kPackBytes, behind - kPackBytes) : uint4{};
-      const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      const uint32_t words[8] = {gamma.low.x,  gamma.low.y,  gamma.low.z,  gamma.low.w,
+                                 gamma.high.x, gamma.high.y, gamma.high.z, gamma.high.w};
 #pragma unroll
       for (int e = 0; e < kElements; ++e) g[e] = __uint_as_float(words[e]);
     }
@@ -218,19 +281,21 @@ class FusedRow {
   __device__ __forceinline__ void each_norm(const Body& body) {
     const int lane = int(threadIdx.x) % 32;
 #pragma unroll 1
-    for (int n = 0, i = int(threadIdx.x); i - lane < packs_; ++n, i += kThreads) {
-      uint4 r{};
+    for (int n = 0, i = first_pack(); i - lane < packs_; ++n, i += pack_step()) {
+      if (i >= packs_) {
+        body(i, uint4{});
+        continue;
+      }
+      uint4 r;
 #pragma unroll
-      for (int k = 0; k < kPartials; ++k) {
+      for (int k = 0; k < kKept; ++k) {
         if (n == k) r = kept_[k];
       }
-      if (n >= kPartials && i < packs_) r = residual_out_pack(i);
-      body(i, i < packs_ ? normalised(i, r) : uint4{});
+      if (n >= kKept) r = load_pack<Unit<T>>(place(w_.residual_out, i), bytes_behind(i));
+      body(i, normalised(r, n == 0 ? gamma_ : gamma_of(i)));
     }
   }
-  __device__ __forceinline__ uint4 residual_out_pack(int i) const {
-    return load_pack<Unit<T>>(place(w_.residual_out, i), bytes_behind(i));
-  }
+
   // Behind the row's end is zero, or NaN, which an amax passes over.
   __device__ __forceinline__ static float amax_of(uint4 norm) {
     float v[kElements], amax = 0;
@@ -243,11 +308,24 @@ class FusedRow {
   __device__ __forceinline__ void find_row_scale() {
     float amax = 0;
     each_norm([&](int, uint4 norm) { amax = fused::amax_of(amax, amax_of(norm)); });
-    row_scale_ = fused::dynamic_scale(block_max(amax));
-    if (threadIdx.x == 0) static_cast<float*>(w_.scales)[row_] = row_scale_;
+    row_scale_ = fused::dynamic_scale(cluster_max(amax));
+    row_inverse_ = fused::divide(1.0f, row_scale_);
+    if (first_pack() == 0) static_cast<float*>(w_.scales)[row_] = row_scale_;
   }
 
-  __device__ __forceinline__ float scale() const { return w_.scale != nullptr ? *w_.scale : w_.scale_value; }
+  // x / row_scale_, rounded to nearest: from a correctly rounded inverse, one step of Newton's makes a quotient that is at
+  // most a unit off, and the next the right one (Markstein). Where the remainder may be too small for float32, e4m3 of the
+  // quotient is 0 either way.
+  __device__ __forceinline__ float by_row_scale(float x) const {
+    if (x == 0) return x;  // with its sign
+    if (row_inverse_ == 0) return fused::multiply(x, 0.0f);  // the scale is infinite
+    float quotient = fused::multiply(x, row_inverse_);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      quotient = __fmaf_rn(__fmaf_rn(-quotient, row_scale_, x), row_inverse_, quotient);
+    }
+    return quotient;
+  }
 
   __device__ __forceinline__ void write(int i, uint4 norm) const {
     const bool valid = i < packs_;
@@ -258,11 +336,11 @@ class FusedRow {
     switch (w_.quantization) {
       case Quantization::kNone: return;
       case Quantization::kFloat8: {
-        const float factor = fused::divide(1.0f, scale());
+        const float factor = fused::divide(1.0f, scale_);
         return write_float8(i, v, [&](int, float x) { return fused::multiply(x, factor); });
       }
       case Quantization::kDynamicFloat8:
-        return write_float8(i, v, [&](int, float x) { return fused::divide(x, row_scale_); });
+        return write_float8(i, v, [&](int, float x) { return by_row_scale(x); });
       case Quantization::kGroupFloat8: return write_groups(i, norm, v);
       case Quantization::kNVFloat4:
         if constexpr (sizeof(T) == 2) write_nv_float4(i, norm, v);
@@ -284,10 +362,9 @@ class FusedRow {
 
   // A block of scales is two packs, of neighbouring lanes.
   __device__ __forceinline__ void write_nv_float4(int i, uint4 norm, const float (&v)[kElements]) const {
-    const float global = scale();
-    const uint8_t block_scale = fused::nv_scale(warp_max(amax_of(norm), 2), global);
+    const uint8_t block_scale = fused::nv_scale(warp_max(amax_of(norm), 2), scale_);
     if (i >= packs_) return;
-    const float factor = fused::nv_factor(block_scale, global);
+    const float factor = fused::nv_factor(block_scale, scale_);
     uint32_t codes = 0;
 #pragma unroll
     for (int e = 0; e < kElements; ++e) codes |= uint32_t(fused::to_e2m1(fused::multiply(v[e], factor))) << (4 * e);
@@ -304,7 +381,8 @@ class FusedRow {
       const float group_scale = fused::group_scale(warp_max(amax_of(norm), packs));
       if (i >= packs_) return;
       if (i % packs == 0) write_exponent(i / packs, group_scale);
-      return write_float8(i, v, [&](int, float x) { return fused::divide(x, group_scale); });
+      const float inverse = fused::divide(1.0f, group_scale);  // exact, of a power of two
+      return write_float8(i, v, [&](int, float x) { return fused::multiply(x, inverse); });
     }
     if (i >= packs_) return;
     const int64_t begin = int64_t(i) * kElements, end = min64(begin + kElements, w_.hidden);
@@ -326,7 +404,7 @@ class FusedRow {
   __device__ __forceinline__ void write_exponent(int64_t group, float group_scale) const {
     static_cast<uint8_t*>(w_.scales)[fused::group_scale_offset(w_, row_, group)] = fused::exponent_of(group_scale);
   }
-  // Of any element of the row, once the block has passed block_sum().
+  // Of any element of the row, once the cluster has passed cluster_sum().
   __device__ __forceinline__ float norm_of(int64_t element) const {
     const auto r = static_cast<const fused::Stored<kDtype<T>>*>(w_.residual_out)[row_ * w_.hidden + element];
     const float gamma = w_.gamma_is_float32
@@ -337,12 +415,13 @@ class FusedRow {
 
   const RowWork& w_;
   Shared& shared_;
-  const int packs_;
-  uint4 kept_[kPartials];  // of residual_out
+  const int packs_, rank_, blocks_;
+  Gamma gamma_;  // of the first pack
+  uint4 kept_[kKept];  // packs of residual_out
   int64_t row_ = 0;
   int turn_ = 0;
+  float scale_ = 1, row_scale_ = 1, row_inverse_ = 1;
   Wide sum_ = 0, inverse_ = 0;
-  float row_scale_ = 1;
 };
 
 }  // namespace mnnvl::kernels

@@ -9,43 +9,45 @@ namespace {
 template <typename T, int kWorld>
 __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
     oneshot_lamport_fused(const __grid_constant__ FusedParams p) {
-  using Row = FusedRow<T, /*kAhead=*/true>;
-  __shared__ typename Row::Shared shared;
+  __shared__ typename FusedRow<T, kWorld>::Shared shared;
   grid_dependency_wait();
   const DeviceGroup& g = p.group;
   LamportCall call(g, Operation::kFusedAllReduce);
-  if (call.aborted()) return;
+  // A thread that must not take part comes all the same, so that its cluster ends as one.
+  const bool aborted = call.aborted();
 
-  Row fused(p.work, shared);
-  const int packs = fused.packs();
+  FusedRow<T, kWorld> fused(p.work, shared);
+  const int packs = fused.packs(), rows = int(p.rows);
   const int64_t row_bytes = p.work.hidden * int64_t(sizeof(T));
   const int64_t slot_bytes = p.rows * packs * kPackBytes;  // slot r holds rank r's rows, each of whole packs
-  const auto load_own = [&](int64_t row, int i) {
+  const auto load_own = [&](int row, int i) {
     const auto* in = static_cast<const std::byte*>(p.in) + (p.first_row + row) * row_bytes + int64_t(i) * kPackBytes;
     return without_negative_zero<T>(load_pack<Unit<T>>(in, row_bytes - int64_t(i) * kPackBytes));
   };
+  const auto offset = [&](int row, int i) { return (int64_t(row) * packs + i) * kPackBytes; };
 
   // Phase 1, publish.
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-    for (int i = int(threadIdx.x); i < packs; i += kFusedThreads) {
-      publish<kWorld>(g, call.stage(0) + g.rank * slot_bytes + (row * packs + i) * kPackBytes, load_own(row, i));
+  for (int row = fused.first_row(); row < rows && !aborted; row += fused.row_step()) {
+    for (int i = fused.first_pack(); i < packs; i += fused.pack_step()) {
+      publish<kWorld>(g, call.stage(0) + g.rank * slot_bytes + offset(row, i), load_own(row, i));
     }
   }
+  fused.prepare();
   call.advance();
   if (p.first_row == 0) fused.zero_padding();
 
   // Phase 2, take, reduce, finish. In place too: a thread reads each pack of the input again before it, and nobody
   // else, writes there.
   const int kept = g.multicast == nullptr ? g.rank : kNoRank;
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+  for (int row = fused.first_row(); row < rows; row += fused.row_step()) {
     const auto sum = [&](int i, uint4& pack) {
-      const int64_t at = row * packs + i;
+      pack = {};
+      if (aborted) return false;
       Accumulator<T> acc;
       Wait wait(g, Operation::kFusedAllReduce, /*stage=*/0, call.sequence());
-      std::byte* first = g.peers[g.rank] + call.stage(0) + at * kPackBytes;
+      std::byte* first = g.peers[g.rank] + call.stage(0) + offset(row, i);
       if (!take_and_sum<T, kWorld, /*kClearFirst=*/false>(g, first, slot_bytes, kept, load_own(row, i), wait,
-                                                          uint64_t(at), acc)) {
-        pack = {};
+                                                          uint64_t(offset(row, i) / kPackBytes), acc)) {
         return false;
       }
       pack = acc.finish(1.0f);
@@ -59,13 +61,13 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
 template <typename T>
 __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
     fused_alone(const __grid_constant__ FusedParams p) {
-  using Row = FusedRow<T, /*kAhead=*/true>;
-  __shared__ typename Row::Shared shared;
+  __shared__ typename FusedRow<T, 1>::Shared shared;
   grid_dependency_wait();
-  Row fused(p.work, shared);
+  FusedRow<T, 1> fused(p.work, shared);
   const int64_t row_bytes = p.work.hidden * int64_t(sizeof(T));
+  fused.prepare();
   fused.zero_padding();
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+  for (int row = fused.first_row(); row < int(p.rows); row += fused.row_step()) {
     const auto sum = [&](int i, uint4& pack) {
       const auto* in = static_cast<const std::byte*>(p.in) + row * row_bytes + int64_t(i) * kPackBytes;
       Accumulator<T> acc;

@@ -10,14 +10,14 @@ namespace {
 template <typename T, int kWorld>
 __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
     twoshot_lamport_fused(const __grid_constant__ FusedParams p) {
-  using Row = FusedRow<T, /*kAhead=*/kWorld <= 4>;
-  __shared__ typename Row::Shared shared;
+  __shared__ typename FusedRow<T, kWorld>::Shared shared;
   grid_dependency_wait();
   const DeviceGroup& g = p.group;
   LamportCall call(g, Operation::kFusedAllReduce);
-  if (call.aborted()) return;
+  // A thread that must not take part comes all the same, so that its cluster ends as one.
+  const bool aborted = call.aborted();
 
-  Row fused(p.work, shared);
+  FusedRow<T, kWorld> fused(p.work, shared);
   const int world = kWorld ? kWorld : g.world_size, packs = fused.packs();
   const int rows = int(p.rows), slice = int(ceil_div(rows, world));  // a launch has fewer than 2^31 packs
   const int64_t row_bytes = p.work.hidden * int64_t(sizeof(T));
@@ -30,16 +30,18 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
   std::byte* const own = g.peers[g.rank];
 
   // Phase 1, scatter: every row that has another owner, to that one's slot [rank].
-  for (int j = int(blockIdx.x); j < slice; j += int(gridDim.x)) {
+  const int step = fused.row_step();
+  for (int j = fused.first_row(); j < slice && !aborted; j += step) {
     for (int k = 1; k < world; ++k) {
       const int owner = owner_of(k);
       if (owner * slice + j >= rows) continue;
-      for (int i = int(threadIdx.x); i < packs; i += kFusedThreads) {
+      for (int i = fused.first_pack(); i < packs; i += fused.pack_step()) {
         st_relaxed_sys_v4(g.peers[owner] + call.stage(0) + offset(g.rank * slice + j, i),
                           load_own(owner * slice + j, i));
       }
     }
   }
+  fused.prepare();
   call.advance();
   if (p.first_row == 0) fused.zero_padding();
 
@@ -47,8 +49,7 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
   // meanwhile. In place too: what is written of the input has been scattered, or is read once more by the same thread
   // before. A multicast store has put the own sum into the own slot too: it is waited for and taken like the others, so
   // that the slot is clear when this call ends.
-  const int step = int(gridDim.x);
-  for (int j = int(blockIdx.x); j < slice + step; j += step) {
+  for (int j = fused.first_row(); j < slice + step; j += step) {
     for (int k = 0; k < world; ++k) {
       const int owner = owner_of(k);
       const int number = k == 0 ? j : j - step;  // of the row in its owner's slice
@@ -58,6 +59,7 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
         const uint32_t index = uint32_t(row * packs + i);
         Wait wait(g, Operation::kFusedAllReduce, /*stage=*/k == 0 ? 0 : 1, call.sequence());
         pack = {};
+        if (aborted) return false;
         std::byte* const result = own + call.stage(1) + offset(row, i);
         if (k != 0) return take(result, owner, wait, index, pack);
         Accumulator<T> acc;
