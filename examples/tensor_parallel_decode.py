@@ -1,11 +1,13 @@
-"""Tensor-parallel decoding with the function trtllm_mnnvl_allreduce, on CPU or GPUs:
+"""Tensor-parallel decoding with the fused all-reduce, on CPU or GPUs:
 
     torchrun --nproc-per-node 2 examples/tensor_parallel_decode.py                    # on GPUs inside a CUDA graph
+    torchrun --nproc-per-node 2 examples/tensor_parallel_decode.py --unfused          # with trtllm_mnnvl_allreduce
     torchrun --nproc-per-node 2 examples/tensor_parallel_decode.py --backend nccl     # with dist.all_reduce, or gloo
 
 A small transformer with random weights continues some prompts. Each rank has its share of the attention heads, with
-their cache, and of the hidden features; after each of both an all-reduce of [sequences, features] adds the shares up.
-All ranks must choose the same tokens, and the whole model on one rank these too.
+their cache, and of the hidden features; after each of both an all-reduce of [sequences, features] adds the shares up,
+the residual is added, and what comes is normalised for the next layer: one call of
+trtllm_mnnvl_fused_allreduce_add_rmsnorm. All ranks must choose the same tokens, and the whole model on one rank these too.
 """
 
 from collections.abc import Callable
@@ -13,12 +15,20 @@ from collections.abc import Callable
 import common
 import torch
 import torch.distributed as dist
-from torch.nn.functional import embedding, layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention
 
-from mnnvl_backend import Mapping, MNNVLAllReduceFusionWorkspace, trtllm_mnnvl_allreduce
+from mnnvl_backend import (
+    Mapping,
+    MNNVLAllReduceFusionWorkspace,
+    trtllm_mnnvl_allreduce,
+    trtllm_mnnvl_fused_allreduce_add_rmsnorm,
+)
 
 LAYERS, HEADS, HEAD, FEATURES, HIDDEN, WORDS, SEQUENCES = 3, 8, 16, 128, 256, 500, 4
+EPSILON = 1e-6
 AddUp = Callable[[torch.Tensor], torch.Tensor]
+# Of a share, the residual and a norm's weight: the sum of the shares and the residual, normalised, and as it is.
+AddNorm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Decoder:
@@ -27,14 +37,15 @@ class Decoder:
     All it reads and writes lies at fixed addresses, the position too, so that a CUDA graph of a step can be replayed.
     """
 
-    def __init__(self, part: int, parts: int, add_up: AddUp, steps: int, device: torch.device) -> None:
+    def __init__(self, part: int, parts: int, add_norm: AddNorm, steps: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def weight(rows: int, columns: int, split: int | None = None) -> torch.Tensor:
             whole = torch.randn(rows, columns, generator=generator) / columns**0.5
             return (whole if split is None else whole.chunk(parts, split)[part]).contiguous().to(device)
 
-        self.add_up, self.words, self.head = add_up, weight(WORDS, FEATURES), weight(WORDS, FEATURES)
+        self.add_norm, self.words, self.head = add_norm, weight(WORDS, FEATURES), weight(WORDS, FEATURES)
+        self.norms = 1 + weight(2 * LAYERS + 1, FEATURES)  # before each half of a layer, and the head
         self.positions = weight(steps, FEATURES)
         self.layers = [
             {
@@ -58,11 +69,12 @@ class Decoder:
 
     def step(self) -> None:
         x = embedding(self.tokens, self.words) + embedding(self.position, self.positions)
+        normed, norms = rms_norm(x, [FEATURES], self.norms[0], EPSILON), iter(self.norms[1:])
         for layer, cache in zip(self.layers, self.cache, strict=True):
-            x = x + self.add_up(self.attention(layer_norm(x, [FEATURES]), layer, cache))
-            hidden = torch.relu(linear(layer_norm(x, [FEATURES]), layer["up"]))
-            x = x + self.add_up(linear(hidden, layer["down"]))
-        self.tokens.copy_(linear(layer_norm(x, [FEATURES]), self.head).argmax(-1))
+            normed, x = self.add_norm(self.attention(normed, layer, cache), x, next(norms))
+            hidden = torch.relu(linear(normed, layer["up"]))
+            normed, x = self.add_norm(linear(hidden, layer["down"]), x, next(norms))
+        self.tokens.copy_(linear(normed, self.head).argmax(-1))
         self.position += 1
 
 
@@ -82,29 +94,42 @@ def decode(decoder: Decoder, steps: int, graph: bool) -> torch.Tensor:
     return torch.stack(chosen, 1)
 
 
+def unfused(add_up: AddUp) -> AddNorm:
+    def add_norm(share: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x + add_up(share)
+        return rms_norm(x, [FEATURES], weight, EPSILON), x
+
+    return add_norm
+
+
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
     dist.all_reduce(x)
     return x
 
 
 def main() -> None:
-    arguments = common.parser(__doc__, steps=32).parse_args()
+    parser = common.parser(__doc__, steps=32)
+    parser.add_argument("--unfused", action="store_true", help="add the residual and normalise behind the all-reduce")
+    arguments = parser.parse_args()
     device = common.start(arguments)
     rank, world_size, steps = dist.get_rank(), dist.get_world_size(), arguments.steps
-    workspace, add_up = None, all_reduce
+    workspace, add_norm = None, unfused(all_reduce)
     if arguments.backend == "mnnvl":
         workspace = MNNVLAllReduceFusionWorkspace(
             Mapping(world_size=world_size, rank=rank, tp_size=world_size),
             max_num_tokens=SEQUENCES, hidden_dim=FEATURES, dtype=torch.float32, device=device,
         )  # fmt: skip
 
-        def add_up(x: torch.Tensor) -> torch.Tensor:
-            return trtllm_mnnvl_allreduce(x, workspace, launch_with_pdl=False)
+        def add_norm(share: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return trtllm_mnnvl_fused_allreduce_add_rmsnorm(share, x, weight, workspace, EPSILON)
+
+        if arguments.unfused:
+            add_norm = unfused(lambda x: trtllm_mnnvl_allreduce(x, workspace, launch_with_pdl=False))
 
     graph = device.type == "cuda"
     with torch.inference_mode():
-        tokens = decode(Decoder(rank, world_size, add_up, steps, device), steps, graph)
-        alone = decode(Decoder(0, 1, lambda x: x, steps, device), steps, False)
+        tokens = decode(Decoder(rank, world_size, add_norm, steps, device), steps, graph)
+        alone = decode(Decoder(0, 1, unfused(lambda x: x), steps, device), steps, False)
     everybodys = [torch.empty_like(tokens) for _ in range(world_size)]
     dist.all_gather(everybodys, tokens)
     if not all(torch.equal(tokens, other) for other in everybodys):

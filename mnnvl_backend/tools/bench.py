@@ -99,21 +99,28 @@ def sample_eager(place: Place, call: Callable[[], Any], size: int) -> Callable[[
     return sample
 
 
-def measure(place: Place, peer: Peer, operation: Operation, size: int, dtype: torch.dtype, replays: int) -> Point:
-    # Random values (zeros can be faster than any real data), anew before each sample and so small that they stay finite
-    # however often they are summed in place within it.
-    numel = size // dtype.itemsize
-    if operation.divided:
-        numel -= numel % place.world_size
-    values = (torch.randn(numel, device=place.device) * 2.0**-100).to(dtype)
-    prepared = peer.prepare(operation, values)
-    verify(place, peer, operation, prepared)
-    captured = place.device.type == "cuda" and operation.captured
-    timed = (sample_captured if captured else sample_eager)(place, prepared.call, size)
+def times_of(
+    place: Place,
+    call: Callable[[], Any],
+    refill: Callable[[], Any],
+    size: int,
+    replays: int,
+    captured: bool = True,
+    steps: int = 1,
+) -> tuple[float, float, float, int]:
+    """Collective: median, least and most of the slowest rank's microseconds per call, and the number of samples.
+
+    Args:
+        refill: run before each sample.
+        size: in bytes, by which calls are counted to a sample.
+        captured: in a CUDA graph, if on a GPU.
+        steps: of one call; times are of one.
+    """
+    timed = (sample_captured if captured and place.device.type == "cuda" else sample_eager)(place, call, size)
 
     def sample() -> float:
-        prepared.source.copy_(values)
-        return timed() / operation.steps
+        refill()
+        return timed() / steps
 
     dist.barrier()
     begin = time.perf_counter()
@@ -124,7 +131,22 @@ def measure(place: Place, peer: Peer, operation: Operation, size: int, dtype: to
     dist.barrier()
     own = [sample() for _ in range(count)]
     slowest = [max(times) for times in zip(*everybody(own), strict=True)]
-    return Point(peer.name, size, statistics.median(slowest), min(slowest), max(slowest), count)
+    return statistics.median(slowest), min(slowest), max(slowest), count
+
+
+def measure(place: Place, peer: Peer, operation: Operation, size: int, dtype: torch.dtype, replays: int) -> Point:
+    # Random values (zeros can be faster than any real data), anew before each sample and so small that they stay finite
+    # however often they are summed in place within it.
+    numel = size // dtype.itemsize
+    if operation.divided:
+        numel -= numel % place.world_size
+    values = (torch.randn(numel, device=place.device) * 2.0**-100).to(dtype)
+    prepared = peer.prepare(operation, values)
+    verify(place, peer, operation, prepared)
+    times = times_of(
+        place, prepared.call, lambda: prepared.source.copy_(values), size, replays, operation.captured, operation.steps
+    )
+    return Point(peer.name, size, *times)
 
 
 def sizes_of(operation: Operation, on_gpu: bool, min_bytes: int | None, max_bytes: int | None) -> list[int]:
@@ -169,6 +191,8 @@ def earlier_results(files: Sequence[str]) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Of cli.parser()."""
+    if arguments.hidden or arguments.tokens:
+        raise SystemExit("--hidden, --tokens: only with --fused")
     if not arguments.multicast:
         os.environ.update(NO_MULTICAST)
     operations = arguments.operation or (list(OPERATIONS) if arguments.smoke else ["all_reduce"])

@@ -50,9 +50,8 @@ class Results:
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
     def markdown(self) -> str:
-        machine = "\n".join(f"- {key}: {value}" for key, value in self.machine.items())
-        notes = "\n".join(f"- {name}: {note}" for name, note in self.notes.items())
-        return f"# {self.operation}, µs: median (least-most), slowest rank\n\n{machine}\n\n{self.table()}\n\n{notes}\n"
+        title = f"{self.operation}, µs: median (least-most), slowest rank"
+        return report(title, self.machine, self.table(), self.notes)
 
     def compare(self, old: dict[str, Any]) -> tuple[str, bool]:
         """Markdown: ours beside what `old`, the JSON of an earlier run, has of ours; and whether anything is slower: by
@@ -88,6 +87,13 @@ class Results:
             except ImportError:
                 print("no picture: pip install matplotlib")
         print(f"written: {', '.join(map(str, written))}")
+
+
+def report(title: str, machine: dict[str, Any], table: str, notes: dict[str, str]) -> str:
+    """Markdown."""
+    machine_lines = "\n".join(f"- {key}: {value}" for key, value in machine.items())
+    note_lines = "\n".join(f"- {name}: {note}" for name, note in notes.items())
+    return f"# {title}\n\n{machine_lines}\n\n{table}\n\n{note_lines}\n"
 
 
 def human(size: int) -> str:

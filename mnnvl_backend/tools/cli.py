@@ -25,6 +25,16 @@ def _operations(text: str) -> list[str]:
     return names
 
 
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers from 1 on such as 1,8,64, got {text!r}")
+    return counts
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mnnvl", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
@@ -46,10 +56,19 @@ def parser() -> argparse.ArgumentParser:
         help="comma-separated: all_reduce (the default), reduce_scatter, reduce, all_gather, gather, broadcast, "
         "scatter, all_to_all, barrier, send_recv, ping_pong",
     )
+    bench.add_argument(
+        "--fused",
+        action="store_true",
+        help="instead: the fused all-reduce + residual + RMS norm, also quantized, beside NCCL or gloo and torch's own",
+    )
+    bench.add_argument("--hidden", type=_counts, help="of --fused, comma-separated; default 4096, on CUDA also 7168")
+    bench.add_argument(
+        "--tokens", type=_counts, help="of --fused, comma-separated; default powers of two up to 256, on CUDA 2048"
+    )
     bench.add_argument("--min-bytes", type=_size, help="of what a rank puts in; default 1K, of all_reduce on CUDA 2K")
     bench.add_argument("--max-bytes", type=_size, help="default 64M; on CUDA 256M, but of all_reduce")
     bench.add_argument("--replays", type=int, default=31, help="samples per size and peer")
-    bench.add_argument("--only", help="comma-separated peers, e.g. mnnvl,nccl")
+    bench.add_argument("--only", help="comma-separated peers, e.g. mnnvl,nccl; of --fused columns")
     bench.add_argument("--multicast", action="store_true", help="let mnnvl and its peers make multicast objects")
     bench.add_argument("--output", help="folder for the dated results: markdown, JSON and, with matplotlib, pictures")
     bench.add_argument("--limit", type=float, metavar="GB/S", help="of the link in one direction, for the pictures")
@@ -77,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mnnvl_backend.tools import demo
 
         return demo.run(arguments.device, arguments.epochs)
+    if arguments.fused:
+        from mnnvl_backend.tools import bench_fused
+
+        return bench_fused.run(arguments)
     from mnnvl_backend.tools import bench
 
     return bench.run(arguments)

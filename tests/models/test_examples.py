@@ -79,16 +79,16 @@ def test_expert_parallel(device):
 
 
 def test_tensor_parallel_decode(device):
-    """With the function, and with all_reduce of torch.distributed: the same tokens."""
+    """Fused, with the plain function, and with all_reduce of torch.distributed: the same tokens."""
     other = "gloo" if device == "cpu" else "nccl"
     want_gpus(device, 2)
     first = []
-    for backend in ("mnnvl", other):
-        done = torchrun(2, "tensor_parallel_decode.py", "--device", device, "--backend", backend)
+    for how in (["mnnvl"], ["mnnvl", "--unfused"], [other]):
+        done = torchrun(2, "tensor_parallel_decode.py", "--device", device, "--backend", *how)
         assert done.returncode == 0, done.stderr
         sequence, summary = done.stdout.splitlines()
-        how = "CUDA graph" if device == "cuda" else "eager"
-        assert summary == f"2 ranks on {device}, {how}: 32 tokens of 4 sequences, as on one rank"
+        captured = "CUDA graph" if device == "cuda" else "eager"
+        assert summary == f"2 ranks on {device}, {captured}: 32 tokens of 4 sequences, as on one rank"
         assert len(set(sequence.split()[2:])) > 5, f"one word over and over: {sequence}"
         first.append(sequence)
-    assert first[0] == first[1]
+    assert first[0] == first[1] == first[2]
