@@ -70,7 +70,8 @@ void check_overlaps(const FusedTensors& t) {
   if (t.scales) outputs.push_back({"scale_out", &*t.scales});
   const auto check = [](const Named& output, const Named& other, bool may_be_same) {
     const auto status = at::get_overlap_status(*output.tensor, *other.tensor);
-    const bool meets = status == at::MemOverlapStatus::Partial || (status == at::MemOverlapStatus::Full && !may_be_same);
+    const bool meets =
+        status == at::MemOverlapStatus::Partial || (status == at::MemOverlapStatus::Full && !may_be_same);
     expect(!meets, output.name, "memory apart from ", other.name, may_be_same ? ", or exactly its" : "",
            ", got memory that overlaps it");
   };

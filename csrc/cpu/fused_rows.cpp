@@ -51,8 +51,8 @@ class Row {
     }
     const auto inverse = fused::inverse_rms(lanes[0], hidden, w_.epsilon);
     for (int64_t i = 0; i < hidden; ++i) {
-      const float gamma = w_.gamma_is_float32 ? load<float>(w_.gamma, i)
-                                              : fused::widen<dtype>(load<Stored>(w_.gamma, i));
+      const float gamma =
+          w_.gamma_is_float32 ? load<float>(w_.gamma, i) : fused::widen<dtype>(load<Stored>(w_.gamma, i));
       const Stored normed =
           fused::normalise<dtype>(load<Stored>(w_.residual_out, begin + i), inverse, gamma, w_.weight_bias);
       if (w_.norm != nullptr) store(w_.norm, begin + i, normed);
@@ -128,7 +128,9 @@ void finish(const RowWork& work, int64_t number, const std::byte* sums) {
 }  // namespace
 
 void check_row_work(const RowWork& work) {
-  const auto invalid = [](const auto&... what) { fail(ErrorKind::kInvalidArgument, "mnnvl: fused all_reduce: ", what...); };
+  const auto invalid = [](const auto&... what) {
+    fail(ErrorKind::kInvalidArgument, "mnnvl: fused all_reduce: ", what...);
+  };
   if (work.rows < 0 || work.hidden < 0) invalid("[", work.rows, ", ", work.hidden, "] elements");
   if (!is_float_sum(work.dtype, ReduceOp::kSum)) invalid("of dtype ", int(work.dtype));
   if (work.quantization == Quantization::kNVFloat4 && work.hidden % fused::kNVBlock != 0)

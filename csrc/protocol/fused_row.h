@@ -7,8 +7,8 @@
 //   norm   (r * inv) * (weight_bias + gamma) in Wide, rounded to T; -0 stays
 //
 // The sum of squares has one order, whatever the strategy, the grid or the number of rows: pack p of a row (16 bytes,
-// the last one filled up with zeros) belongs to lane p % kRowLanes. The squares of a pack are added one after the other,
-// so are these sums of a lane's packs; then lanes are added in pairs, those whose numbers differ in the lowest bit
+// the last one filled up with zeros) belongs to lane p % kRowLanes. A pack's squares are added one after the other, so
+// are these sums of a lane's packs; then lanes are added in pairs, those whose numbers differ in the lowest bit
 // first. Zeros change no bit, so a lane without packs need not be there.
 //
 // Quantised is the rounded norm, widened to float32, n below:

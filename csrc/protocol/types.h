@@ -13,7 +13,9 @@ constexpr int kPackBytes = 16;        // one vector access; the unit of every La
 
 // Most threads a block of the kernels: what tuning/ may ask for, and what kernels/ compiles for (launch bounds). The
 // all-reduces of larger worlds need more registers a thread.
-MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 5 ? 512 : 256; }// Of the fused ones exactly: each keeps more. Blocks of a cluster share a row.
+MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) {
+  return world_size <= 5 ? 512 : 256;
+}// Of the fused ones exactly: each keeps more. Blocks of a cluster share a row.
 constexpr int kFusedThreads = 256;
 constexpr int kMaxFusedCluster = 4;
 
@@ -64,7 +66,7 @@ enum class Operation : int {
   kAllToAll = 10,
   kFusedAllReduce = 11,
 };
-// What a fused all-reduce does with the normalised rows, by the values of FlashInfer's MNNVLQuantType; the last is ours.
+// What a fused all-reduce does with its rows, by the values of FlashInfer's MNNVLQuantType; the last is ours.
 enum class Quantization : int { kNone = 0, kFloat8 = 1, kNVFloat4 = 2, kDynamicFloat8 = 3, kGroupFloat8 = 4 };
 // Of the scales of kNVFloat4, by the values of FlashInfer's QuantizationSFLayout.
 enum class ScaleLayout : int { kSwizzled128x4 = 0, kLinear = 2 };

@@ -70,9 +70,9 @@ FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_pack
   const int world = group.world_size;
   const int64_t row_bytes = row_packs * kPackBytes;
   const int64_t oneshot_rows = group.layout.generation_bytes / (world * row_bytes);
-  const bool oneshot = strategy == Strategy::kOneShot ||
-                       (strategy == Strategy::kAuto && rows * row_bytes <= oneshot_limit(kCrossovers, world) &&
-                        rows <= oneshot_rows);
+  const bool oneshot =
+      strategy == Strategy::kOneShot ||
+      (strategy == Strategy::kAuto && rows * row_bytes <= oneshot_limit(kCrossovers, world) && rows <= oneshot_rows);
   FusedChoice choice;
   choice.algorithm = oneshot ? Algorithm::kOneShotLamport : Algorithm::kTwoShotLamport;
   choice.launch_rows = oneshot ? oneshot_rows : group.layout.generation_bytes / 2 / (world * row_bytes) * world;

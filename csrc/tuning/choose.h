@@ -32,8 +32,8 @@ AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype 
 // A reduce-scatter of float sums, `numel` elements to each rank.
 LamportShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype dtype);
 
-// A fused all-reduce: rows, each padded to `row_packs` whole packs. A cluster of blocks takes a row; launch_rows: most of
-// one launch.
+// A fused all-reduce: rows, each padded to `row_packs` whole packs. A cluster of blocks takes a row. launch_rows: most
+// of one launch.
 struct FusedChoice {
   Algorithm algorithm = Algorithm::kOneShotLamport;
   int cluster = 1;

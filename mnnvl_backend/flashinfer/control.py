@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 
-from mnnvl_backend import config
+from mnnvl_backend import arguments, config
 from mnnvl_backend.compiled import load_compiled
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import ProcessGroup, Store
 
     from mnnvl_backend.flashinfer.mapping import Mapping
+
+COMM_METHODS = ("Get_rank", "Get_size", "allgather", "bcast", "barrier", "Split")
 
 
 @runtime_checkable
@@ -168,3 +170,17 @@ class BytesComm:
 
     def all_gather(self, data: bytes) -> list[bytes]:
         return list(self._comm.allgather(data))
+
+
+def leave(comm: CommBackend) -> None:
+    """The meeting of one collective step ends with it: other workspaces use the same store."""
+    if isinstance(comm, StoreComm):
+        comm.leave()
+
+
+def check_comm(comm_backend: object) -> None:
+    missing = [m for m in COMM_METHODS if not callable(getattr(comm_backend, m, None))]
+    if missing or isinstance(comm_backend, type):
+        wanted = f"an object with the methods {', '.join(COMM_METHODS)}"
+        got = f"{arguments.shown(comm_backend)}, without {', '.join(missing)}" if missing else "a class"
+        raise TypeError(f"comm_backend: expected {wanted}, or None, got {got}")

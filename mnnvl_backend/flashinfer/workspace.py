@@ -15,7 +15,7 @@ import torch
 
 from mnnvl_backend import arguments, config
 from mnnvl_backend.compiled import load_compiled
-from mnnvl_backend.flashinfer.control import BytesComm, CommBackend, StoreComm, telling_peers
+from mnnvl_backend.flashinfer.control import BytesComm, CommBackend, check_comm, leave, telling_peers
 from mnnvl_backend.flashinfer.strategy import (
     MNNVL_ONE_SHOT_THRESHOLD,
     MNNVLAllreduceFusionStrategy,
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 MAX_BUFFER_BYTES = 2**32 - 1  # FlashInfer's limit, kept so that the same program works with both
 MAX_WORLD_SIZE = 72  # csrc/protocol/types.h
 TOKENS = "mc_ptr, uc_ptrs_dev or uc_ptr_local"
-COMM_METHODS = ("Get_rank", "Get_size", "allgather", "bcast", "barrier", "Split")
 MAPPING_SIZES = {"tp_size": 1, "cp_size": 1, "tp_rank": 0, "cp_rank": 0, "pp_rank": 0}  # and their least values
 
 # A custom op takes tensors and numbers only, so it names its workspace by number. Weak: an op never keeps one alive.
@@ -111,7 +110,7 @@ class MNNVLAllReduceFusionWorkspace(AllReduceFusionWorkspace):
                 **settings.fields(),
             )
         self._comm = comm
-        _leave(comm)
+        leave(comm)
         self.buffer_size_bytes: int = self._compiled.buffer_size_bytes
         self.handle = next(_handles)
         _by_handle[self.handle] = self
@@ -227,7 +226,7 @@ class MNNVLAllReduceFusionWorkspace(AllReduceFusionWorkspace):
         """
         compiled = self._existing()
         if comm_backend is not None:
-            _check_comm(comm_backend)
+            check_comm(comm_backend)
             place = (comm_backend.Get_rank(), comm_backend.Get_size())
             if place != (self.rank, self.tp_size):
                 raise ValueError(
@@ -247,7 +246,7 @@ class MNNVLAllReduceFusionWorkspace(AllReduceFusionWorkspace):
         try:
             return step(BytesComm(comm), self.rank, self.tp_size)
         finally:
-            _leave(comm)
+            leave(comm)
 
     def destroy(self) -> None:
         """Unmaps and frees; idempotent. Not collective, but no rank may still be in a call on this workspace."""
@@ -300,20 +299,6 @@ def compiled_workspace(handle: int) -> Any:
     return workspace._compiled
 
 
-def _leave(comm: CommBackend) -> None:
-    """The meeting of one collective step ends with it: other workspaces use the same store."""
-    if isinstance(comm, StoreComm):
-        comm.leave()
-
-
-def _check_comm(comm_backend: object) -> None:
-    missing = [m for m in COMM_METHODS if not callable(getattr(comm_backend, m, None))]
-    if missing or isinstance(comm_backend, type):
-        wanted = f"an object with the methods {', '.join(COMM_METHODS)}"
-        got = f"{arguments.shown(comm_backend)}, without {', '.join(missing)}" if missing else "a class"
-        raise TypeError(f"comm_backend: expected {wanted}, or None, got {got}")
-
-
 def _check_arguments(
     mapping: Any,
     max_num_tokens: object,
@@ -331,7 +316,7 @@ def _check_arguments(
     """
     _check_mapping(mapping)
     if comm_backend is not None:
-        _check_comm(comm_backend)
+        check_comm(comm_backend)
     if options is not None:
         arguments.instance("options", options, Options, "mnnvl_backend.Options or None")
     size = _buffer_size(mapping.tp_size, max_num_tokens, hidden_dim, dtype, buffer_size_in_bytes)

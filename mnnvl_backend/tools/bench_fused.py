@@ -30,6 +30,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from mnnvl_backend import Mapping, MNNVLAllReduceFusionWorkspace, trtllm_mnnvl_allreduce
+from mnnvl_backend.flashinfer.fusion import (
+    trtllm_mnnvl_fused_allreduce_add_rmsnorm,
+    trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant,
+)
+from mnnvl_backend.flashinfer.quantization import MNNVLQuantType, QuantizationSFLayout
 from mnnvl_backend.options import Options
 from mnnvl_backend.tools.bench import NO_MULTICAST, everybody, times_of
 from mnnvl_backend.tools.bench_results import describe, report
@@ -40,6 +46,7 @@ EPSILON = 1e-6
 FP8_SCALE, FP8_MOST = 1 / 32, 448.0  # by which a norm is divided; the greatest value
 NVFP4_SCALE, NVFP4_BLOCK = 64.0, 16  # by which scales are multiplied; elements to a scale
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}  # of the unfused
 OURS = ("allreduce", "fused", "fused+fp8", "fused+dynamic fp8", "fused+nvfp4")
 NORMS_OF_PEERS = ("unfused", "unfused compiled")  # what "fused" is compared with
 
@@ -56,7 +63,7 @@ class Problem:
 
     def _integers(self, seed: int) -> torch.Tensor:
         """[tokens, hidden], from -3 to 3, float32: bfloat16 holds their sums over up to 80 ranks exactly, in any order.
-        Hashes of the index: alike on every rank and device, and no two rows are the same."""
+        Hashes of the index: alike on every rank and device, and rows differ."""
         index = torch.arange(self.tokens * self.hidden, device=self._place.device) + (seed + 2) * 1_000_003
         return ((index * 2_654_435_761 >> 16) % 7 - 3).float().view(self.tokens, self.hidden)
 
@@ -140,8 +147,6 @@ class Ours:
     """On one workspace, large enough for all problems."""
 
     def __init__(self, place: Place, hidden: int, tokens: int) -> None:
-        from mnnvl_backend import Mapping, MNNVLAllReduceFusionWorkspace
-
         mapping = Mapping(place.world_size, place.rank, tp_size=place.world_size)
         self._workspace = MNNVLAllReduceFusionWorkspace(
             mapping, tokens, hidden, DTYPE, device=place.device, options=Options()
@@ -150,32 +155,27 @@ class Ours:
         self._nvfp4_scale = torch.tensor([NVFP4_SCALE], device=place.device)
 
     def all_reduce(self, of: Problem) -> Prepared:
-        from mnnvl_backend import trtllm_mnnvl_allreduce
-
         output = _blank(of.x.shape, DTYPE, of.x)
         return Prepared(
             lambda: trtllm_mnnvl_allreduce(of.x, self._workspace, False, output=output), lambda _: {"the sum": output}
         )
 
     def fused(self, of: Problem) -> Prepared:
-        from mnnvl_backend.flashinfer.fusion import trtllm_mnnvl_fused_allreduce_add_rmsnorm as fused
-
         output, residual_out = (_blank(of.x.shape, DTYPE, of.x) for _ in range(2))
 
         def call() -> Any:
-            return fused(of.x, of.residual, of.gamma, self._workspace, EPSILON, output, residual_out)
+            return trtllm_mnnvl_fused_allreduce_add_rmsnorm(
+                of.x, of.residual, of.gamma, self._workspace, EPSILON, output, residual_out
+            )
 
         return Prepared(call, lambda _: {"residual_out": residual_out, "the norm": output})
 
     def _quantized(self, of: Problem, values: torch.Tensor, scales: torch.Tensor | None, **how: Any) -> Any:
         """The call and residual_out."""
-        from mnnvl_backend.flashinfer.fusion import trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant as fused
-        from mnnvl_backend.flashinfer.quantization import QuantizationSFLayout
-
         residual_out = _blank(of.x.shape, DTYPE, of.x)
 
         def call() -> Any:
-            return fused(
+            return trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant(
                 of.x, of.residual, of.gamma, self._workspace, EPSILON, None, residual_out, values, scales,
                 layout_code=QuantizationSFLayout.LINEAR, **how,
             )  # fmt: skip
@@ -183,8 +183,6 @@ class Ours:
         return call, residual_out
 
     def fused_fp8(self, of: Problem) -> Prepared:
-        from mnnvl_backend.flashinfer.quantization import MNNVLQuantType
-
         values = _blank(of.x.shape, FP8, of.x)
         call, residual_out = self._quantized(
             of, values, None, quant_type=MNNVLQuantType.FP8, output_scale=self._fp8_scale
@@ -194,8 +192,6 @@ class Ours:
         )
 
     def fused_dynamic_fp8(self, of: Problem) -> Prepared:
-        from mnnvl_backend.flashinfer.quantization import MNNVLQuantType
-
         values, scales = _blank(of.x.shape, FP8, of.x), _blank((of.tokens, 1), torch.float32, of.x)
         call, residual_out = self._quantized(of, values, scales, quant_type=MNNVLQuantType.DYNAMIC_FP8)
         return Prepared(
@@ -203,8 +199,6 @@ class Ours:
         )
 
     def fused_nvfp4(self, of: Problem) -> Prepared:
-        from mnnvl_backend.flashinfer.quantization import MNNVLQuantType
-
         values = _blank((of.tokens, of.hidden // 2), torch.uint8, of.x)
         scales = _blank((of.tokens, of.hidden // NVFP4_BLOCK), FP8, of.x)
         call, residual_out = self._quantized(
@@ -344,7 +338,7 @@ def peers_of(
         try:
             if not place.peer_possible:
                 raise RuntimeError("NCCL refuses several ranks on one GPU")
-            peers.append(Unfused(place, "nccl" if place.device.type == "cuda" else "gloo"))
+            peers.append(Unfused(place, BACKENDS[place.device.type]))
         except Exception as error:
             notes.update({name: f"not here: {error}" for name in unfused if not only or name in only})
     return peers
@@ -386,7 +380,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokens = arguments.tokens or [1 << i for i in range(12 if on_gpu else 9)]
         results = Results(describe(place, NO_MULTICAST))
         results.machine["dtype"] = str(DTYPE).removeprefix("torch.")
-        results.machine["operation"] = "SUM + residual + RMS norm; unfused: in place by " + ("NCCL" if on_gpu else "gloo")
+        results.machine["operation"] = f"SUM + residual + RMS norm; unfused: {BACKENDS[place.device.type]}"
         peers = peers_of(place, hidden, tokens, only, results.notes)
         every = {name: column for peer in peers for name, column in peer.columns().items()}
         columns = {name: column for name, column in every.items() if not only or name in only}

@@ -1,86 +1,22 @@
-// A row of a fused all-reduce on a cluster of blocks: protocol/fused_row.h with hardware's conversions, which round alike.
+// A row of a fused all-reduce on a cluster of blocks: protocol/fused_row.h, by hardware's conversions, which round as it
+// says.
 //
-// Thread t of block b takes packs b * threads + t, then every further one a cluster's threads away. So its packs belong to
-// as many of the row's lanes as the cluster has fewer blocks than kMaxFusedCluster, and in turns. kKept of them stay in
-// registers from the sum to the end; others are read back from residual_out, where the same thread has written them.
+// Thread t of block b takes packs b * threads + t, then every further one a cluster's threads away. With fewer blocks
+// than kMaxFusedCluster these belong to several of the row's lanes, in turns. The first kKept stay in registers from
+// the sum to the end; others are read back from residual_out, where the same thread has written them.
 //
-// Blocks hand their warps' sums to all blocks of the cluster, through their shared memory. Two rows take turns in it: who
-// writes for the next row but one has passed the barrier of the next, which all reach when they have read this one's. A
-// block writes to no other after the last barrier, so it may end then. All leave a failed call at the same barrier.
+// Blocks hand their warps' sums to all blocks of the cluster, through their shared memory. Two rows take turns in it:
+// who writes for the next row but one has passed the barrier of the next, which all reach when they have read this
+// one's. A block writes to no other after the last barrier, so it may end then. All leave a failed call at the same
+// barrier.
 #pragma once
 
-#include <cuda_fp8.h>
-
+#include "kernels/device/cluster.cuh"
 #include "kernels/device/pack.cuh"
+#include "kernels/epilogue/quantise.cuh"
 #include "protocol/fused_row.h"
 
 namespace mnnvl::kernels {
-
-template <typename T>
-constexpr Dtype kDtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kBFloat16;
-template <>
-constexpr Dtype kDtype<__half> = Dtype::kFloat16;
-
-constexpr unsigned kWholeWarp = 0xffffffffu;
-
-// Adds in pairs of lanes, the lowest bit first: every lane gets the sum.
-template <typename Real>
-__device__ __forceinline__ Real warp_sum(Real v) {
-#pragma unroll
-  for (int apart = 1; apart < 32; apart *= 2) v = fused::add(v, __shfl_xor_sync(kWholeWarp, v, apart));
-  return v;
-}
-// Over groups of `lanes` neighbours, a power of two.
-__device__ __forceinline__ float warp_max(float v, int lanes) {
-  for (int apart = 1; apart < lanes; apart *= 2) v = fused::amax_of(v, __shfl_xor_sync(kWholeWarp, v, apart));
-  return v;
-}
-
-// Two values as e4m3, the first in the low byte.
-__device__ __forceinline__ uint32_t e4m3_pair(float a, float b) {
-  return __nv_cvt_float2_to_fp8x2({a, b}, __NV_SATFINITE, __NV_E4M3);
-}
-
-// The first `valid` of kBytes bytes.
-template <int kBytes>
-__device__ __forceinline__ void store_bytes(std::byte* p, int64_t valid, uint64_t bytes) {
-  if (valid >= kBytes && reinterpret_cast<uintptr_t>(p) % kBytes == 0) {
-    if constexpr (kBytes == 8) *reinterpret_cast<uint64_t*>(p) = bytes;
-    if constexpr (kBytes == 4) *reinterpret_cast<uint32_t*>(p) = uint32_t(bytes);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kBytes; ++i) {
-    if (i < valid) p[i] = std::byte(bytes >> (8 * i) & 0xff);
-  }
-}
-
-// Of this block's cluster.
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ int cluster_size() {
-  int size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
-}
-// What all threads of the cluster have written before, all see after it.
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-}
-// To the place of another block's shared memory that `mine` is of this one's.
-template <typename Word>
-__device__ __forceinline__ void store_to_block(Word* mine, int rank, Word value) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(uint32_t(__cvta_generic_to_shared(mine))), "r"(rank));
-  if constexpr (sizeof(Word) == 8) {
-    asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(address), "l"(arithmetic::bits_as<uint64_t>(value)) : "memory");
-  } else {
-    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(arithmetic::bits_as<uint32_t>(value)) : "memory");
-  }
-}
 
 template <typename T, int kWorld>
 class FusedRow {
@@ -101,7 +37,8 @@ class FusedRow {
         shared_(shared),
         packs_(int(ceil_div(work.hidden, kElements))),
         rank_(cluster_rank()),
-        blocks_(cluster_size()) {
+        blocks_(cluster_size()),
+        quantiser_(work, packs_) {
     if (threadIdx.x < 2) shared.failed[threadIdx.x] = 0;
   }
 
@@ -116,12 +53,12 @@ class FusedRow {
   // Loads what every row wants. Once, before finish(), when what others wait for has been sent.
   __device__ __forceinline__ void prepare() {
     gamma_ = gamma_of(first_pack());
-    scale_ = w_.scale != nullptr ? *w_.scale : w_.scale_value;
+    quantiser_.prepare();
     cluster_barrier();  // all blocks are there, and have cleared `failed`
   }
 
-  // `sum(i, pack)`: pack i of the row's sum, false if the wait for it gave up. False, for all threads of the cluster, if
-  // one did. Every thread of the cluster must come, for the same rows.
+  // `sum(i, pack)`: pack i of the row's sum, false if the wait for it gave up. False, for all threads of the cluster,
+  // if one did. Every thread of the cluster must come, for the same rows.
   template <typename Sum>
   __device__ __forceinline__ bool finish(int64_t row, const Sum& sum) {
     row_ = row;
@@ -296,114 +233,19 @@ class FusedRow {
     }
   }
 
-  // Behind the row's end is zero, or NaN, which an amax passes over.
-  __device__ __forceinline__ static float amax_of(uint4 norm) {
-    float v[kElements], amax = 0;
-    Accumulator<T>::expand(norm, v);
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) amax = fused::amax_of(amax, v[e]);
-    return amax;
-  }
-
   __device__ __forceinline__ void find_row_scale() {
     float amax = 0;
-    each_norm([&](int, uint4 norm) { amax = fused::amax_of(amax, amax_of(norm)); });
-    row_scale_ = fused::dynamic_scale(cluster_max(amax));
-    row_inverse_ = fused::divide(1.0f, row_scale_);
-    if (first_pack() == 0) static_cast<float*>(w_.scales)[row_] = row_scale_;
-  }
-
-  // x / row_scale_, rounded to nearest: from a correctly rounded inverse, one step of Newton's makes a quotient that is at
-  // most a unit off, and the next the right one (Markstein). Where the remainder may be too small for float32, e4m3 of the
-  // quotient is 0 either way.
-  __device__ __forceinline__ float by_row_scale(float x) const {
-    if (x == 0) return x;  // with its sign
-    if (row_inverse_ == 0) return fused::multiply(x, 0.0f);  // the scale is infinite
-    float quotient = fused::multiply(x, row_inverse_);
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      quotient = __fmaf_rn(__fmaf_rn(-quotient, row_scale_, x), row_inverse_, quotient);
-    }
-    return quotient;
+    each_norm([&](int, uint4 norm) { amax = fused::amax_of(amax, pack_amax<T>(norm)); });
+    const float row_scale = quantiser_.take_row_amax(cluster_max(amax));
+    if (first_pack() == 0) static_cast<float*>(w_.scales)[row_] = row_scale;
   }
 
   __device__ __forceinline__ void write(int i, uint4 norm) const {
-    const bool valid = i < packs_;
-    if (valid && w_.norm != nullptr) store_pack<Unit<T>>(place(w_.norm, i), bytes_behind(i), norm);
+    if (i < packs_ && w_.norm != nullptr) store_pack<Unit<T>>(place(w_.norm, i), bytes_behind(i), norm);
     if (w_.quantization == Quantization::kNone) return;
-    float v[kElements];
-    Accumulator<T>::expand(norm, v);
-    switch (w_.quantization) {
-      case Quantization::kNone: return;
-      case Quantization::kFloat8: {
-        const float factor = fused::divide(1.0f, scale_);
-        return write_float8(i, v, [&](int, float x) { return fused::multiply(x, factor); });
-      }
-      case Quantization::kDynamicFloat8:
-        return write_float8(i, v, [&](int, float x) { return by_row_scale(x); });
-      case Quantization::kGroupFloat8: return write_groups(i, norm, v);
-      case Quantization::kNVFloat4:
-        if constexpr (sizeof(T) == 2) write_nv_float4(i, norm, v);
-        return;
-    }
+    quantiser_.write(row_, i, norm, [&](int64_t element) { return norm_of(element); });
   }
 
-  template <typename Scaled>
-  __device__ __forceinline__ void write_float8(int i, const float (&v)[kElements], const Scaled& scaled) const {
-    if (i >= packs_) return;
-    uint64_t bytes = 0;
-#pragma unroll
-    for (int e = 0; e < kElements; e += 2) {
-      bytes |= uint64_t(e4m3_pair(scaled(e, v[e]), scaled(e + 1, v[e + 1]))) << (8 * e);
-    }
-    const int64_t at = row_ * w_.hidden + int64_t(i) * kElements;
-    store_bytes<kElements>(static_cast<std::byte*>(w_.quantised) + at, w_.hidden - int64_t(i) * kElements, bytes);
-  }
-
-  // A block of scales is two packs, of neighbouring lanes.
-  __device__ __forceinline__ void write_nv_float4(int i, uint4 norm, const float (&v)[kElements]) const {
-    const uint8_t block_scale = fused::nv_scale(warp_max(amax_of(norm), 2), scale_);
-    if (i >= packs_) return;
-    const float factor = fused::nv_factor(block_scale, scale_);
-    uint32_t codes = 0;
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) codes |= uint32_t(fused::to_e2m1(fused::multiply(v[e], factor))) << (4 * e);
-    const int64_t at = (row_ * w_.hidden + int64_t(i) * kElements) / 2;
-    store_bytes<4>(static_cast<std::byte*>(w_.quantised) + at, 4, codes);
-    if (i % 2 == 0) static_cast<uint8_t*>(w_.scales)[fused::nv_scale_offset(w_, row_, i / 2)] = block_scale;
-  }
-
-  // Groups of a power of two of whole packs, no more than a warp has, are the usual ones. Others' elements are looked
-  // up wherever they are.
-  __device__ __forceinline__ void write_groups(int i, uint4 norm, const float (&v)[kElements]) const {
-    const int packs = w_.group / kElements;
-    if (w_.group % kElements == 0 && packs <= 32 && (packs & (packs - 1)) == 0) {
-      const float group_scale = fused::group_scale(warp_max(amax_of(norm), packs));
-      if (i >= packs_) return;
-      if (i % packs == 0) write_exponent(i / packs, group_scale);
-      const float inverse = fused::divide(1.0f, group_scale);  // exact, of a power of two
-      return write_float8(i, v, [&](int, float x) { return fused::multiply(x, inverse); });
-    }
-    if (i >= packs_) return;
-    const int64_t begin = int64_t(i) * kElements, end = min64(begin + kElements, w_.hidden);
-    float group_scale = 1;
-#pragma unroll 1
-    for (int64_t element = begin; element < end; ++element) {
-      if (element == begin || element % w_.group == 0) {
-        const int64_t group = element / w_.group;
-        float amax = 0;
-#pragma unroll 1
-        for (int of = 0; of < w_.group; ++of) amax = fused::amax_of(amax, norm_of(group * w_.group + of));
-        group_scale = fused::group_scale(amax);
-        write_exponent(group, group_scale);  // by each thread that has a part of it, alike
-      }
-      static_cast<uint8_t*>(w_.quantised)[row_ * w_.hidden + element] =
-          uint8_t(e4m3_pair(fused::divide(norm_of(element), group_scale), 0.0f));
-    }
-  }
-  __device__ __forceinline__ void write_exponent(int64_t group, float group_scale) const {
-    static_cast<uint8_t*>(w_.scales)[fused::group_scale_offset(w_, row_, group)] = fused::exponent_of(group_scale);
-  }
   // Of any element of the row, once the cluster has passed cluster_sum().
   __device__ __forceinline__ float norm_of(int64_t element) const {
     const auto r = static_cast<const fused::Stored<kDtype<T>>*>(w_.residual_out)[row_ * w_.hidden + element];
@@ -416,11 +258,11 @@ class FusedRow {
   const RowWork& w_;
   Shared& shared_;
   const int packs_, rank_, blocks_;
+  RowQuantiser<T> quantiser_;
   Gamma gamma_;  // of the first pack
   uint4 kept_[kKept];  // packs of residual_out
   int64_t row_ = 0;
   int turn_ = 0;
-  float scale_ = 1, row_scale_ = 1, row_inverse_ = 1;
   Wide sum_ = 0, inverse_ = 0;
 };
 

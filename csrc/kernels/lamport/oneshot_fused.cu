@@ -59,8 +59,7 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
 
 // A group of one.
 template <typename T>
-__global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
-    fused_alone(const __grid_constant__ FusedParams p) {
+__global__ void __launch_bounds__(kFusedThreads, kMinBlocks) fused_alone(const __grid_constant__ FusedParams p) {
   __shared__ typename FusedRow<T, 1>::Shared shared;
   grid_dependency_wait();
   FusedRow<T, 1> fused(p.work, shared);

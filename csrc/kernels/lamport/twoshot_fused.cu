@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
         if (k != 0) return take(result, owner, wait, index, pack);
         Accumulator<T> acc;
         if (!take_and_sum<T, kWorld, /*kClearFirst=*/false>(g, own + call.stage(0) + offset(number, i),
-                                                            int64_t(slice * packs) * kPackBytes, g.rank, load_own(row, i), wait,
-                                                            index, acc)) {
+                                                            int64_t(slice * packs) * kPackBytes, g.rank,
+                                                            load_own(row, i), wait, index, acc)) {
           return false;
         }
         pack = acc.finish(1.0f);
