@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from reference import CANONICAL_NAN, INTEGER_OF
 
 LANES = 1024
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -34,8 +35,9 @@ def norms(r: torch.Tensor, gamma: torch.Tensor, epsilon: float, weight_bias: flo
             lanes = lanes[:, 0::2] + lanes[:, 1::2]
         inverse = wide(1) / np.sqrt(lanes / wide(hidden) + wide(F32(epsilon)))
         n = (v * inverse) * (wide(F32(weight_bias)) + weight)
-    rounded = torch.from_numpy(n.astype(F32)).to(r.dtype)
-    return rounded.masked_fill(torch.from_numpy(np.isnan(n)), float("nan"))
+        rounded = torch.from_numpy(n.astype(F32)).to(r.dtype)
+    rounded.view(INTEGER_OF[r.dtype])[torch.from_numpy(np.isnan(n))] = CANONICAL_NAN[r.dtype]
+    return rounded
 
 
 def exact_norms(r: torch.Tensor, gamma: torch.Tensor, epsilon: float, weight_bias: float) -> torch.Tensor:

@@ -42,8 +42,11 @@ FunctionGroup::FunctionGroup(Exchange& exchange, at::Device device, int64_t buff
                     buffer_bytes);
   TORCH_CHECK_VALUE(size_ >= 1 && size_ <= kMaxWorldSize, "mnnvl workspace: world size: expected 1 to ", kMaxWorldSize,
                     ", got ", size_);
-  if (size_ == 1) return;
   at_torch_boundary([&] {
+    if (size_ == 1) {
+      if (!device.is_cpu()) prepare_alone(device.index());
+      return;
+    }
     if (device.is_cpu()) {
       cpu_ = make_cpu_transport(exchange, options);
     } else {

@@ -1,7 +1,5 @@
 #include "backend/fused_function.h"
 
-#include <ATen/MemoryOverlap.h>
-
 #include <vector>
 
 #include "backend/tensors.h"
@@ -31,13 +29,16 @@ void check_like(const FusedTensors::Maybe& tensor, const at::Tensor& input, cons
          ", got ", tensor->sizes(), " ", tensor->scalar_type());
 }
 
-// What is written or read from the tensor's first element on.
-void check_room(const FusedTensors::Maybe& tensor, int64_t bytes, at::Device device, const char* argument) {
+// What is written or read, from the tensor's first element on: `bytes`, in elements of `alignment`.
+void check_room(const FusedTensors::Maybe& tensor, int64_t bytes, int alignment, at::Device device,
+                const char* argument) {
   expect(tensor.has_value(), argument, "a tensor of at least ", bytes, " bytes, got None");
   check_here(*tensor, device, argument);
   const int64_t offset = tensor->storage_offset() * tensor->element_size();
   const int64_t room = int64_t(tensor->storage().nbytes()) - offset;
   expect(room >= bytes, argument, "at least ", bytes, " bytes, got ", room);
+  expect(reinterpret_cast<uintptr_t>(tensor->data_ptr()) % uintptr_t(alignment) == 0, argument, "memory aligned to ",
+         alignment, " bytes");
 }
 
 int64_t quantised_bytes(const RowWork& w) {
@@ -56,30 +57,38 @@ int64_t scales_bytes(const RowWork& w) {
   return w.layout == ScaleLayout::kLinear ? w.rows * blocks : align_up(w.rows, 128) * align_up(blocks, 4);
 }
 
-// Outputs that are read as inputs must be exactly those, element by element; nothing else may meet.
-void check_overlaps(const FusedTensors& t) {
-  struct Named {
+// Outputs that are read as inputs must be exactly those, element by element; nothing else may meet. By the bytes that
+// are touched, which of scales can be more than the view says.
+void check_overlaps(const FusedTensors& t, const RowWork& w) {
+  struct Range {
     const char* name;
     const at::Tensor* tensor;
+    int64_t bytes;
+    bool like_input;
   };
-  std::vector<Named> inputs = {{"input", &t.input}, {"gamma", &t.gamma}}, outputs = {{"residual_out", &t.residual_out}};
-  if (t.residual) inputs.push_back({"residual_in", &*t.residual});
-  if (t.scale) inputs.push_back({"scale", &*t.scale});
-  if (t.output) outputs.push_back({"output", &*t.output});
-  if (t.quantised) outputs.push_back({"quant_out", &*t.quantised});
-  if (t.scales) outputs.push_back({"scale_out", &*t.scales});
-  const auto check = [](const Named& output, const Named& other, bool may_be_same) {
-    const auto status = at::get_overlap_status(*output.tensor, *other.tensor);
-    const bool meets =
-        status == at::MemOverlapStatus::Partial || (status == at::MemOverlapStatus::Full && !may_be_same);
-    expect(!meets, output.name, "memory apart from ", other.name, may_be_same ? ", or exactly its" : "",
-           ", got memory that overlaps it");
+  std::vector<Range> inputs, outputs;
+  const auto add = [](std::vector<Range>& to, const char* name, const at::Tensor* tensor, int64_t bytes, bool like) {
+    if (tensor != nullptr && bytes > 0) to.push_back({name, tensor, bytes, like});
+  };
+  const auto given = [](const FusedTensors::Maybe& tensor) { return tensor ? &*tensor : nullptr; };
+  const int64_t bytes = int64_t(t.input.nbytes());
+  add(inputs, "input", &t.input, bytes, true);
+  add(inputs, "residual_in", given(t.residual), bytes, true);
+  add(inputs, "gamma", &t.gamma, int64_t(t.gamma.nbytes()), false);
+  add(inputs, "scale", given(t.scale), int64_t(sizeof(float)), false);
+  add(outputs, "residual_out", &t.residual_out, bytes, true);
+  add(outputs, "output", given(t.output), bytes, true);
+  add(outputs, "quant_out", given(t.quantised), w.quantization == Quantization::kNone ? 0 : quantised_bytes(w), false);
+  add(outputs, "scale_out", given(t.scales), scales_bytes(w), false);
+  const auto check = [](const Range& output, const Range& other, bool may_be_same) {
+    const auto* a = static_cast<const std::byte*>(output.tensor->data_ptr());
+    const auto* b = static_cast<const std::byte*>(other.tensor->data_ptr());
+    if (may_be_same && a == b) return;
+    expect(a + output.bytes <= b || b + other.bytes <= a, output.name, "memory apart from ", other.name,
+           may_be_same ? ", or exactly its" : "", ", got memory that overlaps it");
   };
   for (size_t i = 0; i < outputs.size(); ++i) {
-    const bool like_input = outputs[i].tensor == &t.residual_out || (t.output && outputs[i].tensor == &*t.output);
-    for (const Named& input : inputs) {
-      check(outputs[i], input, like_input && input.tensor != &t.gamma && (!t.scale || input.tensor != &*t.scale));
-    }
+    for (const Range& input : inputs) check(outputs[i], input, outputs[i].like_input && input.like_input);
     for (size_t j = 0; j < i; ++j) check(outputs[i], outputs[j], false);
   }
 }
@@ -118,14 +127,20 @@ FusedRequest fused_request(const FusedTensors& t, at::Device device) {
     expect(work.group > 0 && work.hidden % work.group == 0, "group_size", "a divisor of ", work.hidden, ", got ",
            work.group);
   }
-  if (work.quantization != Quantization::kNone) check_room(t.quantised, quantised_bytes(work), device, "quant_out");
-  if (scales_bytes(work) != 0) check_room(t.scales, scales_bytes(work), device, "scale_out");
+  if (work.quantization != Quantization::kNone) {
+    check_room(t.quantised, quantised_bytes(work), 1, device, "quant_out");
+    expect(t.quantised->is_contiguous(), "quant_out", "a contiguous tensor, got strides ", t.quantised->strides());
+  }
+  if (scales_bytes(work) != 0) {
+    const bool words = work.quantization != Quantization::kNVFloat4;
+    check_room(t.scales, scales_bytes(work), words ? int(sizeof(float)) : 1, device, "scale_out");
+  }
   if (t.scale) {
-    check_room(t.scale, int64_t(sizeof(float)), device, "scale");
+    check_room(t.scale, int64_t(sizeof(float)), int(sizeof(float)), device, "scale");
     expect(t.scale->scalar_type() == at::kFloat && t.scale->numel() > 0, "scale", "float32, got ",
            t.scale->scalar_type());
   }
-  check_overlaps(t);
+  check_overlaps(t, work);
   const auto data = [](const FusedTensors::Maybe& tensor) { return tensor ? tensor->data_ptr() : nullptr; };
   request.in = t.input.data_ptr();
   work.residual = data(t.residual);

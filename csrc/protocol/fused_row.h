@@ -138,7 +138,7 @@ MNNVL_HOST_DEVICE uint8_t nv_scale(float amax, float global) {
   return to_e4m3(multiply(global, multiply(amax, 1.0f / 6.0f)));
 }
 MNNVL_HOST_DEVICE float nv_factor(uint8_t scale, float global) {
-  return scale == 0 ? 0.0f : divide(global, arithmetic::E4M3::widen(scale));
+  return (scale & 0x7f) == 0 ? 0.0f : divide(global, arithmetic::E4M3::widen(scale));
 }
 
 // A power of two, or infinity.

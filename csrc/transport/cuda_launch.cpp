@@ -11,7 +11,8 @@ namespace mnnvl {
 namespace {
 
 constexpr int64_t kLeastScatteredBroadcast = int64_t{1} << 20;  // bytes
-constexpr int64_t kMaxAloneRows = 256;  // at once
+constexpr int64_t kMaxAloneRows = 256;                // at once
+constexpr int64_t kMaxAloneLaunch = int64_t{1} << 30;  // rows
 
 void launch_lamport(const LaunchContext& context, const AllReduceRequest& request) {
   const Strategy strategy = request.strategy == Strategy::kAuto ? context.strategy : request.strategy;
@@ -347,9 +348,9 @@ void launch_one(const LaunchContext& context, const FusedRequest& request) {
 
 void launch_alone(const FusedRequest& request, void* stream) {
   FusedChoice choice;
-  choice.launch_rows = max64(request.work.rows, 1);
+  choice.launch_rows = kMaxAloneLaunch;
   choice.cluster = choose_fused_cluster(request.work.rows, row_packs(request.work), GroupShape{}.multiprocessors);
-  choice.blocks = int(min64(choice.launch_rows, kMaxAloneRows)) * choice.cluster;
+  choice.blocks = int(min64(request.work.rows, kMaxAloneRows)) * choice.cluster;
   DeviceGroup group{};
   group.world_size = 1;
   launch_rows(kernels::table().oneshot_fused, group, request, choice, stream);

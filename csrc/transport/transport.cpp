@@ -11,9 +11,12 @@ void Transport::exchange(const ExchangeRequest& /*request*/, const Run& /*run*/)
   fail(ErrorKind::kUnsupported, "mnnvl: messages between CPU tensors go through the messenger");
 }
 
+void prepare_alone(int device) {
+  if (kernels::find() != nullptr) kernels::table().host.load_all(device);
+}
+
 void run_alone(const FusedRequest& request, int device, const Run& run) {
   if (device < 0) return cpu::run_alone(request);
-  kernels::table().host.load_all(device);
   launch_alone(request, run.stream);
 }
 

@@ -83,7 +83,9 @@ inline void check_attached(const Transport& transport) {
 // ranks.
 void agree_on_options(Exchange& exchange, const TransportOptions& options);
 
-// A fused all-reduce of a group of one, which has no transport. `device`: a CUDA ordinal, current; -1: the CPU.
+// A group of one has no transport, and exchanges nothing. On a GPU it is prepared once, which loads kernels.
+void prepare_alone(int device);
+// `device`: a CUDA ordinal, current; -1: the CPU.
 void run_alone(const FusedRequest& request, int device, const Run& run);
 
 std::unique_ptr<Transport> make_cpu_transport(Exchange& exchange, const TransportOptions& options);

@@ -70,12 +70,14 @@ FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_pack
   const int world = group.world_size;
   const int64_t row_bytes = row_packs * kPackBytes;
   const int64_t oneshot_rows = group.layout.generation_bytes / (world * row_bytes);
+  const int64_t twoshot_rows = group.layout.generation_bytes / 2 / (world * row_bytes) * world;
   const bool oneshot =
       strategy == Strategy::kOneShot ||
-      (strategy == Strategy::kAuto && rows * row_bytes <= oneshot_limit(kCrossovers, world) && rows <= oneshot_rows);
+      (strategy == Strategy::kAuto &&
+       ((rows * row_bytes <= oneshot_limit(kCrossovers, world) && rows <= oneshot_rows) || twoshot_rows == 0));
   FusedChoice choice;
   choice.algorithm = oneshot ? Algorithm::kOneShotLamport : Algorithm::kTwoShotLamport;
-  choice.launch_rows = oneshot ? oneshot_rows : group.layout.generation_bytes / 2 / (world * row_bytes) * world;
+  choice.launch_rows = oneshot ? oneshot_rows : twoshot_rows;
   int64_t at_once = min64(rows, choice.launch_rows);
   if (!oneshot) at_once = ceil_div(at_once, world);
   choice.cluster = choose_fused_cluster(at_once, row_packs, group.multiprocessors);

@@ -6,15 +6,16 @@ MNNVL_TEST_CASES: how many for each world size (default 80); MNNVL_TEST_SEED: th
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import fused_reference as reference
 import pytest
 import torch
 from launcher import Rank
-from reference import DTYPES, assert_bits, canonical, random_input, reduced
+from reference import DTYPES, assert_bits, canonical, every_16_bit_pattern, float32_edges, random_input, reduced
 from workspaces import workspace_of
 
 from mnnvl_backend import MNNVLAllreduceFusionStrategy as Strategy
@@ -44,7 +45,9 @@ class Case:
     scale: float
     scale_tensor: bool
     writes_norm: bool
-    in_place: str  # "", "norm" (over the input, residual_out over residual_in) or "residual" (residual_out over input)
+    in_place: (
+        str  # "", "norm" (over the input, residual_out over residual_in), "norm over residual", "residual" (over input)
+    )
     pdl: bool
 
     @staticmethod
@@ -71,7 +74,7 @@ class Case:
             scale=r.choice([1.0, 0.013, 3.7, 1e-3]),
             scale_tensor=r.random() < 0.5,
             writes_norm=quantization == NONE or r.random() < 0.5,
-            in_place=r.choice(["", "", "norm", "residual"]),
+            in_place=r.choice(["", "", "norm", "norm over residual", "residual"]),
             pdl=r.random() < 0.3,
         )
 
@@ -107,37 +110,74 @@ def check_exact(case: Case, r: torch.Tensor, gamma: torch.Tensor, norm: torch.Te
 
 
 def run_case(rank: Rank, workspace: Workspace, case: Case) -> None:
-    n, shape, device = rank.world_size, (case.rows, case.hidden), rank.device
-    numel = case.rows * case.hidden
-    inputs = [(random_input(r, numel, case.dtype, case.seed) / 64).to(case.dtype).view(shape) for r in range(n)]
+    shape, numel = (case.rows, case.hidden), case.rows * case.hidden
+    inputs = [
+        (random_input(r, numel, case.dtype, case.seed) / 64).to(case.dtype).view(shape) for r in range(rank.world_size)
+    ]
     residual = random_input(100, numel, case.dtype, case.seed).view(shape) if case.residual else None
     gamma = random_input(101, case.hidden, torch.float32, case.seed).clamp(-8, 8)
-    gamma = gamma if case.float_gamma else gamma.to(case.dtype)
-    sums = reduced("SUM", inputs)
-    r, norm, quantised = expected_of(case, sums, residual, gamma)
-    check_exact(case, r, gamma, norm)
+    r, norm = compare(rank, workspace, case, inputs, residual, gamma if case.float_gamma else gamma.to(case.dtype))
+    check_exact(case, r, gamma if case.float_gamma else gamma.to(case.dtype), norm)
 
-    x = inputs[rank.rank].to(device)
-    residual_in = None if residual is None else residual.to(device)
+
+def shifted(x: torch.Tensor, case: Case, device: torch.device) -> torch.Tensor:
+    """On the device, a few elements behind the beginning of its storage."""
+    storage = filled((x.numel() + 16,), x.dtype, device)
+    begin = case.seed % 4
+    storage[begin : begin + x.numel()].copy_(x.flatten())
+    return storage[begin : begin + x.numel()].view(x.shape)
+
+
+def guard_is_intact(x: torch.Tensor | None) -> bool:
+    """Of a tensor of shifted(): what lies around it."""
+    if x is None:
+        return True
+    whole = torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+    begin = x.storage_offset() * x.itemsize
+    return bool((whole[:begin] == GUARD).all() and (whole[begin + x.numel() * x.itemsize :] == GUARD).all())
+
+
+def compare(
+    rank: Rank,
+    workspace: Workspace,
+    case: Case,
+    inputs: list[torch.Tensor],
+    residual: torch.Tensor | None,
+    gamma: torch.Tensor,
+    flush: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Calls, by a thread that may flush denormals, and holds every byte to the reference: (residual_out, norm)."""
+    device = rank.device
+    r, norm, quantised = expected_of(case, reduced("SUM", inputs), residual, gamma)
+
+    def place(like: torch.Tensor) -> torch.Tensor:
+        return shifted(filled(tuple(like.shape), like.dtype, torch.device("cpu")), case, device)
+
+    x = shifted(inputs[rank.rank], case, device)
+    residual_in = None if residual is None else shifted(residual, case, device)
     in_place = case.in_place
     output = x if in_place == "norm" and case.writes_norm else None
+    if in_place == "norm over residual" and case.writes_norm:
+        output = residual_in
     residual_out = x if in_place == "residual" else residual_in if in_place == "norm" else None
     if residual_out is None:
-        residual_out = filled(shape, case.dtype, device)
+        residual_out = place(r)
     if output is None and case.writes_norm:
-        output = filled(shape, case.dtype, device)
+        output = place(norm)
     quant_out = scale_out = scale = None
     if quantised is not None:
-        quant_out = filled(tuple(quantised.values.shape), torch.uint8, device)
-        if quantised.scales is not None:
+        quant_out = place(quantised.values)
+        if quantised.scales is not None:  # int32 words, of groups: aligned
             scale_out = filled(tuple(quantised.scales.shape), quantised.scales.dtype, device)
     if case.scale_tensor and case.quantization in (FP8, NVFP4):
         scale = torch.tensor([case.scale, 99.0]).to(device)
+    torch.set_flush_denormal(flush)
     workspace._compiled.fused_all_reduce(
-        x, residual_in, gamma.to(device), output, residual_out, quant_out, scale_out, scale,
+        x, residual_in, shifted(gamma, case, device), output, residual_out, quant_out, scale_out, scale,
         1e9 if scale is not None else case.scale, 1e-5, case.weight_bias, case.quantization, case.layout, case.group,
         case.strategy.value, case.pdl,
     )  # fmt: skip
+    torch.set_flush_denormal(False)
     assert_bits(residual_out, r, f"residual_out of {case}")
     if output is not None:
         assert_bits(output, norm, f"norm of {case}")
@@ -146,10 +186,13 @@ def run_case(rank: Rank, workspace: Workspace, case: Case) -> None:
         assert wrong.numel() == 0, f"{len(wrong)} quantised bytes differ, first {wrong[:4].tolist()}: {case}"
     if quantised is not None and quantised.scales is not None:
         assert scale_out.cpu().numpy().tobytes() == quantised.scales.numpy().tobytes(), f"scales: {case}"
+    for name, tensor in (("residual_out", residual_out), ("output", output), ("quant_out", quant_out)):
+        assert guard_is_intact(tensor), f"behind {name}: {case}"
+    return r, norm
 
 
 def cases_body(rank: Rank, cases: list[Case]) -> None:
-    with workspace_of(rank, buffer_size_in_bytes=1 << 20) as workspace:
+    with workspace_of(rank, buffer_size_in_bytes=2 << 20) as workspace:
         for case in cases:
             try:
                 run_case(rank, workspace, case)
@@ -158,8 +201,39 @@ def cases_body(rank: Rank, cases: list[Case]) -> None:
 
 
 @pytest.mark.timeout(60 + CASES)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 8, 16])
 def test_random_cases(ranks, device, world_size):
     """The workspace is small, so that larger cases take several launches."""
     cases = [Case.random(FIRST_SEED + i) for i in range(CASES)]
     ranks(cases_body, world_size, device, args=(cases,), timeout=50 + CASES)
+
+
+def edge_cases(dtype: torch.dtype, hidden: int, rows: int) -> list[Case]:
+    """Every quantisation, by each strategy."""
+    base = Case(
+        0, rows, hidden, dtype, Strategy.ONESHOT, False, False, 0.0, NONE, SWIZZLED, 1, 0.37, False, True, "", False
+    )
+    kinds = [NONE, FP8, DYNAMIC, GROUP, *([NVFP4] if hidden % 16 == 0 and dtype.itemsize == 2 else [])]
+    return [replace(base, quantization=kind, strategy=strategy, group=min(hidden, 8))
+            for kind in kinds for strategy in (Strategy.ONESHOT, Strategy.TWOSHOT)[: 1 if hidden == 1 else 2]]  # fmt: skip
+
+
+def edges_body(rank: Rank, flush: bool) -> None:
+    """NaN, infinity, subnormals and what overflows: all values of the 16-bit dtypes, each alone in a row and in rows of
+    neighbours, and pairs of float32 edges. Other ranks than the first bring zeros of both signs to the 16-bit ones."""
+    with workspace_of(rank, buffer_size_in_bytes=2 << 20) as workspace:
+        for dtype, hidden in itertools.product((torch.float16, torch.bfloat16), (1, 1024)):
+            first = every_16_bit_pattern(0, dtype).view(-1, hidden)
+            zeros = [torch.full_like(first, -0.0 if r % 2 else 0.0) for r in range(1, rank.world_size)]
+            gamma = torch.tensor([1.0, -0.0, 3.5, -2.0]).repeat(hidden)[:hidden].to(dtype)
+            for case in edge_cases(dtype, hidden, first.shape[0]):
+                compare(rank, workspace, case, [first, *zeros], None, gamma, flush)
+        edges = [float32_edges(r).view(-1, 1) for r in range(rank.world_size)]
+        for case in edge_cases(torch.float32, 1, edges[0].shape[0]):
+            compare(rank, workspace, case, edges, float32_edges(3).view(-1, 1), torch.ones(1), flush)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("world_size", "flush"), [(1, False), (2, True)])
+def test_every_value(ranks, device, world_size, flush):
+    ranks(edges_body, world_size, device, args=(flush,), timeout=170)

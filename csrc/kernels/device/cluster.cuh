@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/device/memory_order.cuh"
 #include "protocol/fused_row.h"
 
 namespace mnnvl::kernels {
@@ -33,24 +34,64 @@ __device__ __forceinline__ int cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
-// What all threads of the cluster have written before, all see after it.
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-}
-// To the place of another block's shared memory that `mine` is of this one's.
+// In two halves: what all threads of the cluster have written before the first, all see after the second.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// A value of each warp of a cluster at all its blocks, twice, as rounds take turns: in shared memory, at the same place
+// in all blocks. Values are stored in the other block and counted there in one (`st.async`), so nobody's other stores
+// are waited for, as a barrier of the cluster would.
+//
+// A value of round n + 2 lands where those of round n were. Its warp has all of round n + 1 then, of every warp, and
+// each has sent that behind its reads of round n. So what is there has been read, and the barrier's phase is that of
+// round n + 2. A block gets all that is sent to it before it can end.
 template <typename Word>
-__device__ __forceinline__ void store_to_block(Word* mine, int rank, Word value) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(address)
-      : "r"(uint32_t(__cvta_generic_to_shared(mine))), "r"(rank));
-  if constexpr (sizeof(Word) == 8) {
-    asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(address), "l"(arithmetic::bits_as<uint64_t>(value))
-                 : "memory");
-  } else {
-    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(arithmetic::bits_as<uint32_t>(value))
+struct ClusterValues {
+  Word values[2][32];
+  uint64_t arrived[2];  // mbarriers: thread 0, and the bytes of all values
+
+  // One thread, before the others' first send().
+  __device__ __forceinline__ void prepare() {
+    mbarrier_init(&arrived[0], 1);
+    mbarrier_init(&arrived[1], 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  // One thread of each block, once a round: how many values will come.
+  __device__ __forceinline__ void expect(uint32_t round, int count) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address_of(&arrived[round % 2])),
+                 "r"(uint32_t(count * int(sizeof(Word))))
                  : "memory");
   }
-}
+  // By a whole warp: `value` to `place` in each of `blocks`.
+  __device__ __forceinline__ void send(uint32_t round, int place, int blocks, Word value) {
+    const int lane = int(threadIdx.x) % 32;
+    if (lane >= blocks) return;
+    const uint32_t to = address_of(&values[round % 2][place], lane), counter = address_of(&arrived[round % 2], lane);
+    if constexpr (sizeof(Word) == 8) {
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to),
+                   "l"(arithmetic::bits_as<uint64_t>(value)), "r"(counter)
+                   : "memory");
+    } else {
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+                   "r"(arithmetic::bits_as<uint32_t>(value)), "r"(counter)
+                   : "memory");
+    }
+  }
+  // Until all are there: each lane gets that of its number.
+  __device__ __forceinline__ Word take(uint32_t round) {
+    mbarrier_wait_cluster(&arrived[round % 2], round / 2);
+    return values[round % 2][threadIdx.x % 32];
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t address_of(const void* shared) {
+    return uint32_t(__cvta_generic_to_shared(shared));
+  }
+  __device__ __forceinline__ static uint32_t address_of(const void* shared, int rank) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address_of(shared)), "r"(rank));
+    return address;
+  }
+};
 
 }  // namespace mnnvl::kernels

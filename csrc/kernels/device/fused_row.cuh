@@ -1,14 +1,13 @@
-// A row of a fused all-reduce on a cluster of blocks: protocol/fused_row.h, by hardware's conversions, which round as it
-// says.
+// A row of a fused all-reduce on a cluster of blocks: protocol/fused_row.h, by hardware's conversions where these round
+// as it says.
 //
 // Thread t of block b takes packs b * threads + t, then every further one a cluster's threads away. With fewer blocks
 // than kMaxFusedCluster these belong to several of the row's lanes, in turns. The first kKept stay in registers from
 // the sum to the end; others are read back from residual_out, where the same thread has written them.
 //
-// Blocks hand their warps' sums to all blocks of the cluster, through their shared memory. Two rows take turns in it:
-// who writes for the next row but one has passed the barrier of the next, which all reach when they have read this
-// one's. A block writes to no other after the last barrier, so it may end then. All leave a failed call at the same
-// barrier.
+// Warps hand their sums to all blocks of the cluster (cluster.cuh). A thread whose wait gave up comes all the same, and
+// its warp's sum is then one that no arithmetic makes; so all threads of the cluster leave a failed call behind the
+// same row.
 #pragma once
 
 #include "kernels/device/cluster.cuh"
@@ -26,9 +25,8 @@ class FusedRow {
   static constexpr int kElements = kPackElements<T>, kThreads = kFusedThreads, kWarps = kThreads / 32;
   using Wide = fused::Wide<kDtype<T>>;
   struct Shared {
-    Wide sums[2][32];  // of the warps of all blocks
-    float most[2][32];
-    uint32_t failed[2];
+    ClusterValues<Wide> sums;
+    ClusterValues<float> most;
   };
   static_assert(kWarps * kMaxFusedCluster == 32 && kThreads * kMaxFusedCluster == fused::kRowLanes);
 
@@ -39,7 +37,11 @@ class FusedRow {
         rank_(cluster_rank()),
         blocks_(cluster_size()),
         quantiser_(work, packs_) {
-    if (threadIdx.x < 2) shared.failed[threadIdx.x] = 0;
+    if (threadIdx.x == 0) {
+      shared.sums.prepare();
+      shared.most.prepare();
+    }
+    cluster_arrive();
   }
 
   // The rows of this block's cluster: first, first + step, ...
@@ -54,7 +56,7 @@ class FusedRow {
   __device__ __forceinline__ void prepare() {
     gamma_ = gamma_of(first_pack());
     quantiser_.prepare();
-    cluster_barrier();  // all blocks are there, and have cleared `failed`
+    cluster_wait();  // all blocks are there
   }
 
   // `sum(i, pack)`: pack i of the row's sum, false if the wait for it gave up. False, for all threads of the cluster,
@@ -81,10 +83,15 @@ class FusedRow {
 #pragma unroll
       for (int k = 0; k < kMaxFusedCluster; ++k) squares[k] = fused::add(squares[k], turn == k ? of_pack : Wide(0));
     }
+    if (w_.quantization == Quantization::kGroupFloat8) {  // which may read other blocks' part of residual_out
+      cluster_arrive();
+      cluster_wait();
+    }
     if (!cluster_sum(squares, failed)) return false;
     inverse_ = fused::inverse_rms(sum_, w_.hidden, w_.epsilon);
     if (w_.quantization == Quantization::kDynamicFloat8) find_row_scale();
     each_norm([&](int i, uint4 norm) { write(i, norm); });
+    ++round_;
     return true;
   }
 
@@ -156,37 +163,40 @@ class FusedRow {
     return sum;
   }
 
-  // To all blocks of the cluster, each lane of the warp to one.
-  template <typename Word>
-  __device__ __forceinline__ void hand_out(Word* place, Word value) const {
-    const int lane = int(threadIdx.x) % 32;
-    if (lane < blocks_) store_to_block(place, lane, value);
+  // Not a number, and not the one that arithmetic makes.
+  __device__ __forceinline__ static auto failure() {
+    if constexpr (sizeof(Wide) == 8) {
+      return uint64_t{0x7ff0000000000001};
+    } else {
+      return uint32_t{0x7f800001};
+    }
   }
 
   // False, for all, if a thread failed.
   __device__ __forceinline__ bool cluster_sum(const Wide (&squares)[kMaxFusedCluster], bool failed) {
-    turn_ ^= 1;
-    Wide* sums = shared_.sums[turn_];
     const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+    const int lane_groups = min(int(ceil_div(packs_, kThreads)), kMaxFusedCluster);  // of the row, kThreads each
+    if (threadIdx.x == 0) shared_.sums.expect(round_, lane_groups * kWarps);
+    const bool any_failed = __any_sync(kWholeWarp, failed);
 #pragma unroll
     for (int k = 0; k < kMaxFusedCluster; ++k) {
-      const int lanes = rank_ + k * blocks_;  // of the row's, kThreads each
-      if (lanes < kMaxFusedCluster && lanes * kThreads < packs_) {
-        hand_out(sums + lanes * kWarps + warp, warp_sum(squares[k]));
-      }
+      const int group = rank_ + k * blocks_;
+      if (group >= lane_groups) break;
+      const Wide sum = warp_sum(squares[k]);
+      shared_.sums.send(round_, group * kWarps + warp, blocks_,
+                        any_failed ? arithmetic::bits_as<Wide>(failure()) : sum);
     }
-    for (int rank = 0; failed && rank < blocks_; ++rank) store_to_block(&shared_.failed[turn_], rank, 1u);
-    cluster_barrier();
-    if (shared_.failed[turn_] != 0) return false;
-    sum_ = warp_sum(lane / kWarps * kThreads < packs_ ? sums[lane] : Wide(0));
+    Wide sum = shared_.sums.take(round_);
+    if (lane / kWarps >= lane_groups) sum = 0;
+    if (__any_sync(kWholeWarp, arithmetic::bits_as<decltype(failure())>(sum) == failure())) return false;
+    sum_ = warp_sum(sum);
     return true;
   }
   __device__ __forceinline__ float cluster_max(float amax) {
-    const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-    float* most = shared_.most[turn_];
-    hand_out(most + rank_ * kWarps + warp, warp_max(amax, 32));
-    cluster_barrier();
-    return warp_max(lane < blocks_ * kWarps ? most[lane] : 0.0f, 32);
+    if (threadIdx.x == 0) shared_.most.expect(round_, blocks_ * kWarps);
+    shared_.most.send(round_, rank_ * kWarps + int(threadIdx.x) / 32, blocks_, warp_max(amax, 32));
+    amax = shared_.most.take(round_);
+    return warp_max(int(threadIdx.x) % 32 < blocks_ * kWarps ? amax : 0.0f, 32);
   }
 
   __device__ __forceinline__ uint4 normalised(uint4 r, const Gamma& gamma) const {
@@ -219,17 +229,17 @@ class FusedRow {
     const int lane = int(threadIdx.x) % 32;
 #pragma unroll 1
     for (int n = 0, i = first_pack(); i - lane < packs_; ++n, i += pack_step()) {
-      if (i >= packs_) {
-        body(i, uint4{});
-        continue;
-      }
-      uint4 r;
+      uint4 norm{};
+      if (i < packs_) {
+        uint4 r;
 #pragma unroll
-      for (int k = 0; k < kKept; ++k) {
-        if (n == k) r = kept_[k];
+        for (int k = 0; k < kKept; ++k) {
+          if (n == k) r = kept_[k];
+        }
+        if (n >= kKept) r = load_pack<Unit<T>>(place(w_.residual_out, i), bytes_behind(i));
+        norm = normalised(r, n == 0 ? gamma_ : gamma_of(i));
       }
-      if (n >= kKept) r = load_pack<Unit<T>>(place(w_.residual_out, i), bytes_behind(i));
-      body(i, normalised(r, n == 0 ? gamma_ : gamma_of(i)));
+      body(i, norm);
     }
   }
 
@@ -262,7 +272,7 @@ class FusedRow {
   Gamma gamma_;  // of the first pack
   uint4 kept_[kKept];  // packs of residual_out
   int64_t row_ = 0;
-  int turn_ = 0;
+  uint32_t round_ = 0;  // rows so far
   Wide sum_ = 0, inverse_ = 0;
 };
 

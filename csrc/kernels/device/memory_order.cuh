@@ -116,6 +116,19 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* shared, uint32_t phase) 
   }
 }
 
+// What other blocks of the cluster have stored, too.
+__device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* shared, uint32_t phase) {
+  uint32_t over = 0;
+  while (over == 0) {
+    asm volatile(
+        "{ .reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(over)
+        : "r"(uint32_t(__cvta_generic_to_shared(shared))), "r"(phase & 1)
+        : "memory");
+  }
+}
 // The same without waiting.
 __device__ __forceinline__ bool mbarrier_is_over(uint64_t* shared, uint32_t phase) {
   uint32_t over;

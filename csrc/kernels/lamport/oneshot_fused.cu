@@ -65,17 +65,17 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks) fused_alone(const _
   FusedRow<T, 1> fused(p.work, shared);
   const int64_t row_bytes = p.work.hidden * int64_t(sizeof(T));
   fused.prepare();
-  fused.zero_padding();
+  if (p.first_row == 0) fused.zero_padding();
   for (int row = fused.first_row(); row < int(p.rows); row += fused.row_step()) {
     const auto sum = [&](int i, uint4& pack) {
-      const auto* in = static_cast<const std::byte*>(p.in) + row * row_bytes + int64_t(i) * kPackBytes;
+      const auto* in = static_cast<const std::byte*>(p.in) + (p.first_row + row) * row_bytes + int64_t(i) * kPackBytes;
       Accumulator<T> acc;
       acc.begin(load_pack<Unit<T>>(in, row_bytes - int64_t(i) * kPackBytes));
       acc.add({});  // so that NaN and -0 become what they become in any sum
       pack = acc.finish(1.0f);
       return true;
     };
-    if (!fused.finish(row, sum)) return;
+    if (!fused.finish(p.first_row + row, sum)) return;
   }
 }
 
