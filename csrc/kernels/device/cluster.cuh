@@ -37,10 +37,20 @@ __device__ __forceinline__ int cluster_size() {
 // In two halves: what all threads of the cluster have written before the first, all see after the second.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// Both, of one block too.
+__device__ __forceinline__ void cluster_barrier(int blocks) {
+  if (blocks == 1) {
+    __syncthreads();
+  } else {
+    cluster_arrive();
+    cluster_wait();
+  }
+}
 
 // A value of each warp of a cluster at all its blocks, twice, as rounds take turns: in shared memory, at the same place
 // in all blocks. Values are stored in the other block and counted there in one (`st.async`), so nobody's other stores
-// are waited for, as a barrier of the cluster would.
+// are waited for, as a barrier of the cluster would. A single block is none for these instructions: it takes plain
+// stores and its own barrier.
 //
 // A value of round n + 2 lands where those of round n were. Its warp has all of round n + 1 then, of every warp, and
 // each has sent that behind its reads of round n. So what is there has been read, and the barrier's phase is that of
@@ -50,22 +60,27 @@ struct ClusterValues {
   Word values[2][32];
   uint64_t arrived[2];  // mbarriers: thread 0, and the bytes of all values
 
-  // One thread, before the others' first send().
+  // One thread of each of several blocks, before cluster_arrive().
   __device__ __forceinline__ void prepare() {
     mbarrier_init(&arrived[0], 1);
     mbarrier_init(&arrived[1], 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  // One thread of each block, once a round: how many values will come.
-  __device__ __forceinline__ void expect(uint32_t round, int count) {
+  // By all threads, first in every round: how many values will come to this one of `blocks`.
+  __device__ __forceinline__ void expect(uint32_t round, int blocks, int count) {
+    if (blocks == 1 || threadIdx.x != 0) return;
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address_of(&arrived[round % 2])),
                  "r"(uint32_t(count * int(sizeof(Word))))
                  : "memory");
   }
   // By a whole warp: `value` to `place` in each of `blocks`.
-  __device__ __forceinline__ void send(uint32_t round, int place, int blocks, Word value) {
+  __device__ __forceinline__ void send(uint32_t round, int blocks, int place, Word value) {
     const int lane = int(threadIdx.x) % 32;
     if (lane >= blocks) return;
+    if (blocks == 1) {
+      values[round % 2][place] = value;
+      return;
+    }
     const uint32_t to = address_of(&values[round % 2][place], lane), counter = address_of(&arrived[round % 2], lane);
     if constexpr (sizeof(Word) == 8) {
       asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to),
@@ -77,9 +92,13 @@ struct ClusterValues {
                    : "memory");
     }
   }
-  // Until all are there: each lane gets that of its number.
-  __device__ __forceinline__ Word take(uint32_t round) {
-    mbarrier_wait_cluster(&arrived[round % 2], round / 2);
+  // By all threads. Until all are there: each lane gets that of its number.
+  __device__ __forceinline__ Word take(uint32_t round, int blocks) {
+    if (blocks == 1) {
+      __syncthreads();
+    } else {
+      mbarrier_wait_cluster(&arrived[round % 2], round / 2);
+    }
     return values[round % 2][threadIdx.x % 32];
   }
 

@@ -37,6 +37,7 @@ class FusedRow {
         rank_(cluster_rank()),
         blocks_(cluster_size()),
         quantiser_(work, packs_) {
+    if (blocks_ == 1) return;
     if (threadIdx.x == 0) {
       shared.sums.prepare();
       shared.most.prepare();
@@ -56,7 +57,7 @@ class FusedRow {
   __device__ __forceinline__ void prepare() {
     gamma_ = gamma_of(first_pack());
     quantiser_.prepare();
-    cluster_wait();  // all blocks are there
+    if (blocks_ > 1) cluster_wait();  // all are there
   }
 
   // `sum(i, pack)`: pack i of the row's sum, false if the wait for it gave up. False, for all threads of the cluster,
@@ -83,10 +84,8 @@ class FusedRow {
 #pragma unroll
       for (int k = 0; k < kMaxFusedCluster; ++k) squares[k] = fused::add(squares[k], turn == k ? of_pack : Wide(0));
     }
-    if (w_.quantization == Quantization::kGroupFloat8) {  // which may read other blocks' part of residual_out
-      cluster_arrive();
-      cluster_wait();
-    }
+    // Which may read what other threads have written of residual_out.
+    if (w_.quantization == Quantization::kGroupFloat8) cluster_barrier(blocks_);
     if (!cluster_sum(squares, failed)) return false;
     inverse_ = fused::inverse_rms(sum_, w_.hidden, w_.epsilon);
     if (w_.quantization == Quantization::kDynamicFloat8) find_row_scale();
@@ -176,26 +175,26 @@ class FusedRow {
   __device__ __forceinline__ bool cluster_sum(const Wide (&squares)[kMaxFusedCluster], bool failed) {
     const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     const int lane_groups = min(int(ceil_div(packs_, kThreads)), kMaxFusedCluster);  // of the row, kThreads each
-    if (threadIdx.x == 0) shared_.sums.expect(round_, lane_groups * kWarps);
+    shared_.sums.expect(round_, blocks_, lane_groups * kWarps);
     const bool any_failed = __any_sync(kWholeWarp, failed);
 #pragma unroll
     for (int k = 0; k < kMaxFusedCluster; ++k) {
       const int group = rank_ + k * blocks_;
       if (group >= lane_groups) break;
       const Wide sum = warp_sum(squares[k]);
-      shared_.sums.send(round_, group * kWarps + warp, blocks_,
+      shared_.sums.send(round_, blocks_, group * kWarps + warp,
                         any_failed ? arithmetic::bits_as<Wide>(failure()) : sum);
     }
-    Wide sum = shared_.sums.take(round_);
+    Wide sum = shared_.sums.take(round_, blocks_);
     if (lane / kWarps >= lane_groups) sum = 0;
     if (__any_sync(kWholeWarp, arithmetic::bits_as<decltype(failure())>(sum) == failure())) return false;
     sum_ = warp_sum(sum);
     return true;
   }
   __device__ __forceinline__ float cluster_max(float amax) {
-    if (threadIdx.x == 0) shared_.most.expect(round_, blocks_ * kWarps);
-    shared_.most.send(round_, rank_ * kWarps + int(threadIdx.x) / 32, blocks_, warp_max(amax, 32));
-    amax = shared_.most.take(round_);
+    shared_.most.expect(round_, blocks_, blocks_ * kWarps);
+    shared_.most.send(round_, blocks_, rank_ * kWarps + int(threadIdx.x) / 32, warp_max(amax, 32));
+    amax = shared_.most.take(round_, blocks_);
     return warp_max(int(threadIdx.x) % 32 < blocks_ * kWarps ? amax : 0.0f, 32);
   }
 
@@ -231,7 +230,7 @@ class FusedRow {
     for (int n = 0, i = first_pack(); i - lane < packs_; ++n, i += pack_step()) {
       uint4 norm{};
       if (i < packs_) {
-        uint4 r;
+        uint4 r{};
 #pragma unroll
         for (int k = 0; k < kKept; ++k) {
           if (n == k) r = kept_[k];

@@ -34,11 +34,19 @@ struct alignas(16) Pack {
 
 constexpr int kWarpSize = 32;
 
+// What the blocks of a cluster share.
+struct Cluster {
+  explicit Cluster(int blocks) : size(blocks), placed(size_t(blocks)) {}
+  const int size;
+  std::atomic<uint64_t> arrived{0};
+  std::vector<std::vector<void*>> placed;  // of each block: objects in its shared memory, in one order
+};
+
 // The fibers of one block, run by the thread that calls run().
 class Block {
  public:
-  Block(unsigned index, unsigned blocks, unsigned threads)
-      : index_(index), blocks_(blocks), warps_(threads / kWarpSize) {
+  Block(unsigned index, unsigned blocks, unsigned threads, Cluster& cluster)
+      : index_(index), blocks_(blocks), cluster_(cluster), warps_(threads / kWarpSize) {
     for (unsigned i = 0; i < threads; ++i) fibers_.push_back(std::make_unique<Fiber>());
   }
 
@@ -73,6 +81,9 @@ class Block {
   unsigned threads() const { return static_cast<unsigned>(fibers_.size()); }
   unsigned index() const { return index_; }
   unsigned blocks() const { return blocks_; }
+  Cluster& cluster() const { return cluster_; }
+  int cluster_rank() const { return int(index_) % cluster_.size; }
+  uint64_t& barriers_of_thread() { return fibers_[running_]->barriers; }
 
   // All threads of a warp bring a value, and each goes on with all 32.
   const uint32_t* meet(uint32_t value) {
@@ -96,11 +107,12 @@ class Block {
   }
 
  private:
-  static constexpr size_t kStackBytes = 32 << 10;
+  static constexpr size_t kStackBytes = 64 << 10;
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     bool ended = false;
+    uint64_t barriers = 0;  // of the cluster, so far
   };
   struct Warp {
     uint64_t round = 0;
@@ -115,6 +127,7 @@ class Block {
   }
 
   const unsigned index_, blocks_;
+  Cluster& cluster_;
   std::vector<Warp> warps_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   size_t running_ = 0, arrived_ = 0;
@@ -152,6 +165,7 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
   for (int i = 0; i < mnnvl::emulation::kWarpSize; ++i) most = values[i] > most ? values[i] : most;
   return most;
 }
+inline int min(int a, int b) { return a < b ? a : b; }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }

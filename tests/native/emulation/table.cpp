@@ -4,6 +4,7 @@
 namespace mnnvl::kernels {
 
 namespace rows {
+extern const KernelTable::Row<FusedParams> oneshot_fused, twoshot_fused;
 extern const KernelTable::Row<ExchangeParams> exchange;
 extern const KernelTable::Row<ReduceParams> reduce;
 }  // namespace rows
@@ -11,6 +12,8 @@ extern const KernelTable::Row<ReduceParams> reduce;
 const KernelTable& table() {
   static const KernelTable table = [] {
     KernelTable made{};
+    made.oneshot_fused = rows::oneshot_fused;
+    made.twoshot_fused = rows::twoshot_fused;
     made.exchange = rows::exchange;
     made.reduce = rows::reduce;
     return made;

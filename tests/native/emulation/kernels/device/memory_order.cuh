@@ -13,6 +13,30 @@ T polled(const T* address, int order) {
                                    : __atomic_load_n(address, __ATOMIC_RELAXED);
 }
 
+// Each word for itself, as the protocols of packs ask.
+inline void st_relaxed_sys_v4(void* address, uint4 v) {
+  auto* words = static_cast<uint32_t*>(address);
+  __atomic_store_n(words + 3, v.w, __ATOMIC_RELAXED);
+  __atomic_store_n(words + 1, v.y, __ATOMIC_RELAXED);
+  emulation::Block::current()->yield();
+  __atomic_store_n(words, v.x, __ATOMIC_RELAXED);
+  __atomic_store_n(words + 2, v.z, __ATOMIC_RELAXED);
+}
+inline uint4 ld_relaxed_sys_v4(const void* address) {
+  const auto* words = static_cast<const uint32_t*>(address);
+  return {polled(words, __ATOMIC_RELAXED), __atomic_load_n(words + 1, __ATOMIC_RELAXED),
+          __atomic_load_n(words + 2, __ATOMIC_RELAXED), __atomic_load_n(words + 3, __ATOMIC_RELAXED)};
+}
+inline void multimem_st_relaxed_sys_v4(void*, uint4) { __builtin_trap(); }  // no multicast here
+// atomicInc: wraps to 0 behind `most`.
+inline uint32_t atom_inc_relaxed_gpu_u32(uint32_t* address, uint32_t most) {
+  uint32_t old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(address, &old, old >= most ? 0 : old + 1, false, __ATOMIC_SEQ_CST,
+                                      __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+
 inline void st_relaxed_sys_u32(uint32_t* address, uint32_t v) { __atomic_store_n(address, v, __ATOMIC_RELAXED); }
 inline uint32_t ld_relaxed_sys_u32(const uint32_t* address) { return polled(address, __ATOMIC_RELAXED); }
 inline void st_release_sys_u32(uint32_t* address, uint32_t v) { __atomic_store_n(address, v, __ATOMIC_RELEASE); }

@@ -1,9 +1,6 @@
-// In place of csrc/kernels/device/pack.cuh, for kernels on pair channels.
+// Before csrc/kernels/device/pack.cuh: what it takes from CUDA.
 #pragma once
 
-#include "native/emulation/cuda.h"
-#include "protocol/workspace.h"
+#include "native/emulation/cuda_fp16.h"
 
-namespace mnnvl::kernels {
-inline bool is_vector_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kPackBytes == 0; }
-}  // namespace mnnvl::kernels
+#include_next "kernels/device/pack.cuh"

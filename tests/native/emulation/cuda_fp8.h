@@ -1,0 +1,3 @@
+#pragma once
+
+#include "native/emulation/cuda_fp16.h"

@@ -1,0 +1,232 @@
+// The fused all-reduces, their source run on a CPU (native/emulation), among ranks that are threads: every byte as cpu/
+// makes it of the ranks' sum, on clusters of 1, 2 and 4 blocks, by one launch and several.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "cpu/fused_rows.h"
+#include "cpu/reduce.h"
+#include "kernels/kernels.h"
+#include "native/harness.h"
+#include "protocol/fused_row.h"
+#include "transport/cuda_launch.h"
+
+namespace mnnvl::test {
+namespace {
+
+using Bytes = std::vector<std::byte>;
+
+class Group {
+ public:
+  Group(int world_size, int64_t stage_bytes, int multiprocessors, uint64_t timeout_ms = 20000) {
+    shape_.world_size = world_size;
+    shape_.multiprocessors = multiprocessors;
+    shape_.layout = WorkspaceLayout::make(stage_bytes, /*channel_bytes=*/0, world_size);
+    const size_t words = size_t(shape_.layout.total_bytes) / 4;
+    mailboxes_.resize(size_t(world_size));
+    for (int r = 0; r < world_size; ++r) {
+      auto* memory = static_cast<uint32_t*>(std::aligned_alloc(128, words * 4));
+      std::fill_n(memory, words, kLamportSentinel);
+      std::memset(reinterpret_cast<std::byte*>(memory) + shape_.layout.lines_offset, 0,
+                  size_t(shape_.layout.total_bytes - shape_.layout.lines_offset));
+      memory_.emplace_back(memory);
+    }
+    for (int r = 0; r < world_size; ++r) {
+      DeviceGroup group{};
+      for (int peer = 0; peer < world_size; ++peer) {
+        group.peers[peer] = reinterpret_cast<std::byte*>(memory_[size_t(peer)].get());
+      }
+      group.mailbox = &mailboxes_[size_t(r)];
+      group.layout = shape_.layout;
+      group.timeout_ns = timeout_ms * 1'000'000;
+      group.rank = r;
+      group.world_size = world_size;
+      groups_.push_back(group);
+    }
+  }
+
+  void run(int rank, const FusedRequest& request) const {
+    LaunchContext context;
+    context.group = groups_[size_t(rank)];
+    context.shape = shape_;
+    launch(context, Request(request));
+  }
+  const FailureRecord& record(int rank) const { return mailboxes_[size_t(rank)].record; }
+  // Every slot of every generation.
+  void check_clear() const {
+    for (const auto& memory : memory_) {
+      for (int64_t i = 0; i < shape_.layout.slots_offset / 4; ++i) {
+        CHECK(memory.get()[i] == kLamportSentinel, "word ", i, " is left");
+      }
+    }
+  }
+
+ private:
+  struct Free {
+    void operator()(uint32_t* memory) const { std::free(memory); }
+  };
+  GroupShape shape_;
+  std::vector<std::unique_ptr<uint32_t, Free>> memory_;
+  std::vector<HostMailbox> mailboxes_;
+  std::vector<DeviceGroup> groups_;
+};
+
+// Elements of few bits, of any sign, so that sums round and rows differ.
+Bytes elements(Random& random, Dtype dtype, int64_t count) {
+  Bytes bytes(static_cast<size_t>(count * element_size(dtype)));
+  for (int64_t i = 0; i < count; ++i) {
+    const float v = float(int(random.below(2001)) - 1000) / 256.0f;
+    const uint32_t wide = arithmetic::bits_as<uint32_t>(v);
+    const uint32_t bits = dtype == Dtype::kFloat32   ? wide
+                          : dtype == Dtype::kFloat16 ? arithmetic::Half::narrow_signed(v)
+                                                     : wide >> 16;
+    std::memcpy(bytes.data() + i * element_size(dtype), &bits, size_t(element_size(dtype)));
+  }
+  return bytes;
+}
+
+struct Outputs {
+  Bytes residual, norm, quantised, scales;
+
+  explicit Outputs(const RowWork& work)
+      : residual(size_t(work.rows * work.hidden * element_size(work.dtype)), std::byte{0x5a}),
+        norm(residual.size(), std::byte{0x5a}),
+        quantised(size_t(work.rows * work.hidden), std::byte{0x5a}),
+        scales(size_t(align_up(work.rows, 128) * align_up(work.hidden, 16) + 16), std::byte{0x5a}) {}
+
+  RowWork work_on(RowWork work) {
+    work.residual_out = residual.data();
+    work.norm = norm.data();
+    work.quantised = quantised.data();
+    work.scales = scales.data();
+    return work;
+  }
+};
+
+struct Problem {
+  RowWork work;
+  Strategy strategy;
+  std::vector<Bytes> inputs;
+  Bytes residual, gamma;
+
+  Problem(uint64_t seed, int world_size) {
+    Random random(seed);
+    constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
+    constexpr int kHidden[] = {1, 8, 48, 200, 1024, 2049, 4096, 8208};
+    work.dtype = kDtypes[random.below(3)];
+    work.hidden = kHidden[random.below(std::size(kHidden))];
+    work.rows = work.hidden > 2000 ? 1 + random.below(4) : 1 + random.below(12);
+    work.quantization = Quantization(random.below(5));
+    if (work.quantization == Quantization::kNVFloat4 && (work.hidden % 16 != 0 || work.dtype == Dtype::kFloat32)) {
+      work.quantization = Quantization::kDynamicFloat8;
+    }
+    for (work.group = int(1 + random.below(64)); work.hidden % work.group != 0;) --work.group;
+    work.layout = random.below(2) == 0 ? ScaleLayout::kLinear : ScaleLayout::kSwizzled128x4;
+    work.gamma_is_float32 = random.below(2) == 0;
+    work.epsilon = 1e-5f;
+    work.weight_bias = random.below(2) == 0 ? 0.0f : 1.0f;
+    work.scale_value = 0.037f;
+    strategy = random.below(2) == 0 ? Strategy::kOneShot : Strategy::kTwoShot;
+    for (int r = 0; r < world_size; ++r) inputs.push_back(elements(random, work.dtype, work.rows * work.hidden));
+    residual = elements(random, work.dtype, work.rows * work.hidden);
+    gamma = elements(random, work.gamma_is_float32 ? Dtype::kFloat32 : work.dtype, work.hidden);
+    work.residual = random.below(3) == 0 ? nullptr : residual.data();
+    work.gamma = gamma.data();
+  }
+
+  void expect(Outputs& outputs) const {
+    std::vector<const std::byte*> sources;
+    for (const Bytes& input : inputs) sources.push_back(input.data());
+    Bytes sum(inputs[0].size());
+    cpu::reduce_function(work.dtype, ReduceOp::kSum)(sources.data(), int(sources.size()), sum.data(), nullptr,
+                                                     work.rows * work.hidden);
+    const RowWork on_outputs = outputs.work_on(work);
+    cpu::finish_rows(on_outputs, 0, work.rows, sum.data());
+    cpu::zero_padding(on_outputs);
+  }
+};
+
+void check_same(const Bytes& got, const Bytes& wanted, const char* what, uint64_t seed) {
+  CHECK(got.size() == wanted.size(), what);
+  for (size_t i = 0; i < got.size(); ++i) {
+    CHECK(got[i] == wanted[i], what, " of case ", seed, ", byte ", i, ": ", int(got[i]), " for ", int(wanted[i]));
+  }
+}
+
+// Many multiprocessors give rows clusters of as many blocks as they can use, few give them one; a small stage takes
+// several launches.
+void run_cases(int world_size, int64_t stage_bytes, int multiprocessors, uint64_t first, int count) {
+  const Group group(world_size, stage_bytes, multiprocessors);
+  run_threads(world_size, [&](int rank) {
+    for (uint64_t seed = first; seed < first + uint64_t(count); ++seed) {
+      const Problem problem(seed, world_size);
+      Outputs expected(problem.work), outputs(problem.work);
+      problem.expect(expected);
+      FusedRequest request;
+      request.in = problem.inputs[size_t(rank)].data();
+      request.work = outputs.work_on(problem.work);
+      request.strategy = problem.strategy;
+      group.run(rank, request);
+      check_same(outputs.residual, expected.residual, "residual_out", seed);
+      check_same(outputs.norm, expected.norm, "norm", seed);
+      check_same(outputs.quantised, expected.quantised, "quantised", seed);
+      check_same(outputs.scales, expected.scales, "scales", seed);
+    }
+  });
+  group.check_clear();
+}
+
+TEST(fused_rows_on_the_device_are_those_of_the_cpu) {
+  for (int world_size : {2, 3, 4}) {
+    run_cases(world_size, 1 << 20, 64, 100 * uint64_t(world_size), iterations(12));  // clusters of up to 4
+    run_cases(world_size, 1 << 20, 8, 100 * uint64_t(world_size) + 20, iterations(12));  // of 1, 2 or 4 by rows
+    run_cases(world_size, 160 << 10, 4, 100 * uint64_t(world_size) + 40, iterations(12));  // several launches
+  }
+}
+
+TEST(fused_rows_alone) {
+  for (uint64_t seed = 1; seed <= uint64_t(iterations(20)); ++seed) {
+    const Problem problem(seed, 1);
+    Outputs expected(problem.work), outputs(problem.work);
+    problem.expect(expected);
+    FusedRequest request;
+    request.in = problem.inputs[0].data();
+    request.work = outputs.work_on(problem.work);
+    launch_alone(request, nullptr);
+    check_same(outputs.residual, expected.residual, "residual_out", seed);
+    check_same(outputs.norm, expected.norm, "norm", seed);
+    check_same(outputs.quantised, expected.quantised, "quantised", seed);
+    check_same(outputs.scales, expected.scales, "scales", seed);
+  }
+}
+
+// A rank that doesn't come: the others' clusters leave together, of one block and of several, and later calls at once.
+TEST(fused_rows_without_a_rank_end_at_the_deadline) {
+  for (const auto& [multiprocessors, strategy] :
+       {std::pair(64, Strategy::kOneShot), std::pair(1, Strategy::kOneShot), std::pair(64, Strategy::kTwoShot)}) {
+    const Group group(3, 1 << 20, multiprocessors, /*timeout_ms=*/300);
+    run_threads(3, [&, strategy = strategy](int rank) {
+      if (rank == 1) return;
+      RowWork work;
+      work.rows = 3;
+      work.hidden = 8192;
+      work.dtype = Dtype::kBFloat16;
+      work.quantization = Quantization::kDynamicFloat8;
+      Bytes input(size_t(work.rows * work.hidden * 2)), gamma(size_t(work.hidden * 2));
+      work.gamma = gamma.data();
+      Outputs outputs(work);
+      FusedRequest request;
+      request.in = input.data();
+      request.work = outputs.work_on(work);
+      request.strategy = strategy;
+      for (int call = 0; call < 2; ++call) group.run(rank, request);
+      CHECK(group.record(rank).valid == 1 && group.record(rank).peer == 1, "rank ", rank, " names ",
+            group.record(rank).peer);
+      CHECK(group.record(rank).operation == Operation::kFusedAllReduce, "another operation");
+    });
+  }
+}
+
+}  // namespace
+}  // namespace mnnvl::test
