@@ -181,10 +181,15 @@ def bench_operation(place: Place, results: Results, peers: list[Peer], sizes: li
 
 
 def earlier_results(files: Sequence[str]) -> dict[str, Any]:
-    """By operation."""
+    """By operation, of which each has one file."""
+    results: dict[str, Any] = {}
     try:
-        results = [json.loads(Path(file).read_text()) for file in files]
-        return {result["operation"]: result for result in results}
+        for file in files:
+            result = json.loads(Path(file).read_text())
+            if result["operation"] in results:
+                raise SystemExit(f"--compare: expected one file of {result['operation']}, got two: {', '.join(files)}")
+            results[result["operation"]] = result
+        return results
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"--compare: expected files that mnnvl bench wrote with --output: {error}") from None
 
@@ -201,7 +206,8 @@ def run(arguments: argparse.Namespace) -> int:
         min_bytes, max_bytes, replays = 1 << 10, 2 << 10, MIN_SAMPLES
     only = arguments.only.split(",") if arguments.only else None
     earlier, slower = earlier_results(arguments.compare), False
-    if earlier and (missing := set(operations) - set(earlier)):
+    wanted = set(operations) - (MESSAGES if arguments.smoke else set())  # which one rank leaves out
+    if earlier and (missing := wanted - set(earlier)):
         raise SystemExit(f"--compare: no results of {', '.join(sorted(missing))} in {', '.join(arguments.compare)}")
     with start(arguments.device) as place:
         if place.world_size < 2 and arguments.smoke:
@@ -223,7 +229,7 @@ def run(arguments: argparse.Namespace) -> int:
                 print("\n" + results.markdown())
                 if arguments.output:
                     results.write(Path(arguments.output), place, arguments.limit)
-                if earlier:
+                if name in earlier:
                     text, worse = results.compare(earlier[name])
                     print("\n" + text)
                     slower = slower or worse

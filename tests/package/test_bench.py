@@ -152,6 +152,8 @@ def test_an_earlier_run_of_something_else(tmp_path):
     with pytest.raises(SystemExit, match="--compare: expected files that mnnvl bench wrote with --output"):
         cli.main(["bench", "--compare", str(file)])
     file.write_text(json.dumps(asdict(results_of(1.0))))
+    with pytest.raises(SystemExit, match="--compare: expected one file of .*, got two: .*old.json, .*old.json"):
+        cli.main(["bench", "--compare", str(file), str(file)])
     with pytest.raises(SystemExit, match="--compare: no results of all_reduce in .*old.json"):
         cli.main(["bench", "--compare", str(file)])
 
