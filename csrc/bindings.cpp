@@ -254,7 +254,9 @@ void bind_function_group(py::module_& m) {
             self.attach(exchange);
           },
           py::arg("comm"), py::arg("rank"), py::arg("size"))
-      .def_property_readonly("attached", &FunctionGroup::attached)
+      // Without the GIL: who holds the group's mutex may want it.
+      .def_property_readonly("attached",
+                             py::cpp_function(&FunctionGroup::attached, py::call_guard<py::gil_scoped_release>()))
       .def("destroy", &FunctionGroup::destroy, py::call_guard<py::gil_scoped_release>());
 }
 

@@ -7,7 +7,8 @@
 A small transformer with random weights continues some prompts. Each rank has its share of the attention heads, with
 their cache, and of the hidden features; after each of both an all-reduce of [sequences, features] adds the shares up,
 the residual is added, and what comes is normalised for the next layer: one call of
-trtllm_mnnvl_fused_allreduce_add_rmsnorm. All ranks must choose the same tokens, and the whole model on one rank these too.
+trtllm_mnnvl_fused_allreduce_add_rmsnorm. All ranks must choose the same tokens, and the whole model on one rank
+these too.
 """
 
 from collections.abc import Callable

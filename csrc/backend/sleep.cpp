@@ -20,8 +20,13 @@ void ProcessGroupMNNVL::on_set_up(const std::function<void(Transport&, Exchange&
   at_torch_boundary([&] {
     StoreExchange exchange(store_, "mnnvl/memory", rank_, size_, std::chrono::milliseconds(timeout_ms_.load()),
                            state_->aborted(), owner_);
-    if (cpu) cpu_queue_.run(cpu, [&](Transport& transport) { on_cpu(transport, exchange); });
-    if (cuda) on_cuda(*cuda, exchange);
+    try {
+      if (cpu) cpu_queue_.run(cpu, [&](Transport& transport) { on_cpu(transport, exchange); });
+      if (cuda) on_cuda(*cuda, exchange);
+    } catch (const std::exception& error) {
+      exchange.give_up(error.what());  // the others, should they still wait for this rank
+      throw;
+    }
   });
 }
 

@@ -44,10 +44,14 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
     try {
       build(context_of(exchange));
     } catch (...) {
-      FirstFailure ignored;  // the one in flight tells more
-      ignored.guard([&] { take_down(); });
+      drop();
       throw;
     }
+  }
+
+  void drop() noexcept override {
+    FirstFailure ignored;  // the one that led here tells more
+    ignored.guard([&] { take_down(); });
   }
 
  private:

@@ -36,6 +36,9 @@ class SymmetricBuffer {
   // multicast if there was multicast before: captured launches know no other way. Attached and at rest on return; if it
   // throws, still detached, on every rank, and may be tried again.
   virtual void attach(Exchange& exchange) = 0;
+  // Not collective: detaches after a failure, when the ranks can't be counted on to meet again. Peers' mappings keep
+  // this rank's memory until they do the same.
+  virtual void drop() noexcept = 0;
 
   virtual size_t bytes() const = 0;  // of this rank's memory
   virtual uint64_t address(int rank) const = 0;      // where rank's memory is mapped here

@@ -112,8 +112,7 @@ class CudaTransport final : public Transport {
     try {
       open(exchange);
     } catch (...) {
-      FirstFailure ignored;  // the one in flight tells more
-      ignored.guard([&] { buffer_->detach(exchange); });
+      buffer_->drop();
       throw;
     }
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch.distributed as dist
@@ -106,10 +107,9 @@ def mpi_barrier() -> None:
 def _mpi() -> Any:
     """Imported on use: nothing else of this package needs MPI."""
     try:
-        from mpi4py import MPI
+        return importlib.import_module("mpi4py.MPI")
     except ImportError as error:
         raise RuntimeError(
             f"mpi4py could not be imported: {error}. Install it, or use TorchDistBackend, which needs only "
             "torch.distributed"
         ) from error
-    return MPI

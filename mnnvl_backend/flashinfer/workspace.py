@@ -109,7 +109,7 @@ class MNNVLAllReduceFusionWorkspace(AllReduceFusionWorkspace):
                 buffer_size_bytes=size_bytes,
                 **settings.fields(),
             )
-        self._comm = comm
+        self._comm: Any = comm
         leave(comm)
         self.buffer_size_bytes: int = self._compiled.buffer_size_bytes
         self.handle = next(_handles)
@@ -251,7 +251,7 @@ class MNNVLAllReduceFusionWorkspace(AllReduceFusionWorkspace):
     def destroy(self) -> None:
         """Unmaps and frees; idempotent. Not collective, but no rank may still be in a call on this workspace."""
         compiled, self._compiled = self._compiled, None
-        self._destroyed = True
+        self._destroyed, self._comm = True, None  # which may keep a store
         if compiled is not None:
             _by_handle.pop(self.handle, None)
             compiled.destroy()

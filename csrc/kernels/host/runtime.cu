@@ -21,6 +21,7 @@ bool synchronize_device(int device) noexcept {
   int previous = 0;
   if (cudaGetDevice(&previous) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return false;
   const bool ok = cudaDeviceSynchronize() == cudaSuccess;
+  if (!ok) (void)cudaGetLastError();  // or somebody else's next launch would report it
   (void)cudaSetDevice(previous);
   return ok;
 }
