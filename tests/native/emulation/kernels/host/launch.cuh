@@ -14,8 +14,8 @@ constexpr int kMinBlocks = 2;
 // One instance of a world of its own, and the loop: what more there is differs in numbers alone.
 #define MNNVL_FOR_EACH_INSTANCE(X) \
   X(float, 2) \
-  X(float, 3) X(float, 0) X(__half, 2) X(__half, 3) X(__half, 0) X(__nv_bfloat16, 2) X(__nv_bfloat16, 3) \
-      X(__nv_bfloat16, 0)
+  X(float, 3) \
+  X(float, 0) X(__half, 2) X(__half, 3) X(__half, 0) X(__nv_bfloat16, 2) X(__nv_bfloat16, 3) X(__nv_bfloat16, 0)
 
 template <typename T>
 constexpr Dtype dtype_of() {
