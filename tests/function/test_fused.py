@@ -219,7 +219,8 @@ def edge_cases(dtype: torch.dtype, hidden: int, rows: int) -> list[Case]:
 
 
 def edges_body(rank: Rank, flush: bool) -> None:
-    """NaN, infinity, subnormals and what overflows: all values of the 16-bit dtypes in rows of neighbours, some alone in a row, and pairs of float32 edges. Other ranks than the first bring zeros of both signs to the 16-bit ones."""
+    """NaN, infinity, subnormals and what overflows: all values of the 16-bit dtypes in rows of neighbours, some alone in
+    a row, and pairs of float32 edges. Other ranks than the first bring zeros of both signs to the 16-bit ones."""
     with workspace_of(rank, buffer_size_in_bytes=2 << 20) as workspace:
         for dtype, hidden in itertools.product((torch.float16, torch.bfloat16), (1, 1024)):
             # Alone every fourth, infinity and NaN among them.
