@@ -1,6 +1,6 @@
 #include "backend/fused_function.h"
 
-#include <vector>
+#include <c10/util/SmallVector.h>
 
 #include "backend/tensors.h"
 #include "common/math.h"
@@ -66,8 +66,9 @@ void check_overlaps(const FusedTensors& t, const RowWork& w) {
     int64_t bytes;
     bool like_input;
   };
-  std::vector<Range> inputs, outputs;
-  const auto add = [](std::vector<Range>& to, const char* name, const at::Tensor* tensor, int64_t bytes, bool like) {
+  using Ranges = c10::SmallVector<Range, 4>;  // a call allocates nothing for it
+  Ranges inputs, outputs;
+  const auto add = [](Ranges& to, const char* name, const at::Tensor* tensor, int64_t bytes, bool like) {
     if (tensor != nullptr && bytes > 0) to.push_back({name, tensor, bytes, like});
   };
   const auto given = [](const FusedTensors::Maybe& tensor) { return tensor ? &*tensor : nullptr; };

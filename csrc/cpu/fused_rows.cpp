@@ -196,6 +196,15 @@ void finish(const RowWork& work, int64_t first, int64_t count, const std::byte* 
   for (int64_t i = 0; i < count; ++i) rows.finish(first + i, sums + i * work.hidden * element_size(dtype));
 }
 
+// Rows first .. first + count, from their sums [count, hidden].
+void finish_rows(const RowWork& work, int64_t first, int64_t count, const std::byte* sums) {
+  switch (work.dtype) {
+    case Dtype::kFloat32: return finish<Dtype::kFloat32>(work, first, count, sums);
+    case Dtype::kFloat16: return finish<Dtype::kFloat16>(work, first, count, sums);
+    default: return finish<Dtype::kBFloat16>(work, first, count, sums);
+  }
+}
+
 }  // namespace
 
 void check_row_work(const RowWork& work) {
@@ -210,15 +219,16 @@ void check_row_work(const RowWork& work) {
     invalid("groups of ", work.group, " in rows of ", work.hidden);
 }
 
-void finish_rows(const RowWork& work, int64_t first, int64_t count, const std::byte* sums) {
-  switch (work.dtype) {
-    case Dtype::kFloat32: return finish<Dtype::kFloat32>(work, first, count, sums);
-    case Dtype::kFloat16: return finish<Dtype::kFloat16>(work, first, count, sums);
-    default: return finish<Dtype::kBFloat16>(work, first, count, sums);
+void finish_in_blocks(const FusedRequest& request, const SumRows& sum) {
+  const RowWork& work = request.work;
+  const int64_t row_bytes = work.hidden * element_size(work.dtype), block_rows = rows_of_block(row_bytes);
+  std::vector<std::byte> sums(static_cast<size_t>(min64(block_rows, work.rows) * row_bytes));
+  for (int64_t row = 0; row < work.rows; row += block_rows) {
+    const int64_t rows = min64(block_rows, work.rows - row);
+    sum(static_cast<const std::byte*>(request.in) + row * row_bytes, rows * work.hidden, sums.data());
+    const FloatEnvironment ieee;
+    finish_rows(work, row, rows, sums.data());
   }
-}
-
-void zero_padding(const RowWork& work) {
   fused::each_padding(work, 0, 1, [&](int64_t offset, int bytes) {
     std::memset(static_cast<std::byte*>(work.scales) + offset, 0, size_t(bytes));
   });
@@ -226,19 +236,11 @@ void zero_padding(const RowWork& work) {
 
 void run_alone(const FusedRequest& request) {
   check_row_work(request.work);
-  const RowWork& work = request.work;
-  const FloatEnvironment ieee;
-  const ReduceFunction reduce = reduce_function(work.dtype, ReduceOp::kSum);
-  const int64_t row_bytes = work.hidden * element_size(work.dtype);
-  const int64_t block_rows = rows_of_block(row_bytes);
-  std::vector<std::byte> sums(static_cast<size_t>(min64(block_rows, work.rows) * row_bytes));
-  for (int64_t row = 0; row < work.rows; row += block_rows) {
-    const int64_t rows = min64(block_rows, work.rows - row);
-    const std::byte* in = static_cast<const std::byte*>(request.in) + row * row_bytes;
-    reduce(&in, 1, sums.data(), nullptr, rows * work.hidden);
-    finish_rows(work, row, rows, sums.data());
-  }
-  zero_padding(work);
+  const ReduceFunction reduce = reduce_function(request.work.dtype, ReduceOp::kSum);
+  finish_in_blocks(request, [&](const std::byte* in, int64_t numel, std::byte* sums) {
+    const FloatEnvironment ieee;
+    reduce(&in, 1, sums, nullptr, numel);
+  });
 }
 
 }  // namespace mnnvl::cpu

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 
 #include "protocol/requests.h"
 
@@ -11,11 +12,10 @@ namespace mnnvl::cpu {
 // Error(kInvalidArgument) for work that can't be done.
 void check_row_work(const RowWork& work);
 
-// Rows first .. first + count of `work`. `sums`: [count, hidden], overlaps nothing of it. To be called inside a
-// FloatEnvironment.
-void finish_rows(const RowWork& work, int64_t first, int64_t count, const std::byte* sums);
-// Scales' padding; once a call.
-void zero_padding(const RowWork& work);
+// All rows and the scales' padding, by blocks of rows that are finished while they are in the cache. `sum`: of `numel`
+// elements of the input, to `sums`.
+using SumRows = std::function<void(const std::byte* in, int64_t numel, std::byte* sums)>;
+void finish_in_blocks(const FusedRequest& request, const SumRows& sum);
 
 // All of the request in a group of one.
 void run_alone(const FusedRequest& request);

@@ -9,7 +9,7 @@ import torch
 
 from mnnvl_backend import arguments
 from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy, check_strategy, required_bytes, strategy_for
-from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace
+from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace, was_destroyed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -82,7 +82,7 @@ def check_workspace(
     if not isinstance(strategy, MNNVLAllreduceFusionStrategy):
         check_strategy(strategy)
     if workspace.destroyed:
-        raise RuntimeError("workspace: it was destroyed; make a new MNNVLAllReduceFusionWorkspace")
+        raise was_destroyed()
     strategy = check_room(workspace, input, strategy)
     if input.device != workspace.device:
         refuse("input", f"a tensor on the workspace's device {workspace.device}", input.device)

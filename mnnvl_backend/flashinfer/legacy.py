@@ -12,6 +12,7 @@ from mnnvl_backend import arguments
 from mnnvl_backend.flashinfer.allreduce import trtllm_mnnvl_allreduce
 from mnnvl_backend.flashinfer.checks import check_matrix, refuse
 from mnnvl_backend.flashinfer.fusion import trtllm_mnnvl_fused_allreduce_add_rmsnorm
+from mnnvl_backend.flashinfer.quantization import round_up
 from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy
 from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace, workspace_at
 
@@ -53,7 +54,7 @@ def get_allreduce_mnnvl_workspace(
     unit = COMMON_HIDDEN_DIM * row
     workspace = MNNVLAllReduceFusionWorkspace(
         mapping,
-        buffer_size_in_bytes=(wanted + unit - 1) // unit * unit,
+        buffer_size_in_bytes=round_up(wanted, unit),
         comm_backend=comm_backend_for_handle_transfer,
     )
     return workspace, workspace.buffer_flags, workspace.buffer_size_bytes // row

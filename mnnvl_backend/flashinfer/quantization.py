@@ -60,7 +60,7 @@ QUANTIZATION_NAMES = {
 
 def compute_fp4_swizzled_layout_sf_size(total_row: int, total_column: int) -> int:
     """Scales in the layout SWIZZLED_128x4 of [total_row, total_column] scales, padding included."""
-    return _round_up(total_row, 128) * _round_up(total_column, 4)
+    return round_up(total_row, 128) * round_up(total_column, 4)
 
 
 def check_quantization(quant_type: object, layout_code: object) -> None:
@@ -152,7 +152,7 @@ def _packed_scales(input: torch.Tensor, group_size: int, scale_out: torch.Tensor
     """int32 words of four scales (biased exponents) each, columns aligned to four tokens as TMA wants them."""
     num_tokens, hidden_dim = input.shape
     shape = (num_tokens, (hidden_dim // group_size + 3) // 4)
-    strides = (1, _round_up(num_tokens, 4))
+    strides = (1, round_up(num_tokens, 4))
     if scale_out is None:
         return torch.empty_strided(shape, strides, dtype=torch.int32, device=input.device)
     _check_output("scale_out", scale_out, PACKED_GROUP_FP8, shape, (torch.int32,))
@@ -172,5 +172,5 @@ def _check_output(
         refuse(name, f"dtype {' or '.join(map(str, dtypes))} for {what}", tensor.dtype)
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
     return (value + multiple - 1) // multiple * multiple

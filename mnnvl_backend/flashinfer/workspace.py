@@ -239,7 +239,7 @@ class MNNVLAllReduceFusionWorkspace(AllReduceFusionWorkspace):
 
     def _existing(self) -> Any:
         if self._compiled is None:
-            raise RuntimeError("workspace: it was destroyed; make a new MNNVLAllReduceFusionWorkspace")
+            raise was_destroyed()
         return self._compiled
 
     def _collectively(self, step: Any, comm: CommBackend) -> Any:
@@ -287,6 +287,10 @@ def workspace_at(name: str, token: int) -> MNNVLAllReduceFusionWorkspace:
     return workspace
 
 
+def was_destroyed() -> RuntimeError:
+    return RuntimeError("workspace: it was destroyed; make a new MNNVLAllReduceFusionWorkspace")
+
+
 def compiled_workspace(handle: int) -> Any:
     """The compiled object behind a workspace's handle.
 
@@ -295,7 +299,7 @@ def compiled_workspace(handle: int) -> Any:
     """
     workspace = _by_handle.get(handle)
     if workspace is None:
-        raise RuntimeError("workspace: it was destroyed; make a new MNNVLAllReduceFusionWorkspace")
+        raise was_destroyed()
     return workspace._compiled
 
 

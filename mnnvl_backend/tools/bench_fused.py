@@ -35,7 +35,7 @@ from mnnvl_backend.flashinfer.fusion import (
     trtllm_mnnvl_fused_allreduce_add_rmsnorm,
     trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant,
 )
-from mnnvl_backend.flashinfer.quantization import MNNVLQuantType, QuantizationSFLayout
+from mnnvl_backend.flashinfer.quantization import NVFP4_BLOCK, MNNVLQuantType, QuantizationSFLayout
 from mnnvl_backend.options import Options
 from mnnvl_backend.tools.bench import NO_MULTICAST, everybody, times_of
 from mnnvl_backend.tools.bench_results import describe, report
@@ -43,8 +43,8 @@ from mnnvl_backend.tools.launch import Place, start
 
 DTYPE, FP8 = torch.bfloat16, torch.float8_e4m3fn
 EPSILON = 1e-6
-FP8_SCALE, FP8_MOST = 1 / 32, 448.0  # by which a norm is divided; the greatest value
-NVFP4_SCALE, NVFP4_BLOCK = 64.0, 16  # by which scales are multiplied; elements to a scale
+FP8_SCALE, FP8_MOST = 1 / 32, torch.finfo(FP8).max  # by which a norm is divided; the greatest value
+NVFP4_SCALE = 64.0  # by which scales are multiplied
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}  # of the unfused
 OURS = ("allreduce", "fused", "fused+fp8", "fused+dynamic fp8", "fused+nvfp4")

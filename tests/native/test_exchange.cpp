@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "kernels/kernels.h"
+#include "native/emulation/group.h"
 #include "native/harness.h"
 #include "native/random_calls.h"
 #include "protocol/failure_text.h"
@@ -13,31 +14,11 @@
 namespace mnnvl::test {
 namespace {
 
-// The workspaces of a group, zero-filled, and what a launch of each rank takes.
-class Group {
+class Group : public EmulatedGroup {
  public:
-  Group(int world_size, int64_t workspace_bytes, uint64_t timeout_ms = 10000) {
-    shape_.world_size = world_size;
-    shape_.layout = WorkspaceLayout::make(/*stage_bytes=*/1024, workspace_bytes, world_size);
-    for (int r = 0; r < world_size; ++r) {
-      auto* memory = static_cast<std::byte*>(std::aligned_alloc(128, size_t(shape_.layout.total_bytes)));
-      std::fill_n(memory, shape_.layout.total_bytes, std::byte{0x5a});
-      std::fill_n(memory + shape_.layout.lines_offset, shape_.layout.total_bytes - shape_.layout.lines_offset,
-                  std::byte{0});
-      memory_.emplace_back(memory);
-    }
-    mailboxes_.resize(size_t(world_size));
-    for (int r = 0; r < world_size; ++r) {
-      DeviceGroup group{};
-      for (int peer = 0; peer < world_size; ++peer) group.peers[peer] = memory_[size_t(peer)].get();
-      group.mailbox = &mailboxes_[size_t(r)];
-      group.layout = shape_.layout;
-      group.timeout_ns = timeout_ms * 1'000'000;
-      group.rank = r;
-      group.world_size = world_size;
-      groups_.push_back(group);
-    }
-  }
+  Group(int world_size, int64_t workspace_bytes, uint64_t timeout_ms = 10000)
+      : EmulatedGroup(WorkspaceLayout::make(/*stage_bytes=*/1024, workspace_bytes, world_size), world_size,
+                      /*fill=*/0x5a5a5a5au, timeout_ms) {}
 
   // As if every lane had carried so many messages and slots.
   void start_from(uint64_t messages, uint32_t slots) {
@@ -54,9 +35,6 @@ class Group {
     }
   }
 
-  int world_size() const { return shape_.world_size; }
-  const FailureRecord& record(int rank) const { return mailboxes_[size_t(rank)].record; }
-
   void exchange(int rank, ChannelKind kind, const std::vector<kernels::ChannelMessage>& sends,
                 const std::vector<kernels::ChannelMessage>& receives, int most_blocks = 8) const {
     kernels::ExchangeParams params;
@@ -72,12 +50,6 @@ class Group {
     launch.threads = kernels::kMaxExchangeThreads;
     kernels::table().exchange.launch(params, launch);
   }
-  void run(int rank, const Request& request) const {
-    LaunchContext context;
-    context.group = groups_[size_t(rank)];
-    context.shape = shape_;
-    launch(context, request);
-  }
 
  private:
   // Few blocks, that several lanes meet in one, and any number of them.
@@ -91,14 +63,6 @@ class Group {
     const int all = int(peers.size()) * lanes;
     return {lanes, std::max(std::min(all, most_blocks), int(ceil_div(all, kMaxBlockLanes)))};
   }
-
-  struct Free {
-    void operator()(std::byte* memory) const { std::free(memory); }
-  };
-  GroupShape shape_;
-  std::vector<std::unique_ptr<std::byte, Free>> memory_;
-  std::vector<HostMailbox> mailboxes_;
-  std::vector<DeviceGroup> groups_;
 };
 
 struct Planned {

@@ -1,13 +1,11 @@
 // The fused all-reduces, their source run on a CPU (native/emulation), among ranks that are threads: every byte as cpu/
 // makes it of the ranks' sum, on clusters of 1, 2 and 4 blocks, by one launch and several.
-#include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
 #include "cpu/fused_rows.h"
 #include "cpu/reduce.h"
 #include "kernels/kernels.h"
+#include "native/emulation/group.h"
 #include "native/harness.h"
 #include "protocol/fused_row.h"
 #include "transport/cuda_launch.h"
@@ -15,61 +13,22 @@
 namespace mnnvl::test {
 namespace {
 
-using Bytes = std::vector<std::byte>;
-
-class Group {
- public:
-  Group(int world_size, int64_t stage_bytes, int multiprocessors, uint64_t timeout_ms = 20000) {
-    shape_.world_size = world_size;
+// Of Lamport generations alone.
+struct Group : EmulatedGroup {
+  Group(int world_size, int64_t stage_bytes, int multiprocessors, uint64_t timeout_ms = 20000)
+      : EmulatedGroup(WorkspaceLayout::make(stage_bytes, /*channel_bytes=*/0, world_size), world_size, kLamportSentinel,
+                      timeout_ms) {
     shape_.multiprocessors = multiprocessors;
-    shape_.layout = WorkspaceLayout::make(stage_bytes, /*channel_bytes=*/0, world_size);
-    const size_t words = size_t(shape_.layout.total_bytes) / 4;
-    mailboxes_.resize(size_t(world_size));
-    for (int r = 0; r < world_size; ++r) {
-      auto* memory = static_cast<uint32_t*>(std::aligned_alloc(128, words * 4));
-      std::fill_n(memory, words, kLamportSentinel);
-      std::memset(reinterpret_cast<std::byte*>(memory) + shape_.layout.lines_offset, 0,
-                  size_t(shape_.layout.total_bytes - shape_.layout.lines_offset));
-      memory_.emplace_back(memory);
-    }
-    for (int r = 0; r < world_size; ++r) {
-      DeviceGroup group{};
-      for (int peer = 0; peer < world_size; ++peer) {
-        group.peers[peer] = reinterpret_cast<std::byte*>(memory_[size_t(peer)].get());
-      }
-      group.mailbox = &mailboxes_[size_t(r)];
-      group.layout = shape_.layout;
-      group.timeout_ns = timeout_ms * 1'000'000;
-      group.rank = r;
-      group.world_size = world_size;
-      groups_.push_back(group);
-    }
   }
-
-  void run(int rank, const FusedRequest& request) const {
-    LaunchContext context;
-    context.group = groups_[size_t(rank)];
-    context.shape = shape_;
-    launch(context, Request(request));
-  }
-  const FailureRecord& record(int rank) const { return mailboxes_[size_t(rank)].record; }
   // Every slot of every generation.
   void check_clear() const {
     for (const auto& memory : memory_) {
+      const auto* words = reinterpret_cast<const uint32_t*>(memory.get());
       for (int64_t i = 0; i < shape_.layout.slots_offset / 4; ++i) {
-        CHECK(memory.get()[i] == kLamportSentinel, "word ", i, " is left");
+        CHECK(words[i] == kLamportSentinel, "word ", i, " is left");
       }
     }
   }
-
- private:
-  struct Free {
-    void operator()(uint32_t* memory) const { std::free(memory); }
-  };
-  GroupShape shape_;
-  std::vector<std::unique_ptr<uint32_t, Free>> memory_;
-  std::vector<HostMailbox> mailboxes_;
-  std::vector<DeviceGroup> groups_;
 };
 
 // Elements of few bits, of any sign, so that sums round and rows differ.
@@ -141,9 +100,12 @@ struct Problem {
     Bytes sum(inputs[0].size());
     cpu::reduce_function(work.dtype, ReduceOp::kSum)(sources.data(), int(sources.size()), sum.data(), nullptr,
                                                      work.rows * work.hidden);
-    const RowWork on_outputs = outputs.work_on(work);
-    cpu::finish_rows(on_outputs, 0, work.rows, sum.data());
-    cpu::zero_padding(on_outputs);
+    FusedRequest request;
+    request.in = sum.data();
+    request.work = outputs.work_on(work);
+    cpu::finish_in_blocks(request, [this](const std::byte* in, int64_t numel, std::byte* sums) {
+      std::memcpy(sums, in, size_t(numel * element_size(work.dtype)));
+    });
   }
 };
 

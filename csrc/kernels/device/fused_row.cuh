@@ -52,6 +52,10 @@ class FusedRow {
   __device__ __forceinline__ int first_pack() const { return rank_ * kThreads + int(threadIdx.x); }
   __device__ __forceinline__ int pack_step() const { return blocks_ * kThreads; }
   __device__ __forceinline__ int packs() const { return packs_; }
+  // Pack i of a row of a matrix like the input, zero behind the row's end.
+  __device__ __forceinline__ uint4 load(const void* matrix, int64_t row, int i) const {
+    return load_pack<Unit<T>>(place(matrix, row, i), bytes_behind(i));
+  }
 
   // Loads what every row wants. Once, before finish(), when what others wait for has been sent.
   __device__ __forceinline__ void prepare() {
@@ -74,7 +78,7 @@ class FusedRow {
       if (!sum(i, s)) failed = true;
       const uint4 r = with_residual(s, residual);
       residual = residual_pack(i + pack_step());
-      store_pack<Unit<T>>(place(w_.residual_out, i), bytes_behind(i), r);
+      store_pack<Unit<T>>(place(w_.residual_out, row_, i), bytes_behind(i), r);
 #pragma unroll
       for (int k = 0; k < kKept; ++k) {
         if (n == k) kept_[k] = r;
@@ -105,13 +109,13 @@ class FusedRow {
   __device__ __forceinline__ int64_t bytes_behind(int i) const {
     return (w_.hidden - int64_t(i) * kElements) * int64_t(sizeof(T));
   }
-  __device__ __forceinline__ std::byte* place(const void* matrix, int i) const {
-    return static_cast<std::byte*>(const_cast<void*>(matrix)) + (row_ * w_.hidden + int64_t(i) * kElements) * sizeof(T);
+  __device__ __forceinline__ std::byte* place(const void* matrix, int64_t row, int i) const {
+    return static_cast<std::byte*>(const_cast<void*>(matrix)) + (row * w_.hidden + int64_t(i) * kElements) * sizeof(T);
   }
 
   __device__ __forceinline__ uint4 residual_pack(int i) const {
     if (w_.residual == nullptr || i >= packs_) return {};
-    return load_pack<Unit<T>>(place(w_.residual, i), bytes_behind(i));
+    return load(w_.residual, row_, i);
   }
   // gamma's elements of a pack, as they lie: of T in the first half, or float32.
   struct Gamma {
@@ -235,7 +239,7 @@ class FusedRow {
         for (int k = 0; k < kKept; ++k) {
           if (n == k) r = kept_[k];
         }
-        if (n >= kKept) r = load_pack<Unit<T>>(place(w_.residual_out, i), bytes_behind(i));
+        if (n >= kKept) r = load(w_.residual_out, row_, i);
         norm = normalised(r, n == 0 ? gamma_ : gamma_of(i));
       }
       body(i, norm);
@@ -250,7 +254,7 @@ class FusedRow {
   }
 
   __device__ __forceinline__ void write(int i, uint4 norm) const {
-    if (i < packs_ && w_.norm != nullptr) store_pack<Unit<T>>(place(w_.norm, i), bytes_behind(i), norm);
+    if (i < packs_ && w_.norm != nullptr) store_pack<Unit<T>>(place(w_.norm, row_, i), bytes_behind(i), norm);
     if (w_.quantization == Quantization::kNone) return;
     quantiser_.write(row_, i, norm, [&](int64_t element) { return norm_of(element); });
   }

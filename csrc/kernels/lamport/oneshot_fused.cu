@@ -18,11 +18,9 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
 
   FusedRow<T, kWorld> fused(p.work, shared);
   const int packs = fused.packs(), rows = int(p.rows);
-  const int64_t row_bytes = p.work.hidden * int64_t(sizeof(T));
   const int64_t slot_bytes = p.rows * packs * kPackBytes;  // slot r holds rank r's rows, each of whole packs
   const auto load_own = [&](int row, int i) {
-    const auto* in = static_cast<const std::byte*>(p.in) + (p.first_row + row) * row_bytes + int64_t(i) * kPackBytes;
-    return without_negative_zero<T>(load_pack<Unit<T>>(in, row_bytes - int64_t(i) * kPackBytes));
+    return without_negative_zero<T>(fused.load(p.in, p.first_row + row, i));
   };
   const auto offset = [&](int row, int i) { return (int64_t(row) * packs + i) * kPackBytes; };
 
@@ -63,14 +61,12 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks) fused_alone(const _
   __shared__ typename FusedRow<T, 1>::Shared shared;
   grid_dependency_wait();
   FusedRow<T, 1> fused(p.work, shared);
-  const int64_t row_bytes = p.work.hidden * int64_t(sizeof(T));
   fused.prepare();
   if (p.first_row == 0) fused.zero_padding();
   for (int row = fused.first_row(); row < int(p.rows); row += fused.row_step()) {
     const auto sum = [&](int i, uint4& pack) {
-      const auto* in = static_cast<const std::byte*>(p.in) + (p.first_row + row) * row_bytes + int64_t(i) * kPackBytes;
       Accumulator<T> acc;
-      acc.begin(load_pack<Unit<T>>(in, row_bytes - int64_t(i) * kPackBytes));
+      acc.begin(fused.load(p.in, p.first_row + row, i));
       acc.add({});  // so that NaN and -0 become what they become in any sum
       pack = acc.finish(1.0f);
       return true;

@@ -20,11 +20,9 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
   FusedRow<T, kWorld> fused(p.work, shared);
   const int world = kWorld ? kWorld : g.world_size, packs = fused.packs();
   const int rows = int(p.rows), slice = int(ceil_div(rows, world));  // a launch has fewer than 2^31 packs
-  const int64_t row_bytes = p.work.hidden * int64_t(sizeof(T));
   const auto owner_of = [&](int k) { return g.rank + k < world ? g.rank + k : g.rank + k - world; };
   const auto load_own = [&](int row, int i) {
-    const auto* in = static_cast<const std::byte*>(p.in) + (p.first_row + row) * row_bytes + int64_t(i) * kPackBytes;
-    return without_negative_zero<T>(load_pack<Unit<T>>(in, row_bytes - int64_t(i) * kPackBytes));
+    return without_negative_zero<T>(fused.load(p.in, p.first_row + row, i));
   };
   const auto offset = [&](int row, int i) { return int64_t(row * packs + i) * kPackBytes; };
   std::byte* const own = g.peers[g.rank];

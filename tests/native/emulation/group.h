@@ -1,0 +1,59 @@
+// The workspaces of a group whose kernels run under emulation, and what a launch of each rank takes.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "transport/cuda_launch.h"
+
+namespace mnnvl::test {
+
+class EmulatedGroup {
+ public:
+  // `fill`: of all words but those that are zero at rest.
+  EmulatedGroup(const WorkspaceLayout& layout, int world_size, uint32_t fill, uint64_t timeout_ms) {
+    shape_.world_size = world_size;
+    shape_.layout = layout;
+    for (int r = 0; r < world_size; ++r) {
+      auto* memory = static_cast<std::byte*>(std::aligned_alloc(128, size_t(layout.total_bytes)));
+      std::fill_n(reinterpret_cast<uint32_t*>(memory), layout.total_bytes / 4, fill);
+      std::memset(memory + layout.lines_offset, 0, size_t(layout.total_bytes - layout.lines_offset));
+      memory_.emplace_back(memory);
+    }
+    mailboxes_.resize(size_t(world_size));
+    for (int r = 0; r < world_size; ++r) {
+      DeviceGroup group{};
+      for (int peer = 0; peer < world_size; ++peer) group.peers[peer] = memory_[size_t(peer)].get();
+      group.mailbox = &mailboxes_[size_t(r)];
+      group.layout = layout;
+      group.timeout_ns = timeout_ms * 1'000'000;
+      group.rank = r;
+      group.world_size = world_size;
+      groups_.push_back(group);
+    }
+  }
+
+  int world_size() const { return shape_.world_size; }
+  const FailureRecord& record(int rank) const { return mailboxes_[size_t(rank)].record; }
+  void run(int rank, const Request& request) const {
+    LaunchContext context;
+    context.group = groups_[size_t(rank)];
+    context.shape = shape_;
+    launch(context, request);
+  }
+
+ protected:
+  struct Free {
+    void operator()(std::byte* memory) const { std::free(memory); }
+  };
+  GroupShape shape_;
+  std::vector<std::unique_ptr<std::byte, Free>> memory_;
+  std::vector<HostMailbox> mailboxes_;
+  std::vector<DeviceGroup> groups_;
+};
+
+}  // namespace mnnvl::test
