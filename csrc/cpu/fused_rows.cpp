@@ -58,7 +58,7 @@ class Rows {
       add_residual(r_.data(), norm_bits_.data(), w_.hidden);
     }
     std::memcpy(row_of(w_.residual_out, sizeof(Stored)), r_.data(), bytes);
-    const Wide inverse = fused::inverse_rms(sum_of_squares(), w_.hidden, w_.epsilon);
+    const Wide inverse = fused::inverse_rms(fused::divide(sum_of_squares(), Wide(w_.hidden)), w_.epsilon);
     normalise(r_.data(), weight_.data(), inverse, norm_bits_.data(), norm_.data(), w_.hidden);
     if (w_.norm != nullptr) std::memcpy(row_of(w_.norm, sizeof(Stored)), norm_bits_.data(), bytes);
     quantise();
@@ -151,7 +151,7 @@ class Rows {
     int64_t bytes = w_.hidden;
     switch (w_.quantization) {
       case Quantization::kNone: break;
-      case Quantization::kFloat8: multiply_to_e4m3(norm_.data(), fused::divide(1.0f, scale()), to, w_.hidden); break;
+      case Quantization::kFloat8: multiply_to_e4m3(norm_.data(), fused::inverse(scale()), to, w_.hidden); break;
       case Quantization::kDynamicFloat8: {
         const float row_scale = fused::dynamic_scale(amax(0, w_.hidden));
         std::memcpy(static_cast<std::byte*>(w_.scales) + number_ * 4, &row_scale, 4);

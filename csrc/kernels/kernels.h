@@ -43,12 +43,19 @@ struct ReduceScatterParams {
   int blocks = 1;
 };
 
-// Rows first_row .. first_row + rows of the request's, within the layout's capacity; `blocks` as above.
+// Some rows of a request, within the layout's capacity; `blocks` as above. What all threads would reckon alike is here.
 struct FusedParams {
   DeviceGroup group;  // of a group of one: rank and world size alone
-  const void* in = nullptr;
+  const void* in = nullptr;  // at the first of these rows, as are all tensors of `work` but the scales
+  int rows = 0;
+  int packs = 0;           // of a row
+  uint32_t row_bytes = 0;  // of a row of the input
+  int cluster_shift = 0;   // a cluster has 2 to this many blocks
+  float inverse_hidden = 0;
+  double inverse_hidden_wide = 0;
   RowWork work;
-  int64_t first_row = 0, rows = 0;
+  int64_t first_row = 0;  // of the request's
+  bool packed = false;    // every row of every tensor is whole packs and aligned to them; may differ between ranks
   int blocks = 1;
 };
 

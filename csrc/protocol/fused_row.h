@@ -35,11 +35,15 @@ constexpr int kNVBlock = 16;  // elements of a scale of kNVFloat4
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ float inverse(float a) { return __frcp_rn(a); }
 __device__ __forceinline__ float root(float a) { return __fsqrt_rn(a); }
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
 __device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ double divide(double a, double b) { return __ddiv_rn(a, b); }
+__device__ __forceinline__ double inverse(double a) { return __drcp_rn(a); }
 __device__ __forceinline__ double root(double a) { return __dsqrt_rn(a); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 #else
 template <typename Real>
 inline Real add(Real a, Real b) {
@@ -54,8 +58,16 @@ inline Real divide(Real a, Real b) {
   return a / b;
 }
 template <typename Real>
+inline Real inverse(Real a) {
+  return 1 / a;
+}
+template <typename Real>
 inline Real root(Real a) {
   return std::sqrt(a);
+}
+template <typename Real>
+inline Real multiply_add(Real a, Real b, Real c) {
+  return std::fma(a, b, c);
 }
 #endif
 
@@ -101,9 +113,25 @@ MNNVL_HOST_DEVICE Stored<dtype> add_residual(Stored<dtype> sum, Stored<dtype> re
   return arithmetic::Element<dtype>::narrow(add(widen<dtype>(sum), widen<dtype>(residual)));
 }
 
+// a / b, by `inverse_of_b`, which is rounded correctly: one step of Newton's makes a quotient that is at most a unit
+// off, and the next the right one (Markstein), where nothing on the way is too large or too small.
 template <typename Real>
-MNNVL_HOST_DEVICE Real inverse_rms(Real sum_of_squares, int64_t hidden, float epsilon) {
-  return divide(Real(1), root(add(divide(sum_of_squares, Real(hidden)), Real(epsilon))));
+MNNVL_HOST_DEVICE Real quotient(Real a, Real b, Real inverse_of_b) {
+  Real q = multiply(a, inverse_of_b);
+  q = multiply_add(multiply_add(-q, b, a), inverse_of_b, q);
+  return multiply_add(multiply_add(-q, b, a), inverse_of_b, q);
+}
+
+// sum / hidden, which is from 1 to 2^31.
+template <typename Real>
+MNNVL_HOST_DEVICE Real mean_of(Real sum, Real hidden, Real inverse_of_hidden) {
+  if (sum > Real(0x1p-80f) && sum < Real(0x1p+127f)) return quotient(sum, hidden, inverse_of_hidden);
+  return divide(sum, hidden);
+}
+
+template <typename Real>
+MNNVL_HOST_DEVICE Real inverse_rms(Real mean_square, float epsilon) {
+  return inverse(root(add(mean_square, Real(epsilon))));
 }
 
 template <Dtype dtype>

@@ -11,8 +11,6 @@ namespace mnnvl {
 namespace {
 
 constexpr int64_t kLeastScatteredBroadcast = int64_t{1} << 20;  // bytes
-constexpr int64_t kMaxAloneRows = 256;                // at once
-constexpr int64_t kMaxAloneLaunch = int64_t{1} << 30;  // rows
 
 void launch_lamport(const LaunchContext& context, const AllReduceRequest& request) {
   const Strategy strategy = request.strategy == Strategy::kAuto ? context.strategy : request.strategy;
@@ -311,50 +309,9 @@ void launch_one(const LaunchContext& context, const BarrierRequest& request) {
   launch_exchange(context, exchange);
 }
 
-void launch_rows(const kernels::KernelTable::Row<kernels::FusedParams>& kernel, const DeviceGroup& group,
-                 const FusedRequest& request, const FusedChoice& choice, void* stream) {
-  kernels::Launch shape;
-  shape.threads = kFusedThreads;
-  shape.cluster = choice.cluster;
-  shape.pdl = request.pdl;
-  shape.stream = stream;
-  kernels::FusedParams params;
-  params.group = group;
-  params.in = request.in;
-  params.work = request.work;
-  params.blocks = choice.blocks;
-  for (int64_t row = 0; row < request.work.rows; row += choice.launch_rows) {
-    params.first_row = row;
-    params.rows = min64(choice.launch_rows, request.work.rows - row);
-    kernel.launch(params, shape);
-  }
-}
-
-int64_t row_packs(const RowWork& work) { return ceil_div(work.hidden * element_size(work.dtype), kPackBytes); }
-
-void launch_one(const LaunchContext& context, const FusedRequest& request) {
-  const Strategy strategy = request.strategy == Strategy::kAuto ? context.strategy : request.strategy;
-  const FusedChoice choice = choose_fused(context.shape, request.work.rows, row_packs(request.work), strategy);
-  if (choice.launch_rows == 0) {
-    fail(ErrorKind::kInvalidArgument, "mnnvl: fused all_reduce: a row of ", request.work.hidden,
-         " elements is larger than the workspace");
-  }
-  const kernels::KernelTable& table = kernels::table();
-  const auto& kernel = choice.algorithm == Algorithm::kOneShotLamport ? table.oneshot_fused : table.twoshot_fused;
-  launch_rows(kernel, context.group, request, choice, context.stream);
-}
+void launch_one(const LaunchContext& context, const FusedRequest& request) { launch_fused(context, request); }
 
 }  // namespace
-
-void launch_alone(const FusedRequest& request, void* stream) {
-  FusedChoice choice;
-  choice.launch_rows = kMaxAloneLaunch;
-  choice.cluster = choose_fused_cluster(request.work.rows, row_packs(request.work), GroupShape{}.multiprocessors);
-  choice.blocks = int(min64(request.work.rows, kMaxAloneRows)) * choice.cluster;
-  DeviceGroup group{};
-  group.world_size = 1;
-  launch_rows(kernels::table().oneshot_fused, group, request, choice, stream);
-}
 
 void launch(const LaunchContext& context, const Request& request) {
   std::visit([&](const auto& one) { launch_one(context, one); }, request);

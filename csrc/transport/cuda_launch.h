@@ -17,6 +17,7 @@ struct LaunchContext {
 
 // Enqueues on the context's stream. Error(kSystem) if a launch is refused.
 void launch(const LaunchContext& context, const Request& request);
+void launch_fused(const LaunchContext& context, const FusedRequest& request);
 // Of a group of one, whose device is current and has the kernels loaded.
 void launch_alone(const FusedRequest& request, void* stream);
 // Error(kInvalidArgument) for a list that no launch can carry; then nothing was enqueued.

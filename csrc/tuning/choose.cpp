@@ -58,12 +58,19 @@ LamportShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype
   return shape;
 }
 
-int choose_fused_cluster(int64_t rows, int64_t row_packs, int multiprocessors) {
-  int blocks = 1;
-  while (blocks < kMaxFusedCluster && blocks * kFusedThreads < row_packs && 2 * blocks * rows <= multiprocessors) {
-    blocks *= 2;
+// A warp for each scheduler of a multiprocessor is fastest (docs/notes.md). Clusters of four full blocks find room in
+// few places at a time.
+FusedShape choose_fused_shape(int64_t rows, int64_t row_packs, int multiprocessors) {
+  constexpr int kFew = kFusedThreads / 2;
+  FusedShape shape;
+  while (shape.cluster < kMaxFusedCluster && shape.cluster * kFew < row_packs) {
+    const int blocks = 2 * shape.cluster;
+    const bool full = blocks * kFew < row_packs;
+    if (blocks * rows > (blocks == 4 && full ? multiprocessors * 3 / 4 : multiprocessors)) break;
+    shape.cluster = blocks;
   }
-  return blocks;
+  shape.threads = row_packs <= shape.cluster * kFew ? kFew : kFusedThreads;
+  return shape;
 }
 
 FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_packs, Strategy strategy) {
@@ -80,7 +87,7 @@ FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_pack
   choice.launch_rows = oneshot ? oneshot_rows : twoshot_rows;
   int64_t at_once = min64(rows, choice.launch_rows);
   if (!oneshot) at_once = ceil_div(at_once, world);
-  choice.cluster = choose_fused_cluster(at_once, row_packs, group.multiprocessors);
+  static_cast<FusedShape&>(choice) = choose_fused_shape(at_once, row_packs, group.multiprocessors);
   choice.blocks = int(std::clamp<int64_t>(at_once, 1, group.multiprocessors / choice.cluster)) * choice.cluster;
   return choice;
 }

@@ -34,14 +34,17 @@ LamportShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype
 
 // A fused all-reduce: rows, each padded to `row_packs` whole packs. A cluster of blocks takes a row. launch_rows: most
 // of one launch.
-struct FusedChoice {
-  Algorithm algorithm = Algorithm::kOneShotLamport;
+struct FusedShape {
   int cluster = 1;
+  int threads = kFusedThreads;
+};
+struct FusedChoice : FusedShape {
+  Algorithm algorithm = Algorithm::kOneShotLamport;
   int blocks = 1;  // a multiple of it
   int64_t launch_rows = 0;
 };
-// Blocks of a cluster, for `rows` that are begun at once: as many as there is work and room for.
-int choose_fused_cluster(int64_t rows, int64_t row_packs, int multiprocessors);
+// For `rows` that are begun at once: as many blocks a cluster as there is work and room for.
+FusedShape choose_fused_shape(int64_t rows, int64_t row_packs, int multiprocessors);
 FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_packs, Strategy strategy);
 
 // How many blocks serve the sends, or the receives, of an exchange: `channels` of them, whose largest message takes

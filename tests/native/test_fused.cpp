@@ -1,6 +1,8 @@
 // The fused all-reduces, their source run on a CPU (native/emulation), among ranks that are threads: every byte as cpu/
 // makes it of the ranks' sum, on clusters of 1, 2 and 4 blocks, by one launch and several.
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "cpu/fused_rows.h"
 #include "cpu/reduce.h"
@@ -126,7 +128,11 @@ void run_cases(int world_size, int64_t stage_bytes, int multiprocessors, uint64_
       Outputs expected(problem.work), outputs(problem.work);
       problem.expect(expected);
       FusedRequest request;
-      request.in = problem.inputs[size_t(rank)].data();
+      // Of some cases one rank's rows aren't packed, while others' are.
+      const size_t apart = seed % 3 == 0 && rank == 1 ? size_t(element_size(problem.work.dtype)) : 0;
+      Bytes input(apart);
+      input.insert(input.end(), problem.inputs[size_t(rank)].begin(), problem.inputs[size_t(rank)].end());
+      request.in = input.data() + apart;
       request.work = outputs.work_on(problem.work);
       request.strategy = problem.strategy;
       group.run(rank, request);
@@ -145,6 +151,31 @@ TEST(fused_rows_on_the_device_are_those_of_the_cpu) {
     run_cases(world_size, 1 << 20, 8, 100 * uint64_t(world_size) + 20, iterations(12));  // of 1, 2 or 4 by rows
     run_cases(world_size, 160 << 10, 4, 100 * uint64_t(world_size) + 40, iterations(12));  // several launches
   }
+}
+
+// The mean square by a reciprocal is the rounded quotient, of any sum and any number of elements.
+template <typename Real>
+void check_means(uint64_t seed) {
+  Random random(seed);
+  constexpr Real kLimit = std::numeric_limits<Real>::max();
+  for (int i = 0; i < 200'000; ++i) {
+    const int64_t hidden = i < 20'000 ? i + 1 : 1 + int64_t(random.below(i % 2 == 0 ? 1 << 16 : 1 << 30));
+    Real sum = std::ldexp(Real(1) + Real(random.below(1 << 30)) / Real(1 << 30), int(random.below(250)) - 125);
+    constexpr Real kEdges[] = {0,
+                               kLimit,
+                               std::numeric_limits<Real>::infinity(),
+                               std::numeric_limits<Real>::denorm_min(),
+                               Real(0x1p-80f),
+                               Real(0x1p+127f)};
+    if (i % 16 == 0) sum = kEdges[random.below(std::size(kEdges))];
+    const Real got = fused::mean_of(sum, Real(hidden), fused::inverse(Real(hidden)));
+    CHECK(got == sum / Real(hidden), sum, " / ", hidden, ": ", got);
+  }
+}
+
+TEST(fused_means_are_quotients) {
+  check_means<float>(1);
+  check_means<double>(2);
 }
 
 TEST(fused_rows_alone) {

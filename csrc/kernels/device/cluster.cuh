@@ -23,19 +23,12 @@ __device__ __forceinline__ float warp_max(float v, int lanes) {
   return v;
 }
 
-// Of this block's cluster.
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ int cluster_size() {
-  int size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
-}
-// In two halves: what all threads of the cluster have written before the first, all see after the second.
+// In two halves: what all threads of the cluster have written before the first, all see after the second. A release is
+// a fence of the whole GPU; what needs none begins relaxed.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // Both, of one block too.
 __device__ __forceinline__ void cluster_barrier(int blocks) {
@@ -60,7 +53,7 @@ struct ClusterValues {
   Word values[2][32];
   uint64_t arrived[2];  // mbarriers: thread 0, and the bytes of all values
 
-  // One thread of each of several blocks, before cluster_arrive().
+  // One thread of each of several blocks, before cluster_arrive_relaxed().
   __device__ __forceinline__ void prepare() {
     mbarrier_init(&arrived[0], 1);
     mbarrier_init(&arrived[1], 1);

@@ -1,13 +1,17 @@
 // A row of a fused all-reduce on a cluster of blocks: protocol/fused_row.h, by hardware's conversions where these round
 // as it says.
 //
-// Thread t of block b takes packs b * threads + t, then every further one a cluster's threads away. With fewer blocks
-// than kMaxFusedCluster these belong to several of the row's lanes, in turns. The first kKept stay in registers from
-// the sum to the end; others are read back from residual_out, where the same thread has written them.
+// The row's warps are dealt out to the cluster's blocks in turn: few packs are few warps on each multiprocessor. A
+// thread takes the pack of its number among them, then every further one a cluster's threads away, kBatch at once:
+// their loads are in flight together. In a cluster of fewer threads than the row has lanes they belong to several
+// lanes, in turns. The first batch stays in registers from the sum to the end; others are read back from residual_out,
+// where the same thread has written them.
 //
 // Warps hand their sums to all blocks of the cluster (cluster.cuh). A thread whose wait gave up comes all the same, and
 // its warp's sum is then one that no arithmetic makes; so all threads of the cluster leave a failed call behind the
 // same row.
+//
+// The kernels are bound by the latency of their instructions, so the usual rows have code of their own (Rows).
 #pragma once
 
 #include "kernels/device/cluster.cuh"
@@ -17,123 +21,188 @@
 
 namespace mnnvl::kernels {
 
-template <typename T, int kWorld>
+enum class Rows {
+  kAny,
+  kPacked,  // every row of every matrix is whole packs, and aligned
+  kOnePack,  // that, no thread has more than one of a row, and no cluster more than one row of an owner
+  kUnscaled,  // that, and no scales are written
+};
+
+template <typename T, int kWorld, Rows kRows>
 class FusedRow {
  public:
-  // Worlds that leave registers for it keep all packs of a row of up to 16 KiB.
-  static constexpr int kKept = kWorld >= 1 && kWorld <= 4 ? kMaxFusedCluster : 1;
-  static constexpr int kElements = kPackElements<T>, kThreads = kFusedThreads, kWarps = kThreads / 32;
+  static constexpr bool kPacked = kRows >= Rows::kPacked, kOnePack = kRows >= Rows::kOnePack;
+  static constexpr bool kScaled = kRows < Rows::kUnscaled;
+  // As many as leave registers for what all ranks have sent of them.
+  static constexpr int kBatch = kRows == Rows::kPacked && (kWorld == 1 || kWorld == 2) ? 2 : 1;
+  static constexpr int kElements = kPackElements<T>;
   using Wide = fused::Wide<kDtype<T>>;
   struct Shared {
     ClusterValues<Wide> sums;
     ClusterValues<float> most;
   };
-  static_assert(kWarps * kMaxFusedCluster == 32 && kThreads * kMaxFusedCluster == fused::kRowLanes);
+  static constexpr int kMaxTurns = kOnePack ? 1 : fused::kRowLanes / kFusedThreads;
+  static_assert(fused::kRowLanes == 32 * 32);  // a warp adds what its likes have summed
 
-  __device__ __forceinline__ FusedRow(const RowWork& work, Shared& shared)
-      : w_(work),
+  __device__ __forceinline__ FusedRow(const FusedParams& params, Shared& shared)
+      : p_(params),
+        w_(params.work),
         shared_(shared),
-        packs_(int(ceil_div(work.hidden, kElements))),
-        rank_(cluster_rank()),
-        blocks_(cluster_size()),
-        quantiser_(work, packs_) {
-    if (blocks_ == 1) return;
-    if (threadIdx.x == 0) {
-      shared.sums.prepare();
-      shared.most.prepare();
-    }
-    cluster_arrive();
-  }
+        blocks_(1 << params.cluster_shift),
+        step_(int(blockDim.x) << params.cluster_shift),
+        first_pack_(((int(threadIdx.x) >> 5 << params.cluster_shift) + (int(blockIdx.x) & (blocks_ - 1))) * 32 +
+                    int(threadIdx.x) % 32),
+        quantiser_(params) {}
 
   // The rows of this block's cluster: first, first + step, ...
-  __device__ __forceinline__ int first_row() const { return int(blockIdx.x) / blocks_; }
-  __device__ __forceinline__ int row_step() const { return int(gridDim.x) / blocks_; }
-  // The packs of this thread in each of them: first, first + step, ...
-  __device__ __forceinline__ int first_pack() const { return rank_ * kThreads + int(threadIdx.x); }
-  __device__ __forceinline__ int pack_step() const { return blocks_ * kThreads; }
-  __device__ __forceinline__ int packs() const { return packs_; }
-  // Pack i of a row of a matrix like the input, zero behind the row's end.
-  __device__ __forceinline__ uint4 load(const void* matrix, int64_t row, int i) const {
-    return load_pack<Unit<T>>(place(matrix, row, i), bytes_behind(i));
-  }
-
-  // Loads what every row wants. Once, before finish(), when what others wait for has been sent.
-  __device__ __forceinline__ void prepare() {
-    gamma_ = gamma_of(first_pack());
-    quantiser_.prepare();
-    if (blocks_ > 1) cluster_wait();  // all are there
-  }
-
-  // `sum(i, pack)`: pack i of the row's sum, false if the wait for it gave up. False, for all threads of the cluster,
-  // if one did. Every thread of the cluster must come, for the same rows.
-  template <typename Sum>
-  __device__ __forceinline__ bool finish(int64_t row, const Sum& sum) {
-    row_ = row;
-    Wide squares[kMaxFusedCluster] = {};
-    bool failed = false;
-    uint4 residual = residual_pack(first_pack());
-#pragma unroll 1
-    for (int n = 0, i = first_pack(); i < packs_; ++n, i += pack_step()) {
-      uint4 s;
-      if (!sum(i, s)) failed = true;
-      const uint4 r = with_residual(s, residual);
-      residual = residual_pack(i + pack_step());
-      store_pack<Unit<T>>(place(w_.residual_out, row_, i), bytes_behind(i), r);
+  __device__ __forceinline__ int first_row() const { return int(blockIdx.x) >> p_.cluster_shift; }
+  __device__ __forceinline__ int row_step() const { return int(gridDim.x) >> p_.cluster_shift; }
+  // The packs of this thread in each of them: batches of kBatch, pack_step() from each other.
+  __device__ __forceinline__ int first_pack() const { return first_pack_; }
+  __device__ __forceinline__ int pack_step() const { return step_; }
+  // How many packs of the row the batch has that begins with this one.
+  __device__ __forceinline__ int count_from(int i) const {
+    int count = 0;
 #pragma unroll
-      for (int k = 0; k < kKept; ++k) {
-        if (n == k) kept_[k] = r;
+    for (int n = 0; n < kBatch; ++n) count += i + n * pack_step() < p_.packs ? 1 : 0;
+    return count;
+  }
+  // Packs of a row of a matrix like the input, zero behind the row's end.
+  __device__ __forceinline__ void load(const void* matrix, int row, int i, uint4 (&packs)[kBatch]) const {
+    const std::byte* const first = place(matrix, row);
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n, i += pack_step()) packs[n] = i < p_.packs ? load_at(first, i) : uint4{};
+  }
+
+  // Once, before finish(), while other loads are under way: loads what every row wants, and what `first_row` does, the
+  // first to be finished (-1: it isn't known).
+  __device__ __forceinline__ void prepare(int first_row) {
+    if (blocks_ > 1) {
+      if (threadIdx.x == 0) {
+        shared_.sums.prepare();
+        shared_.most.prepare();
       }
-      const Wide of_pack = sum_of_squares(r);
-      const int turn = n % (kMaxFusedCluster / blocks_);
+      cluster_arrive_relaxed();
+    }
+    gamma_ = gamma_of(first_pack_);
+    if constexpr (kOnePack) {
+      prepared_ = first_row;
+      if (w_.residual != nullptr && first_row >= 0) load(w_.residual, first_row, first_pack_, residual_);
+    }
+    quantiser_.prepare();
+    if (blocks_ > 1) cluster_wait();  // all have begun; empties L1
+  }
+
+  // `sum(i, packs)`: the batch of the row's sum that begins with pack i, false if the wait for it gave up. False, for
+  // all threads of the cluster, if one did. Every thread of the cluster must come, for the same rows.
+  template <typename Sum>
+  __device__ __forceinline__ bool finish(int row, const Sum& sum) {
+    row_ = row;
+    std::byte* const residual_out = place(w_.residual_out, row);
+    Wide squares[kMaxTurns] = {};
+    bool failed = false;
+#pragma unroll 1
+    for (int first = first_pack_, turn = 0; first < p_.packs; first += kBatch * pack_step()) {
+      uint4 r[kBatch], packs[kBatch];
+      if (kOnePack && row == prepared_) {
+        r[0] = residual_[0];
+      } else if (w_.residual != nullptr) {
+        load(w_.residual, row, first, r);
+      }
+      if (!sum(first, packs)) failed = true;
 #pragma unroll
-      for (int k = 0; k < kMaxFusedCluster; ++k) squares[k] = fused::add(squares[k], turn == k ? of_pack : Wide(0));
+      for (int n = 0; n < kBatch; ++n) {
+        const int i = first + n * pack_step();
+        if (n != 0 && i >= p_.packs) continue;
+        r[n] = w_.residual != nullptr ? with_residual(packs[n], r[n]) : packs[n];
+        if (kOnePack || first == first_pack_) kept_[n] = r[n];
+        store_at(residual_out, i, r[n]);
+        const Wide of_pack = sum_of_squares(r[n]);
+        if constexpr (kOnePack) {
+          squares[0] = of_pack;
+        } else {
+#pragma unroll
+          for (int k = 0; k < kMaxTurns; ++k) squares[k] = fused::add(squares[k], turn == k ? of_pack : Wide(0));
+          turn = (turn + 1) * step_ < fused::kRowLanes ? turn + 1 : 0;
+        }
+      }
+      if constexpr (kOnePack) break;
     }
     // Which may read what other threads have written of residual_out.
-    if (w_.quantization == Quantization::kGroupFloat8) cluster_barrier(blocks_);
+    if (kScaled && w_.quantization == Quantization::kGroupFloat8) cluster_barrier(blocks_);
     if (!cluster_sum(squares, failed)) return false;
-    inverse_ = fused::inverse_rms(sum_, w_.hidden, w_.epsilon);
-    if (w_.quantization == Quantization::kDynamicFloat8) find_row_scale();
-    each_norm([&](int i, uint4 norm) { write(i, norm); });
+    inverse_ = fused::inverse_rms(fused::mean_of(sum_, Wide(int(w_.hidden)), inverse_hidden()), w_.epsilon);
+    if (kScaled && w_.quantization == Quantization::kDynamicFloat8) find_row_scale();
+    std::byte* const to = place(w_.norm, row);
+    each_norm([&](int i, uint4 norm) {
+      if (w_.norm != nullptr && i < p_.packs) store_at(to, i, norm);
+      if (w_.quantization == Quantization::kNone) return;
+      quantiser_.write(row_, i, norm, [&](int64_t element) { return norm_of(element); });
+    });
     ++round_;
     return true;
   }
 
   // Scales' padding, by all threads of the grid.
   __device__ __forceinline__ void zero_padding() const {
+    if constexpr (!kScaled) return;
     auto* scales = static_cast<std::byte*>(w_.scales);
     const auto zero = [&](int64_t offset, int bytes) { store_bytes<4>(scales + offset, bytes, 0); };
-    fused::each_padding(w_, int64_t(blockIdx.x) * kThreads + threadIdx.x, int64_t(gridDim.x) * kThreads, zero);
+    fused::each_padding(w_, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int64_t(gridDim.x) * blockDim.x, zero);
   }
 
  private:
   __device__ __forceinline__ int64_t bytes_behind(int i) const {
-    return (w_.hidden - int64_t(i) * kElements) * int64_t(sizeof(T));
+    return int64_t(p_.row_bytes) - int64_t(i) * kPackBytes;
   }
-  __device__ __forceinline__ std::byte* place(const void* matrix, int64_t row, int i) const {
-    return static_cast<std::byte*>(const_cast<void*>(matrix)) + (row * w_.hidden + int64_t(i) * kElements) * sizeof(T);
+  __device__ __forceinline__ std::byte* place(const void* matrix, int row) const {
+    return static_cast<std::byte*>(const_cast<void*>(matrix)) + uint64_t(uint32_t(row)) * p_.row_bytes;
+  }
+  __device__ __forceinline__ uint4 load_at(const std::byte* row, int i) const {
+    const std::byte* p = row + int64_t(i) * kPackBytes;
+    if constexpr (kPacked) {
+      return *reinterpret_cast<const uint4*>(p);
+    } else {
+      return load_pack<Unit<T>>(p, bytes_behind(i));
+    }
+  }
+  __device__ __forceinline__ void store_at(std::byte* row, int i, uint4 pack) const {
+    std::byte* p = row + int64_t(i) * kPackBytes;
+    if constexpr (kPacked) {
+      *reinterpret_cast<uint4*>(p) = pack;
+    } else {
+      store_pack<Unit<T>>(p, bytes_behind(i), pack);
+    }
   }
 
-  __device__ __forceinline__ uint4 residual_pack(int i) const {
-    if (w_.residual == nullptr || i >= packs_) return {};
-    return load(w_.residual, row_, i);
+  __device__ __forceinline__ Wide inverse_hidden() const {
+    if constexpr (sizeof(Wide) == 8) {
+      return p_.inverse_hidden_wide;
+    } else {
+      return p_.inverse_hidden;
+    }
   }
+
   // gamma's elements of a pack, as they lie: of T in the first half, or float32.
   struct Gamma {
     uint4 low, high;
   };
   __device__ __forceinline__ bool wide_gamma() const { return sizeof(T) == 2 && w_.gamma_is_float32; }
   __device__ __forceinline__ Gamma gamma_of(int i) const {
-    if (i >= packs_) return {};
-    const int64_t first = int64_t(i) * kElements;
+    if (i >= p_.packs) return {};
     const auto* gamma = static_cast<const std::byte*>(w_.gamma);
-    if (!wide_gamma()) return {load_pack<Unit<T>>(gamma + first * sizeof(T), bytes_behind(i)), {}};
-    const int64_t behind = (w_.hidden - first) * 4;
-    return {load_pack<uint32_t>(gamma + first * 4, behind),
-            behind > kPackBytes ? load_pack<uint32_t>(gamma + first * 4 + kPackBytes, behind - kPackBytes) : uint4{}};
+    if (!wide_gamma()) return {load_at(gamma, i), {}};
+    const std::byte* p = gamma + int64_t(i) * (2 * kPackBytes);
+    if constexpr (kPacked) {
+      return {*reinterpret_cast<const uint4*>(p), *reinterpret_cast<const uint4*>(p + kPackBytes)};
+    } else {
+      const int64_t behind = (w_.hidden - int64_t(i) * kElements) * 4;
+      return {load_pack<uint32_t>(p, behind),
+              behind > kPackBytes ? load_pack<uint32_t>(p + kPackBytes, behind - kPackBytes) : uint4{}};
+    }
   }
 
-  __device__ __forceinline__ uint4 with_residual(uint4 s, uint4 residual) const {
-    if (w_.residual == nullptr) return s;
+  __device__ __forceinline__ static uint4 with_residual(uint4 s, uint4 residual) {
     float a[kElements], b[kElements];
     Accumulator<T>::expand(s, a);
     Accumulator<T>::expand(residual, b);
@@ -175,31 +244,32 @@ class FusedRow {
     }
   }
 
+  // How many of the first `lanes` / 32 warps of a row have packs.
+  __device__ __forceinline__ int row_warps(int lanes) const { return min(p_.packs + 31, lanes) / 32; }
   // False, for all, if a thread failed.
-  __device__ __forceinline__ bool cluster_sum(const Wide (&squares)[kMaxFusedCluster], bool failed) {
-    const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-    const int lane_groups = min(int(ceil_div(packs_, kThreads)), kMaxFusedCluster);  // of the row, kThreads each
-    shared_.sums.expect(round_, blocks_, lane_groups * kWarps);
+  __device__ __forceinline__ bool cluster_sum(const Wide (&squares)[kMaxTurns], bool failed) {
+    const int warps = row_warps(fused::kRowLanes);
+    shared_.sums.expect(round_, blocks_, warps);
     const bool any_failed = __any_sync(kWholeWarp, failed);
 #pragma unroll
-    for (int k = 0; k < kMaxFusedCluster; ++k) {
-      const int group = rank_ + k * blocks_;
-      if (group >= lane_groups) break;
+    for (int k = 0; k < kMaxTurns; ++k) {
+      const int warp = (first_pack_ + k * step_) / 32;
+      if (warp >= warps) break;
       const Wide sum = warp_sum(squares[k]);
-      shared_.sums.send(round_, blocks_, group * kWarps + warp,
-                        any_failed ? arithmetic::bits_as<Wide>(failure()) : sum);
+      shared_.sums.send(round_, blocks_, warp, any_failed ? arithmetic::bits_as<Wide>(failure()) : sum);
     }
     Wide sum = shared_.sums.take(round_, blocks_);
-    if (lane / kWarps >= lane_groups) sum = 0;
+    if (int(threadIdx.x) % 32 >= warps) sum = 0;
     if (__any_sync(kWholeWarp, arithmetic::bits_as<decltype(failure())>(sum) == failure())) return false;
     sum_ = warp_sum(sum);
     return true;
   }
   __device__ __forceinline__ float cluster_max(float amax) {
-    shared_.most.expect(round_, blocks_, blocks_ * kWarps);
-    shared_.most.send(round_, blocks_, rank_ * kWarps + int(threadIdx.x) / 32, warp_max(amax, 32));
+    const int warps = row_warps(step_);
+    shared_.most.expect(round_, blocks_, warps);
+    if (first_pack_ / 32 < warps) shared_.most.send(round_, blocks_, first_pack_ / 32, warp_max(amax, 32));
     amax = shared_.most.take(round_, blocks_);
-    return warp_max(int(threadIdx.x) % 32 < blocks_ * kWarps ? amax : 0.0f, 32);
+    return warp_max(int(threadIdx.x) % 32 < warps ? amax : 0.0f, 32);
   }
 
   __device__ __forceinline__ uint4 normalised(uint4 r, const Gamma& gamma) const {
@@ -230,19 +300,21 @@ class FusedRow {
   template <typename Body>
   __device__ __forceinline__ void each_norm(const Body& body) {
     const int lane = int(threadIdx.x) % 32;
+    const std::byte* const residual_out = place(w_.residual_out, row_);
 #pragma unroll 1
-    for (int n = 0, i = first_pack(); i - lane < packs_; ++n, i += pack_step()) {
+    for (int n = 0, i = first_pack_; i - lane < p_.packs; ++n, i += pack_step()) {
       uint4 norm{};
-      if (i < packs_) {
-        uint4 r{};
+      if (i < p_.packs) {
+        uint4 r = kept_[0];
 #pragma unroll
-        for (int k = 0; k < kKept; ++k) {
+        for (int k = 1; k < kBatch; ++k) {
           if (n == k) r = kept_[k];
         }
-        if (n >= kKept) r = load(w_.residual_out, row_, i);
-        norm = normalised(r, n == 0 ? gamma_ : gamma_of(i));
+        if (!kOnePack && n >= kBatch) r = load_at(residual_out, i);
+        norm = normalised(r, kOnePack || n == 0 ? gamma_ : gamma_of(i));
       }
       body(i, norm);
+      if constexpr (kOnePack) break;
     }
   }
 
@@ -250,33 +322,49 @@ class FusedRow {
     float amax = 0;
     each_norm([&](int, uint4 norm) { amax = fused::amax_of(amax, pack_amax<T>(norm)); });
     const float row_scale = quantiser_.take_row_amax(cluster_max(amax));
-    if (first_pack() == 0) static_cast<float*>(w_.scales)[row_] = row_scale;
-  }
-
-  __device__ __forceinline__ void write(int i, uint4 norm) const {
-    if (i < packs_ && w_.norm != nullptr) store_pack<Unit<T>>(place(w_.norm, row_, i), bytes_behind(i), norm);
-    if (w_.quantization == Quantization::kNone) return;
-    quantiser_.write(row_, i, norm, [&](int64_t element) { return norm_of(element); });
+    if (first_pack_ == 0) static_cast<float*>(w_.scales)[p_.first_row + row_] = row_scale;
   }
 
   // Of any element of the row, once the cluster has passed cluster_sum().
   __device__ __forceinline__ float norm_of(int64_t element) const {
-    const auto r = static_cast<const fused::Stored<kDtype<T>>*>(w_.residual_out)[row_ * w_.hidden + element];
+    const auto r = static_cast<const fused::Stored<kDtype<T>>*>(w_.residual_out)[int64_t(row_) * w_.hidden + element];
     const float gamma = w_.gamma_is_float32
                             ? static_cast<const float*>(w_.gamma)[element]
                             : fused::widen<kDtype<T>>(static_cast<const fused::Stored<kDtype<T>>*>(w_.gamma)[element]);
     return fused::widen<kDtype<T>>(fused::normalise<kDtype<T>>(r, inverse_, gamma, w_.weight_bias));
   }
 
+  const FusedParams& p_;
   const RowWork& w_;
   Shared& shared_;
-  const int packs_, rank_, blocks_;
-  RowQuantiser<T> quantiser_;
+  const int blocks_, step_, first_pack_;
+  RowQuantiser<T, kPacked, kScaled> quantiser_;
+  int prepared_ = -1;  // the row of residual_
+  uint4 residual_[kBatch] = {};  // its first batch
   Gamma gamma_;  // of the first pack
-  uint4 kept_[kKept];  // packs of residual_out
-  int64_t row_ = 0;
+  uint4 kept_[kBatch];  // residual_out of the first batch
+  int row_ = 0;
   uint32_t round_ = 0;  // rows so far
   Wide sum_ = 0, inverse_ = 0;
 };
+
+// What a launch has, whose rows are dealt out to `owners` ranks.
+inline Rows rows_of(const FusedParams& params, const Launch& shape, int owners) {
+  if (!params.packed) return Rows::kAny;
+  if (params.packs > shape.threads * shape.cluster) return Rows::kPacked;
+  if (ceil_div(params.rows, owners) > params.blocks / shape.cluster) return Rows::kPacked;
+  return writes_scales(params.work.quantization) ? Rows::kOnePack : Rows::kUnscaled;
+}
+// Its kernel; Rows::kAny has the loop for worlds of any size.
+#define MNNVL_ROWS_KERNEL(kernel_of, T, world, rows) \
+  ((rows) == Rows::kAny       ? kernel_of<T, world, Rows::kAny>() \
+   : (rows) == Rows::kPacked  ? kernel_of<T, world, Rows::kPacked>() \
+   : (rows) == Rows::kOnePack ? kernel_of<T, world, Rows::kOnePack>() \
+                              : kernel_of<T, world, Rows::kUnscaled>())
+#define MNNVL_LOAD_ROWS(kernel_of, T, world) \
+  load(kernel_of<T, world, Rows::kAny>()); \
+  load(kernel_of<T, world, Rows::kPacked>()); \
+  load(kernel_of<T, world, Rows::kOnePack>()); \
+  load(kernel_of<T, world, Rows::kUnscaled>());
 
 }  // namespace mnnvl::kernels

@@ -51,10 +51,17 @@ class LamportCall {
   // Block-wide, once: counts this block in, and lets the last one to come write the state of the next call. Every
   // thread's load of the state has returned before its block's barrier (aborted() has looked at it), so no block of
   // this call can see the new state.
-  __device__ __forceinline__ void advance() const {
+  __device__ __forceinline__ void advance() {
+    begin_advance();
+    end_advance();
+  }
+  // In two halves, so that the thread that counts need not wait for its atomic: the second is the last thing it does.
+  __device__ __forceinline__ void begin_advance() {
     __syncthreads();
-    if (threadIdx.x != 0) return;
-    if (atom_inc_relaxed_gpu_u32(&own_->arrivals, gridDim.x - 1) != gridDim.x - 1) return;
+    if (threadIdx.x == blockDim.x - 1) before_ = atom_inc_relaxed_gpu_u32(&own_->arrivals, gridDim.x - 1);
+  }
+  __device__ __forceinline__ void end_advance() const {
+    if (threadIdx.x != blockDim.x - 1 || before_ != gridDim.x - 1) return;
     own_->generation = generation_ == kGenerations - 1 ? 0 : generation_ + 1;
     own_->calls = calls_ + 1;
   }
@@ -64,6 +71,7 @@ class LamportCall {
   DeviceControl* own_;
   const Operation operation_;
   uint32_t generation_, abort_, calls_;
+  uint32_t before_ = 0;  // blocks that came before this one, with its last thread
 };
 
 // Stores a pack at `offset` of every other rank's workspace: one multicast store, which fills the own workspace too,
@@ -93,6 +101,30 @@ __device__ __forceinline__ bool take(std::byte* slot, int source, Wait& wait, ui
     if (!wait.keep_on(source, pack_index, kLamportSentinel)) return false;
   }
   clear(slot);
+  return true;
+}
+
+// Several packs of one source at once, as below.
+template <int kBatch>
+__device__ __forceinline__ bool take(std::byte* first, int64_t apart, int count, int source, Wait& wait,
+                                     uint64_t pack_index, uint4 (&packs)[kBatch]) {
+  bool missing;
+  do {
+    missing = false;
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      if (n == 0 || n < count) packs[n] = ld_relaxed_sys_v4(first + n * apart);
+    }
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      if ((n == 0 || n < count) && has_sentinel(packs[n])) missing = true;
+    }
+    if (missing && !wait.keep_on(source, pack_index, kLamportSentinel)) return false;
+  } while (missing);
+#pragma unroll
+  for (int n = 0; n < kBatch; ++n) {
+    if (n == 0 || n < count) clear(first + n * apart);
+  }
   return true;
 }
 
@@ -139,6 +171,58 @@ __device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, std::byte* fi
         acc.begin(pack);
       } else {
         acc.add(pack);
+      }
+    }
+  }
+  return true;
+}
+
+// Several packs at once, `apart` bytes from each other in their slots: `count` of them, from 1. A thread has all of
+// their loads in flight, and clears none before all are complete. `sums`: rounded.
+template <typename T, int kWorld, int kBatch>
+__device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, std::byte* first, int64_t stride, int64_t apart,
+                                             int kept, const uint4 (&own)[kBatch], int count, Wait wait,
+                                             uint64_t pack_index, uint4 (&sums)[kBatch]) {
+  if constexpr (kBatch == 1) {
+    Accumulator<T> acc;
+    if (!take_and_sum<T, kWorld, /*kClearFirst=*/false>(g, first, stride, kept, own[0], wait, pack_index, acc)) {
+      return false;
+    }
+    sums[0] = acc.finish(1.0f);
+  } else {
+    uint4 packs[kBatch][kWorld];
+    uint32_t missing;  // a bit per rank
+    do {
+      missing = 0;
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        if (n != 0 && n >= count) continue;
+#pragma unroll
+        for (int r = 0; r < kWorld; ++r) {
+          packs[n][r] = r == kept ? own[n] : ld_relaxed_sys_v4(first + n * apart + r * stride);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        if (n != 0 && n >= count) continue;
+#pragma unroll
+        for (int r = 0; r < kWorld; ++r) {
+          if (has_sentinel(packs[n][r])) missing |= 1u << r;
+        }
+      }
+      if (missing != 0 && !wait.keep_on(__ffs(missing) - 1, pack_index, kLamportSentinel, missing)) return false;
+    } while (missing != 0);
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      if (n != 0 && n >= count) continue;
+      Accumulator<T> acc;
+      acc.begin(packs[n][0]);
+#pragma unroll
+      for (int r = 1; r < kWorld; ++r) acc.add(packs[n][r]);
+      sums[n] = acc.finish(1.0f);
+#pragma unroll
+      for (int r = 0; r < kWorld; ++r) {
+        if (r != kept) clear(first + n * apart + r * stride);
       }
     }
   }

@@ -4,8 +4,11 @@
 
 #include <cuda_fp8.h>
 
+#include <type_traits>
+
 #include "kernels/device/cluster.cuh"
 #include "kernels/device/pack.cuh"
+#include "kernels/kernels.h"
 #include "protocol/fused_row.h"
 
 namespace mnnvl::kernels {
@@ -20,17 +23,20 @@ __device__ __forceinline__ uint32_t e4m3_pair(float a, float b) {
   return __nv_cvt_float2_to_fp8x2({a, b}, __NV_SATFINITE, __NV_E4M3);
 }
 
-// The first `valid` of kBytes bytes.
-template <int kBytes>
+// The first `valid` of kBytes bytes. kPacked: all, and aligned.
+template <int kBytes, bool kPacked = false>
 __device__ __forceinline__ void store_bytes(std::byte* p, int64_t valid, uint64_t bytes) {
-  if (valid >= kBytes && reinterpret_cast<uintptr_t>(p) % kBytes == 0) {
-    if constexpr (kBytes == 8) *reinterpret_cast<uint64_t*>(p) = bytes;
-    if constexpr (kBytes == 4) *reinterpret_cast<uint32_t*>(p) = uint32_t(bytes);
-    return;
-  }
+  using Whole = std::conditional_t<kBytes == 8, uint64_t, uint32_t>;
+  static_assert(kBytes == sizeof(Whole));
+  if constexpr (kPacked) {
+    *reinterpret_cast<Whole*>(p) = Whole(bytes);
+  } else if (valid >= kBytes && reinterpret_cast<uintptr_t>(p) % kBytes == 0) {
+    *reinterpret_cast<Whole*>(p) = Whole(bytes);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kBytes; ++i) {
-    if (i < valid) p[i] = std::byte(bytes >> (8 * i) & 0xff);
+    for (int i = 0; i < kBytes; ++i) {
+      if (i < valid) p[i] = std::byte(bytes >> (8 * i) & 0xff);
+    }
   }
 }
 
@@ -44,35 +50,44 @@ __device__ __forceinline__ float pack_amax(uint4 norm) {
   return amax;
 }
 
-template <typename T>
+constexpr bool writes_scales(Quantization quantization) {
+  return quantization != Quantization::kNone && quantization != Quantization::kFloat8;
+}
+
+// kScaled: also what writes scales.
+template <typename T, bool kPacked, bool kScaled>
 class RowQuantiser {
  public:
   static constexpr int kElements = kPackElements<T>;
 
-  __device__ __forceinline__ RowQuantiser(const RowWork& work, int packs) : w_(work), packs_(packs) {}
+  __device__ __forceinline__ RowQuantiser(const FusedParams& params) : p_(params), w_(params.work) {}
 
   // What all rows want.
-  __device__ __forceinline__ void prepare() { scale_ = w_.scale != nullptr ? *w_.scale : w_.scale_value; }
+  __device__ __forceinline__ void prepare() {
+    if (w_.quantization == Quantization::kNone) return;
+    scale_ = w_.scale != nullptr ? *w_.scale : w_.scale_value;
+    if (w_.quantization == Quantization::kFloat8) factor_ = fused::inverse(scale_);
+  }
 
   // Of dynamic FP8, before write(): the row's scale.
   __device__ __forceinline__ float take_row_amax(float amax) {
     row_scale_ = fused::dynamic_scale(amax);
-    row_inverse_ = fused::divide(1.0f, row_scale_);
+    row_inverse_ = fused::inverse(row_scale_);
     return row_scale_;
   }
 
   // By all threads of a warp, for neighbouring packs; those behind the row's end are zero. `norm_of(element)`: of any
   // element of the row.
   template <typename NormOf>
-  __device__ __forceinline__ void write(int64_t row, int i, uint4 norm, const NormOf& norm_of) const {
+  __device__ __forceinline__ void write(int row, int i, uint4 norm, const NormOf& norm_of) const {
     float v[kElements];
     Accumulator<T>::expand(norm, v);
+    if (!kScaled || w_.quantization == Quantization::kFloat8) {
+      return write_float8(row, i, v, [&](int, float x) { return fused::multiply(x, factor_); });
+    }
     switch (w_.quantization) {
-      case Quantization::kNone: return;
-      case Quantization::kFloat8: {
-        const float factor = fused::divide(1.0f, scale_);
-        return write_float8(row, i, v, [&](int, float x) { return fused::multiply(x, factor); });
-      }
+      case Quantization::kNone:
+      case Quantization::kFloat8: return;
       case Quantization::kDynamicFloat8: return write_float8(row, i, v, [&](int, float x) { return by_row_scale(x); });
       case Quantization::kGroupFloat8: return write_groups(row, i, norm, v, norm_of);
       case Quantization::kNVFloat4:
@@ -82,60 +97,55 @@ class RowQuantiser {
   }
 
  private:
-  // x / row_scale_, rounded to nearest: from a correctly rounded inverse, one step of Newton's makes a quotient that is
-  // at most a unit off, and the next the right one (Markstein). Where the remainder may be too small for float32, e4m3
-  // of the quotient is 0 either way.
+  // x / row_scale_. Where this is too small for quotient(), its e4m3 is 0 either way.
   __device__ __forceinline__ float by_row_scale(float x) const {
     if (x == 0) return x;  // with its sign
     if (row_inverse_ == 0) return fused::multiply(x, 0.0f);  // the scale is infinite
-    float quotient = fused::multiply(x, row_inverse_);
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      quotient = __fmaf_rn(__fmaf_rn(-quotient, row_scale_, x), row_inverse_, quotient);
-    }
-    return quotient;
+    return fused::quotient(x, row_scale_, row_inverse_);
   }
 
   template <typename Scaled>
-  __device__ __forceinline__ void write_float8(int64_t row, int i, const float (&v)[kElements],
+  __device__ __forceinline__ void write_float8(int row, int i, const float (&v)[kElements],
                                                const Scaled& scaled) const {
-    if (i >= packs_) return;
+    if (i >= p_.packs) return;
     uint64_t bytes = 0;
 #pragma unroll
     for (int e = 0; e < kElements; e += 2) {
       bytes |= uint64_t(e4m3_pair(scaled(e, v[e]), scaled(e + 1, v[e + 1]))) << (8 * e);
     }
-    const int64_t at = row * w_.hidden + int64_t(i) * kElements;
-    store_bytes<kElements>(static_cast<std::byte*>(w_.quantised) + at, w_.hidden - int64_t(i) * kElements, bytes);
+    const int64_t at = int64_t(row) * w_.hidden + i * kElements;
+    store_bytes<kElements, kPacked>(static_cast<std::byte*>(w_.quantised) + at, w_.hidden - int64_t(i) * kElements,
+                                    bytes);
   }
 
   // A block of scales is two packs, of neighbouring lanes.
-  __device__ __forceinline__ void write_nv_float4(int64_t row, int i, uint4 norm, const float (&v)[kElements]) const {
+  __device__ __forceinline__ void write_nv_float4(int row, int i, uint4 norm, const float (&v)[kElements]) const {
     const uint8_t block_scale = fused::nv_scale(warp_max(pack_amax<T>(norm), 2), scale_);
-    if (i >= packs_) return;
+    if (i >= p_.packs) return;
     const float factor = fused::nv_factor(block_scale, scale_);
     uint32_t codes = 0;
 #pragma unroll
     for (int e = 0; e < kElements; ++e) codes |= uint32_t(fused::to_e2m1(fused::multiply(v[e], factor))) << (4 * e);
-    const int64_t at = (row * w_.hidden + int64_t(i) * kElements) / 2;
-    store_bytes<4>(static_cast<std::byte*>(w_.quantised) + at, 4, codes);
-    if (i % 2 == 0) static_cast<uint8_t*>(w_.scales)[fused::nv_scale_offset(w_, row, i / 2)] = block_scale;
+    const int64_t at = (int64_t(row) * w_.hidden + i * kElements) / 2;
+    store_bytes<4, kPacked>(static_cast<std::byte*>(w_.quantised) + at, 4, codes);
+    if (i % 2 == 0)
+      static_cast<uint8_t*>(w_.scales)[fused::nv_scale_offset(w_, p_.first_row + row, i / 2)] = block_scale;
   }
 
   // Groups of a power of two of whole packs, no more than a warp has, are the usual ones. Others' elements are looked
   // up wherever they are.
   template <typename NormOf>
-  __device__ __forceinline__ void write_groups(int64_t row, int i, uint4 norm, const float (&v)[kElements],
+  __device__ __forceinline__ void write_groups(int row, int i, uint4 norm, const float (&v)[kElements],
                                                const NormOf& norm_of) const {
     const int packs = w_.group / kElements;
     if (w_.group % kElements == 0 && packs <= 32 && (packs & (packs - 1)) == 0) {
       const float group_scale = fused::group_scale(warp_max(pack_amax<T>(norm), packs));
-      if (i >= packs_) return;
+      if (i >= p_.packs) return;
       if (i % packs == 0) write_exponent(row, i / packs, group_scale);
-      const float inverse = fused::divide(1.0f, group_scale);  // exact, of a power of two
+      const float inverse = fused::inverse(group_scale);  // exact, of a power of two
       return write_float8(row, i, v, [&](int, float x) { return fused::multiply(x, inverse); });
     }
-    if (i >= packs_) return;
+    if (i >= p_.packs) return;
     const int64_t begin = int64_t(i) * kElements, end = min64(begin + kElements, w_.hidden);
     float group_scale = 1;
 #pragma unroll 1
@@ -148,17 +158,18 @@ class RowQuantiser {
         group_scale = fused::group_scale(amax);
         write_exponent(row, group, group_scale);  // by each thread that has a part of it, alike
       }
-      static_cast<uint8_t*>(w_.quantised)[row * w_.hidden + element] =
+      static_cast<uint8_t*>(w_.quantised)[int64_t(row) * w_.hidden + element] =
           uint8_t(e4m3_pair(fused::divide(norm_of(element), group_scale), 0.0f));
     }
   }
-  __device__ __forceinline__ void write_exponent(int64_t row, int64_t group, float group_scale) const {
-    static_cast<uint8_t*>(w_.scales)[fused::group_scale_offset(w_, row, group)] = fused::exponent_of(group_scale);
+  __device__ __forceinline__ void write_exponent(int row, int64_t group, float group_scale) const {
+    static_cast<uint8_t*>(w_.scales)[fused::group_scale_offset(w_, p_.first_row + row, group)] =
+        fused::exponent_of(group_scale);
   }
 
+  const FusedParams& p_;
   const RowWork& w_;
-  const int packs_;
-  float scale_ = 1, row_scale_ = 1, row_inverse_ = 1;
+  float scale_ = 1, factor_ = 1, row_scale_ = 1, row_inverse_ = 1;
 };
 
 }  // namespace mnnvl::kernels

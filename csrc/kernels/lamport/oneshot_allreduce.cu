@@ -11,7 +11,6 @@ __global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
   grid_dependency_wait();
   const DeviceGroup& g = p.group;
   LamportCall call(g, Operation::kAllReduce);
-  if (call.aborted()) return;
 
   const int64_t bytes = p.numel * int64_t(sizeof(T));
   const int64_t packs = ceil_div(bytes, kPackBytes);
@@ -23,12 +22,13 @@ __global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
         load_pack<Unit<T>>(static_cast<const std::byte*>(p.in) + i * kPackBytes, bytes - i * kPackBytes));
   };
 
-  // Phase 1, publish: to slot [rank] of every peer; the first own pack stays in registers.
+  // Phase 1, publish: to slot [rank] of every peer; the first own pack, loaded beside this rank's state, stays in
+  // registers.
   uint4 own{};
+  if (begin < packs) own = load_own(begin);
+  if (call.aborted()) return;
   for (int64_t i = begin; i < packs; i += step) {
-    const uint4 pack = load_own(i);
-    if (i == begin) own = pack;
-    publish<kWorld>(g, call.stage(0) + g.rank * slot_bytes + i * kPackBytes, pack);
+    publish<kWorld>(g, call.stage(0) + g.rank * slot_bytes + i * kPackBytes, i == begin ? own : load_own(i));
   }
   call.advance();
 

@@ -6,97 +6,120 @@
 namespace mnnvl::kernels {
 namespace {
 
-template <typename T, int kWorld>
+template <typename T, int kWorld, Rows kRows>
 __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
     oneshot_lamport_fused(const __grid_constant__ FusedParams p) {
-  __shared__ typename FusedRow<T, kWorld>::Shared shared;
+  using Row = FusedRow<T, kWorld, kRows>;
+  __shared__ typename Row::Shared shared;
   grid_dependency_wait();
   const DeviceGroup& g = p.group;
   LamportCall call(g, Operation::kFusedAllReduce);
+
+  Row fused(p, shared);
+  const int packs = p.packs, rows = p.rows, batch_step = Row::kBatch * fused.pack_step();
+  const int64_t slot_bytes = int64_t(rows) * packs * kPackBytes;  // slot r holds rank r's rows, each of whole packs
+  const int64_t apart = int64_t(fused.pack_step()) * kPackBytes;
+  const auto offset = [&](int row, int i) { return (int64_t(row) * packs + i) * kPackBytes; };
+
+  // What is wanted first is loaded together with this rank's state.
+  uint4 first_own[Row::kBatch] = {};
+  if (fused.first_row() < rows) fused.load(p.in, fused.first_row(), fused.first_pack(), first_own);
+  fused.prepare(fused.first_row() < rows ? fused.first_row() : -1);
+  const auto load_own = [&](int row, int i, uint4(&own)[Row::kBatch]) {
+    const bool first = row == fused.first_row() && i == fused.first_pack();
+    if (!first) fused.load(p.in, row, i, own);
+#pragma unroll
+    for (int n = 0; n < Row::kBatch; ++n) own[n] = without_negative_zero<T>(first ? first_own[n] : own[n]);
+  };
   // A thread that must not take part comes all the same, so that its cluster ends as one.
   const bool aborted = call.aborted();
 
-  FusedRow<T, kWorld> fused(p.work, shared);
-  const int packs = fused.packs(), rows = int(p.rows);
-  const int64_t slot_bytes = p.rows * packs * kPackBytes;  // slot r holds rank r's rows, each of whole packs
-  const auto load_own = [&](int row, int i) {
-    return without_negative_zero<T>(fused.load(p.in, p.first_row + row, i));
-  };
-  const auto offset = [&](int row, int i) { return (int64_t(row) * packs + i) * kPackBytes; };
-
   // Phase 1, publish.
   for (int row = fused.first_row(); row < rows && !aborted; row += fused.row_step()) {
-    for (int i = fused.first_pack(); i < packs; i += fused.pack_step()) {
-      publish<kWorld>(g, call.stage(0) + g.rank * slot_bytes + offset(row, i), load_own(row, i));
+    for (int i = fused.first_pack(); i < packs; i += batch_step) {
+      uint4 own[Row::kBatch];
+      load_own(row, i, own);
+#pragma unroll
+      for (int n = 0; n < Row::kBatch; ++n) {
+        if (n != 0 && n >= fused.count_from(i)) continue;
+        publish<kWorld>(g, call.stage(0) + g.rank * slot_bytes + offset(row, i) + n * apart, own[n]);
+      }
+      if constexpr (Row::kOnePack) break;
     }
+    if constexpr (Row::kOnePack) break;
   }
-  fused.prepare();
-  call.advance();
-  if (p.first_row == 0) fused.zero_padding();
+  call.begin_advance();
 
   // Phase 2, take, reduce, finish. In place too: a thread reads each pack of the input again before it, and nobody
   // else, writes there.
   const int kept = g.multicast == nullptr ? g.rank : kNoRank;
   for (int row = fused.first_row(); row < rows; row += fused.row_step()) {
-    const auto sum = [&](int i, uint4& pack) {
-      pack = {};
+    const auto sum = [&](int i, uint4(&packs)[Row::kBatch]) {
+#pragma unroll
+      for (uint4& pack : packs) pack = {};
       if (aborted) return false;
-      Accumulator<T> acc;
+      uint4 own[Row::kBatch];
+      load_own(row, i, own);
       Wait wait(g, Operation::kFusedAllReduce, /*stage=*/0, call.sequence());
       std::byte* first = g.peers[g.rank] + call.stage(0) + offset(row, i);
-      if (!take_and_sum<T, kWorld, /*kClearFirst=*/false>(g, first, slot_bytes, kept, load_own(row, i), wait,
-                                                          uint64_t(offset(row, i) / kPackBytes), acc)) {
-        return false;
-      }
-      pack = acc.finish(1.0f);
-      return true;
+      return take_and_sum<T, kWorld>(g, first, slot_bytes, apart, kept, own, fused.count_from(i), wait,
+                                     uint64_t(offset(row, i) / kPackBytes), packs);
     };
-    if (!fused.finish(p.first_row + row, sum)) return;
+    if (!fused.finish(row, sum) || Row::kOnePack) break;
   }
+  call.end_advance();
+  if (p.first_row == 0) fused.zero_padding();
 }
 
 // A group of one.
-template <typename T>
+template <typename T, Rows kRows>
 __global__ void __launch_bounds__(kFusedThreads, kMinBlocks) fused_alone(const __grid_constant__ FusedParams p) {
-  __shared__ typename FusedRow<T, 1>::Shared shared;
+  using Row = FusedRow<T, 1, kRows>;
+  __shared__ typename Row::Shared shared;
   grid_dependency_wait();
-  FusedRow<T, 1> fused(p.work, shared);
-  fused.prepare();
-  if (p.first_row == 0) fused.zero_padding();
-  for (int row = fused.first_row(); row < int(p.rows); row += fused.row_step()) {
-    const auto sum = [&](int i, uint4& pack) {
-      Accumulator<T> acc;
-      acc.begin(fused.load(p.in, p.first_row + row, i));
-      acc.add({});  // so that NaN and -0 become what they become in any sum
-      pack = acc.finish(1.0f);
+  Row fused(p, shared);
+  fused.prepare(fused.first_row());
+  for (int row = fused.first_row(); row < p.rows; row += fused.row_step()) {
+    const auto sum = [&](int i, uint4(&packs)[Row::kBatch]) {
+      fused.load(p.in, row, i, packs);
+#pragma unroll
+      for (uint4& pack : packs) {
+        Accumulator<T> acc;
+        acc.begin(pack);
+        acc.add({});  // so that NaN and -0 become what they become in any sum
+        pack = acc.finish(1.0f);
+      }
       return true;
     };
-    if (!fused.finish(p.first_row + row, sum)) return;
+    if (!fused.finish(row, sum) || Row::kOnePack) break;
+  }
+  if (p.first_row == 0) fused.zero_padding();
+}
+
+#define MNNVL_FOR_EACH_FUSED(X) MNNVL_FOR_EACH_INSTANCE(X) X(float, 1) X(__half, 1) X(__nv_bfloat16, 1)
+template <typename T, int kWorld, Rows kRows>
+constexpr auto kernel_of() {
+  if constexpr (kWorld == 1) {
+    return fused_alone<T, kRows>;
+  } else {
+    return oneshot_lamport_fused < T, kRows == Rows::kAny ? 0 : kWorld, kRows > ;
   }
 }
 
 void launch_instance(const FusedParams& params, const Launch& shape) {
+  const Rows rows = rows_of(params, shape, /*owners=*/1);
 #define MNNVL_LAUNCH(T, world) \
-  if (params.work.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) \
-    return launch(oneshot_lamport_fused<T, world>, params, params.blocks, shape);
-#define MNNVL_LAUNCH_ALONE(T) \
-  if (params.work.dtype == dtype_of<T>() && params.group.world_size == 1) \
-    return launch(fused_alone<T>, params, params.blocks, shape);
-  MNNVL_FOR_EACH_INSTANCE(MNNVL_LAUNCH)
-  MNNVL_LAUNCH_ALONE(float)
-  MNNVL_LAUNCH_ALONE(__half)
-  MNNVL_LAUNCH_ALONE(__nv_bfloat16)
-#undef MNNVL_LAUNCH_ALONE
+  if (params.work.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) { \
+    return launch(MNNVL_ROWS_KERNEL(kernel_of, T, world, rows), params, params.blocks, shape); \
+  }
+  MNNVL_FOR_EACH_FUSED(MNNVL_LAUNCH)
 #undef MNNVL_LAUNCH
 }
 
 void load_instances() {
-#define MNNVL_LOAD(T, world) load(oneshot_lamport_fused<T, world>);
-  MNNVL_FOR_EACH_INSTANCE(MNNVL_LOAD)
+#define MNNVL_LOAD(T, world) MNNVL_LOAD_ROWS(kernel_of, T, world)
+  MNNVL_FOR_EACH_FUSED(MNNVL_LOAD)
 #undef MNNVL_LOAD
-  load(fused_alone<float>);
-  load(fused_alone<__half>);
-  load(fused_alone<__nv_bfloat16>);
 }
 
 }  // namespace

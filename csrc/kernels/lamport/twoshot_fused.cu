@@ -7,41 +7,48 @@
 namespace mnnvl::kernels {
 namespace {
 
-template <typename T, int kWorld>
+template <typename T, int kWorld, Rows kRows>
 __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
     twoshot_lamport_fused(const __grid_constant__ FusedParams p) {
-  __shared__ typename FusedRow<T, kWorld>::Shared shared;
+  using Row = FusedRow<T, kWorld, kRows>;
+  __shared__ typename Row::Shared shared;
   grid_dependency_wait();
   const DeviceGroup& g = p.group;
   LamportCall call(g, Operation::kFusedAllReduce);
-  // A thread that must not take part comes all the same, so that its cluster ends as one.
-  const bool aborted = call.aborted();
 
-  FusedRow<T, kWorld> fused(p.work, shared);
-  const int world = kWorld ? kWorld : g.world_size, packs = fused.packs();
-  const int rows = int(p.rows), slice = int(ceil_div(rows, world));  // a launch has fewer than 2^31 packs
+  Row fused(p, shared);
+  const int world = kWorld ? kWorld : g.world_size, packs = p.packs, batch_step = Row::kBatch * fused.pack_step();
+  const int rows = p.rows, slice = int(ceil_div(rows, world));
+  const int64_t apart = int64_t(fused.pack_step()) * kPackBytes, slot_bytes = int64_t(slice * packs) * kPackBytes;
   const auto owner_of = [&](int k) { return g.rank + k < world ? g.rank + k : g.rank + k - world; };
-  const auto load_own = [&](int row, int i) {
-    return without_negative_zero<T>(fused.load(p.in, p.first_row + row, i));
+  const auto load_own = [&](int row, int i, uint4(&own)[Row::kBatch]) {
+    fused.load(p.in, row, i, own);
+#pragma unroll
+    for (int n = 0; n < Row::kBatch; ++n) own[n] = without_negative_zero<T>(own[n]);
   };
-  const auto offset = [&](int row, int i) { return int64_t(row * packs + i) * kPackBytes; };
-  std::byte* const own = g.peers[g.rank];
+  const auto offset = [&](int row, int i) { return int64_t(row * packs + i) * kPackBytes; };  // fewer than 2^31 packs
+  std::byte* const own_workspace = g.peers[g.rank];
 
+  fused.prepare(/*first_row=*/-1);
+  const bool aborted = call.aborted();  // such a thread comes all the same, so that its cluster ends as one
   // Phase 1, scatter: every row that has another owner, to that one's slot [rank].
   const int step = fused.row_step();
   for (int j = fused.first_row(); j < slice && !aborted; j += step) {
     for (int k = 1; k < world; ++k) {
       const int owner = owner_of(k);
       if (owner * slice + j >= rows) continue;
-      for (int i = fused.first_pack(); i < packs; i += fused.pack_step()) {
-        st_relaxed_sys_v4(g.peers[owner] + call.stage(0) + offset(g.rank * slice + j, i),
-                          load_own(owner * slice + j, i));
+      for (int i = fused.first_pack(); i < packs; i += batch_step) {
+        uint4 own[Row::kBatch];
+        load_own(owner * slice + j, i, own);
+        std::byte* const to = g.peers[owner] + call.stage(0) + offset(g.rank * slice + j, i);
+#pragma unroll
+        for (int n = 0; n < Row::kBatch; ++n) {
+          if (n == 0 || n < fused.count_from(i)) st_relaxed_sys_v4(to + n * apart, own[n]);
+        }
       }
     }
   }
-  fused.prepare();
-  call.advance();
-  if (p.first_row == 0) fused.zero_padding();
+  call.begin_advance();
 
   // Phase 2: reduce and broadcast own row j; then collect the other owners' rows j - step, which they have broadcast
   // meanwhile. In place too: what is written of the input has been scattered, or is read once more by the same thread
@@ -53,38 +60,51 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
       const int number = k == 0 ? j : j - step;  // of the row in its owner's slice
       const int row = owner * slice + number;
       if (number < 0 || number >= slice || row >= rows) continue;
-      const auto sum = [&](int i, uint4& pack) {
+      const auto sum = [&](int i, uint4(&packs_of_sum)[Row::kBatch]) {
         const uint32_t index = uint32_t(row * packs + i);
         Wait wait(g, Operation::kFusedAllReduce, /*stage=*/k == 0 ? 0 : 1, call.sequence());
-        pack = {};
+#pragma unroll
+        for (uint4& pack : packs_of_sum) pack = {};
         if (aborted) return false;
-        std::byte* const result = own + call.stage(1) + offset(row, i);
-        if (k != 0) return take(result, owner, wait, index, pack);
-        Accumulator<T> acc;
-        if (!take_and_sum<T, kWorld, /*kClearFirst=*/false>(g, own + call.stage(0) + offset(number, i),
-                                                            int64_t(slice * packs) * kPackBytes, g.rank,
-                                                            load_own(row, i), wait, index, acc)) {
+        const int count = fused.count_from(i);
+        std::byte* const result = own_workspace + call.stage(1) + offset(row, i);
+        if (k != 0) return take(result, apart, count, owner, wait, index, packs_of_sum);
+        uint4 own[Row::kBatch];
+        load_own(row, i, own);
+        std::byte* const first = own_workspace + call.stage(0) + offset(number, i);
+        if (!take_and_sum<T, kWorld>(g, first, slot_bytes, apart, g.rank, own, count, wait, index, packs_of_sum)) {
           return false;
         }
-        pack = acc.finish(1.0f);
-        publish<kWorld>(g, call.stage(1) + offset(row, i), pack);
-        return g.multicast == nullptr || take(result, owner, wait, index, pack);
+#pragma unroll
+        for (int n = 0; n < Row::kBatch; ++n) {
+          if (n == 0 || n < count) publish<kWorld>(g, call.stage(1) + offset(row, i) + n * apart, packs_of_sum[n]);
+        }
+        return g.multicast == nullptr || take(result, apart, count, owner, wait, index, packs_of_sum);
       };
-      if (!fused.finish(p.first_row + row, sum)) return;
+      if (!fused.finish(row, sum)) return call.end_advance();
     }
   }
+  call.end_advance();
+  if (p.first_row == 0) fused.zero_padding();
+}
+
+template <typename T, int kWorld, Rows kRows>
+constexpr auto kernel_of() {
+  return twoshot_lamport_fused < T, kRows == Rows::kAny ? 0 : kWorld, kRows > ;
 }
 
 void launch_instance(const FusedParams& params, const Launch& shape) {
+  const Rows rows = rows_of(params, shape, /*owners=*/params.group.world_size);
 #define MNNVL_LAUNCH(T, world) \
-  if (params.work.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) \
-    return launch(twoshot_lamport_fused<T, world>, params, params.blocks, shape);
+  if (params.work.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) { \
+    return launch(MNNVL_ROWS_KERNEL(kernel_of, T, world, rows), params, params.blocks, shape); \
+  }
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LAUNCH)
 #undef MNNVL_LAUNCH
 }
 
 void load_instances() {
-#define MNNVL_LOAD(T, world) load(twoshot_lamport_fused<T, world>);
+#define MNNVL_LOAD(T, world) MNNVL_LOAD_ROWS(kernel_of, T, world)
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LOAD)
 #undef MNNVL_LOAD
 }

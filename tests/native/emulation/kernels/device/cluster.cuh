@@ -28,9 +28,8 @@ inline float warp_max(float v, int lanes) {
   return v;
 }
 
-inline int cluster_rank() { return emulation::Block::current()->cluster_rank(); }
-inline int cluster_size() { return emulation::Block::current()->cluster().size; }
 inline void cluster_arrive() { emulation::Block::current()->cluster().arrived.fetch_add(1); }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 // A thread may only be one barrier ahead.
 inline void cluster_wait() {
   emulation::Block* block = emulation::Block::current();
