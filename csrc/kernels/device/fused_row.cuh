@@ -24,7 +24,7 @@ namespace mnnvl::kernels {
 enum class Rows {
   kAny,
   kPacked,  // every row of every matrix is whole packs, and aligned
-  kOnePack,  // that, no thread has more than one of a row, and no cluster more than one row of an owner
+  kOnePack,  // that, no thread has more than one, and no cluster more than one row
   kUnscaled,  // that, and no scales are written
 };
 
@@ -74,9 +74,9 @@ class FusedRow {
     for (int n = 0; n < kBatch; ++n, i += pack_step()) packs[n] = i < p_.packs ? load_at(first, i) : uint4{};
   }
 
-  // Once, before finish(), while other loads are under way: loads what every row wants, and what `first_row` does, the
-  // first to be finished (-1: it isn't known).
-  __device__ __forceinline__ void prepare(int first_row) {
+  // Once, before finish(), while other loads are under way: loads what every row wants, and what `only_row` does where
+  // there is one alone (-1: none).
+  __device__ __forceinline__ void prepare([[maybe_unused]] int only_row = -1) {
     if (blocks_ > 1) {
       if (threadIdx.x == 0) {
         shared_.sums.prepare();
@@ -86,8 +86,7 @@ class FusedRow {
     }
     gamma_ = gamma_of(first_pack_);
     if constexpr (kOnePack) {
-      prepared_ = first_row;
-      if (w_.residual != nullptr && first_row >= 0) load(w_.residual, first_row, first_pack_, residual_);
+      if (w_.residual != nullptr && only_row >= 0) load(w_.residual, only_row, first_pack_, residual_);
     }
     quantiser_.prepare();
     if (blocks_ > 1) cluster_wait();  // all have begun; empties L1
@@ -104,7 +103,7 @@ class FusedRow {
 #pragma unroll 1
     for (int first = first_pack_, turn = 0; first < p_.packs; first += kBatch * pack_step()) {
       uint4 r[kBatch], packs[kBatch];
-      if (kOnePack && row == prepared_) {
+      if constexpr (kOnePack) {
         r[0] = residual_[0];
       } else if (w_.residual != nullptr) {
         load(w_.residual, row, first, r);
@@ -339,32 +338,12 @@ class FusedRow {
   Shared& shared_;
   const int blocks_, step_, first_pack_;
   RowQuantiser<T, kPacked, kScaled> quantiser_;
-  int prepared_ = -1;  // the row of residual_
-  uint4 residual_[kBatch] = {};  // its first batch
+  uint4 residual_[kBatch] = {};  // of the only pack
   Gamma gamma_;  // of the first pack
   uint4 kept_[kBatch];  // residual_out of the first batch
   int row_ = 0;
   uint32_t round_ = 0;  // rows so far
   Wide sum_ = 0, inverse_ = 0;
 };
-
-// What a launch has, whose rows are dealt out to `owners` ranks.
-inline Rows rows_of(const FusedParams& params, const Launch& shape, int owners) {
-  if (!params.packed) return Rows::kAny;
-  if (params.packs > shape.threads * shape.cluster) return Rows::kPacked;
-  if (ceil_div(params.rows, owners) > params.blocks / shape.cluster) return Rows::kPacked;
-  return writes_scales(params.work.quantization) ? Rows::kOnePack : Rows::kUnscaled;
-}
-// Its kernel; Rows::kAny has the loop for worlds of any size.
-#define MNNVL_ROWS_KERNEL(kernel_of, T, world, rows) \
-  ((rows) == Rows::kAny       ? kernel_of<T, world, Rows::kAny>() \
-   : (rows) == Rows::kPacked  ? kernel_of<T, world, Rows::kPacked>() \
-   : (rows) == Rows::kOnePack ? kernel_of<T, world, Rows::kOnePack>() \
-                              : kernel_of<T, world, Rows::kUnscaled>())
-#define MNNVL_LOAD_ROWS(kernel_of, T, world) \
-  load(kernel_of<T, world, Rows::kAny>()); \
-  load(kernel_of<T, world, Rows::kPacked>()); \
-  load(kernel_of<T, world, Rows::kOnePack>()); \
-  load(kernel_of<T, world, Rows::kUnscaled>());
 
 }  // namespace mnnvl::kernels

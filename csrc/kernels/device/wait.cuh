@@ -69,7 +69,7 @@ class Wait {
     const uint64_t now = globaltimer_ns();
     if (start_ns_ == 0) start_ns_ = now;
     FailureCause cause = FailureCause::kNone;
-    if (now - start_ns_ > g_.timeout_ns) cause = FailureCause::kDeadline;
+    if (now - start_ns_ > allowed_ns()) cause = FailureCause::kDeadline;
     if (polls_ % kCheckHostEvery == 0) {
       const uint32_t among = absent != 0 ? absent : 1u << (peer % 32);
       const uint32_t dead = ld_relaxed_sys_u32(&g_.mailbox->dead_ranks[absent != 0 ? 0 : peer / 32]) & among;
@@ -94,6 +94,11 @@ class Wait {
   }
 
  private:
+  // The second stage of a two-shot waits for ranks that may be waiting themselves, and gives them time to say for whom.
+  __device__ __forceinline__ uint64_t allowed_ns() const {
+    return stage_ == 1 ? g_.timeout_ns + g_.timeout_ns / 8 : g_.timeout_ns;
+  }
+
   const DeviceGroup& g_;
   uint64_t start_ns_ = 0;
   uint64_t sequence_;

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks) fused_alone(const _
   __shared__ typename Row::Shared shared;
   grid_dependency_wait();
   Row fused(p, shared);
-  fused.prepare(fused.first_row());
+  fused.prepare(fused.first_row() < p.rows ? fused.first_row() : -1);
   for (int row = fused.first_row(); row < p.rows; row += fused.row_step()) {
     const auto sum = [&](int i, uint4(&packs)[Row::kBatch]) {
       fused.load(p.in, row, i, packs);
@@ -96,6 +96,12 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks) fused_alone(const _
   if (p.first_row == 0) fused.zero_padding();
 }
 
+Rows rows_of(const FusedParams& params, const Launch& shape) {
+  if (!params.packed) return Rows::kAny;
+  if (params.packs > shape.threads * shape.cluster || params.rows > params.blocks / shape.cluster) return Rows::kPacked;
+  return writes_scales(params.work.quantization) ? Rows::kOnePack : Rows::kUnscaled;
+}
+
 #define MNNVL_FOR_EACH_FUSED(X) MNNVL_FOR_EACH_INSTANCE(X) X(float, 1) X(__half, 1) X(__nv_bfloat16, 1)
 template <typename T, int kWorld, Rows kRows>
 constexpr auto kernel_of() {
@@ -107,17 +113,29 @@ constexpr auto kernel_of() {
 }
 
 void launch_instance(const FusedParams& params, const Launch& shape) {
-  const Rows rows = rows_of(params, shape, /*owners=*/1);
+  const auto launch_rows = [&](auto any, auto packed, auto one_pack, auto unscaled) {
+    switch (rows_of(params, shape)) {
+      case Rows::kAny: return launch(any, params, params.blocks, shape);
+      case Rows::kPacked: return launch(packed, params, params.blocks, shape);
+      case Rows::kOnePack: return launch(one_pack, params, params.blocks, shape);
+      case Rows::kUnscaled: return launch(unscaled, params, params.blocks, shape);
+    }
+  };
 #define MNNVL_LAUNCH(T, world) \
   if (params.work.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) { \
-    return launch(MNNVL_ROWS_KERNEL(kernel_of, T, world, rows), params, params.blocks, shape); \
+    return launch_rows(kernel_of<T, world, Rows::kAny>(), kernel_of<T, world, Rows::kPacked>(), \
+                       kernel_of<T, world, Rows::kOnePack>(), kernel_of<T, world, Rows::kUnscaled>()); \
   }
   MNNVL_FOR_EACH_FUSED(MNNVL_LAUNCH)
 #undef MNNVL_LAUNCH
 }
 
 void load_instances() {
-#define MNNVL_LOAD(T, world) MNNVL_LOAD_ROWS(kernel_of, T, world)
+#define MNNVL_LOAD(T, world) \
+  load(kernel_of<T, world, Rows::kAny>()); \
+  load(kernel_of<T, world, Rows::kPacked>()); \
+  load(kernel_of<T, world, Rows::kOnePack>()); \
+  load(kernel_of<T, world, Rows::kUnscaled>());
   MNNVL_FOR_EACH_FUSED(MNNVL_LOAD)
 #undef MNNVL_LOAD
 }

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
   const auto offset = [&](int row, int i) { return int64_t(row * packs + i) * kPackBytes; };  // fewer than 2^31 packs
   std::byte* const own_workspace = g.peers[g.rank];
 
-  fused.prepare(/*first_row=*/-1);
+  fused.prepare();
   const bool aborted = call.aborted();  // such a thread comes all the same, so that its cluster ends as one
   // Phase 1, scatter: every row that has another owner, to that one's slot [rank].
   const int step = fused.row_step();
@@ -88,23 +88,21 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
   if (p.first_row == 0) fused.zero_padding();
 }
 
-template <typename T, int kWorld, Rows kRows>
-constexpr auto kernel_of() {
-  return twoshot_lamport_fused < T, kRows == Rows::kAny ? 0 : kWorld, kRows > ;
-}
-
 void launch_instance(const FusedParams& params, const Launch& shape) {
-  const Rows rows = rows_of(params, shape, /*owners=*/params.group.world_size);
 #define MNNVL_LAUNCH(T, world) \
   if (params.work.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) { \
-    return launch(MNNVL_ROWS_KERNEL(kernel_of, T, world, rows), params, params.blocks, shape); \
+    return launch( \
+        params.packed ? twoshot_lamport_fused<T, world, Rows::kPacked> : twoshot_lamport_fused<T, 0, Rows::kAny>, \
+        params, params.blocks, shape); \
   }
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LAUNCH)
 #undef MNNVL_LAUNCH
 }
 
 void load_instances() {
-#define MNNVL_LOAD(T, world) MNNVL_LOAD_ROWS(kernel_of, T, world)
+#define MNNVL_LOAD(T, world) \
+  load(twoshot_lamport_fused<T, world, Rows::kPacked>); \
+  load(twoshot_lamport_fused<T, 0, Rows::kAny>);
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LOAD)
 #undef MNNVL_LOAD
 }
