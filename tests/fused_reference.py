@@ -86,7 +86,7 @@ def float8(norm: torch.Tensor, scale: float) -> Quantised:
 
 def dynamic_float8(norm: torch.Tensor) -> Quantised:
     v = norm.float().numpy()
-    scales = np.maximum(amax(v) / F32(448), F32(2.0**-9) / F32(448))
+    scales = np.maximum(amax(v) * (F32(1) / F32(448)), F32(2.0**-9) / F32(448))
     with np.errstate(all="ignore"):
         return Quantised(torch.from_numpy(e4m3(v / scales[:, None])), torch.from_numpy(scales.reshape(-1, 1)))
 

@@ -13,7 +13,7 @@
 //
 // Quantised is the rounded norm, widened to float32, n below:
 //   kFloat8         e4m3(n * (1 / scale))
-//   kDynamicFloat8  e4m3(n / scale of the row), which is max(amax / 448, 2^-9 / 448), amax of the row
+//   kDynamicFloat8  e4m3(n / scale of the row), which is max(amax * (1/448), 2^-9 / 448), amax of the row
 //   kNVFloat4       blocks of 16: scale = e4m3(global * (amax * (1/6))); e2m1(n * (global / scale)), 0 for 0 / 0
 //   kGroupFloat8    scale = max(amax / 448, 1e-10) of the group, up to a power of two; e4m3(n / scale)
 // e4m3 and e2m1 round to nearest even and saturate at 448 and 6. NaN stays NaN in e4m3 and is 6 in e2m1; an amax passes
@@ -157,8 +157,10 @@ MNNVL_HOST_DEVICE uint8_t to_e2m1(float v) {
   return uint8_t(v != v ? 7u : sign | uint32_t(code));
 }
 
+// By the rounded 1/448, as torch on CUDA divides by a number, and so FlashInfer's references: rows whose scale would be
+// a power of two have many ties, which a scale that is one unit off breaks.
 MNNVL_HOST_DEVICE float dynamic_scale(float amax) {
-  const float scale = divide(amax, 448.0f), least = divide(1.0f / 512.0f, 448.0f);
+  const float scale = multiply(amax, 1.0f / 448.0f), least = divide(1.0f / 512.0f, 448.0f);
   return scale > least ? scale : least;
 }
 
