@@ -164,9 +164,10 @@ MNNVL_HOST_DEVICE float dynamic_scale(float amax) {
   return scale > least ? scale : least;
 }
 
-MNNVL_HOST_DEVICE uint8_t nv_scale(float amax, float global) {
-  return to_e4m3(multiply(global, multiply(amax, 1.0f / 6.0f)));
+MNNVL_HOST_DEVICE float nv_scale_wanted(float amax, float global) {
+  return multiply(global, multiply(amax, 1.0f / 6.0f));
 }
+MNNVL_HOST_DEVICE uint8_t nv_scale(float amax, float global) { return to_e4m3(nv_scale_wanted(amax, global)); }
 MNNVL_HOST_DEVICE float nv_factor(uint8_t scale, float global) {
   return (scale & 0x7f) == 0 ? 0.0f : divide(global, arithmetic::E4M3::widen(scale));
 }
@@ -179,42 +180,43 @@ MNNVL_HOST_DEVICE float group_scale(float amax) {
 }
 MNNVL_HOST_DEVICE uint8_t exponent_of(float scale) { return uint8_t(arithmetic::bits_as<uint32_t>(scale) >> 23); }
 
-// Where scales lie, in bytes. kNVFloat4: of block `block` of a row. Swizzled: tiles of 128 rows and 4 blocks, and both
-// are rounded up to whole tiles, whose padding is zero.
-MNNVL_HOST_DEVICE constexpr int64_t nv_blocks(const RowWork& w) { return w.hidden / kNVBlock; }
-MNNVL_HOST_DEVICE constexpr int64_t swizzled_offset(int64_t row, int64_t block, int64_t blocks) {
-  return (row / 128 * ceil_div(blocks, 4) + block / 4) * 512 + row % 32 * 16 + row % 128 / 32 * 4 + block % 4;
+// Where scales lie, in bytes. What a row has is counted in 32 bits, which a GPU divides in a fifth of the instructions.
+// kNVFloat4: of block `block` of a row. Swizzled: tiles of 128 rows and 4 blocks, and both are rounded up to whole
+// tiles, whose padding is zero.
+MNNVL_HOST_DEVICE constexpr uint32_t nv_blocks(const RowWork& w) { return uint32_t(w.hidden) / kNVBlock; }
+MNNVL_HOST_DEVICE constexpr int64_t swizzled_offset(int64_t row, uint32_t block, uint32_t blocks) {
+  return (row / 128 * ((blocks + 3) / 4) + block / 4) * 512 + row % 32 * 16 + row % 128 / 32 * 4 + block % 4;
 }
-MNNVL_HOST_DEVICE constexpr int64_t nv_scale_offset(const RowWork& w, int64_t row, int64_t block) {
+MNNVL_HOST_DEVICE constexpr int64_t nv_scale_offset(const RowWork& w, int64_t row, uint32_t block) {
   return w.layout == ScaleLayout::kLinear ? row * nv_blocks(w) + block : swizzled_offset(row, block, nv_blocks(w));
 }
 // kGroupFloat8: int32 words of four groups each, [rows, words] with strides [1, rows rounded up to 4]: byte j of word c
 // of a row is the exponent of group 4c + j, 0 where there is none. The last column has `rows` words only.
-MNNVL_HOST_DEVICE constexpr int64_t group_words(const RowWork& w) { return ceil_div(w.hidden / w.group, 4); }
-MNNVL_HOST_DEVICE constexpr int64_t group_scale_offset(const RowWork& w, int64_t row, int64_t group) {
+MNNVL_HOST_DEVICE constexpr uint32_t groups(const RowWork& w) { return uint32_t(w.hidden) / uint32_t(w.group); }
+MNNVL_HOST_DEVICE constexpr uint32_t group_words(const RowWork& w) { return (groups(w) + 3) / 4; }
+MNNVL_HOST_DEVICE constexpr int64_t group_scale_offset(const RowWork& w, int64_t row, uint32_t group) {
   return (group / 4 * align_up(w.rows, 4) + row) * 4 + group % 4;
 }
 
 // Scales that belong to no element, as zeros: calls zero(byte offset, bytes) for each run of them, four bytes or fewer,
 // of which run number i is the caller's if i % step == begin.
 template <typename Zero>
-MNNVL_HOST_DEVICE void each_padding(const RowWork& w, int64_t begin, int64_t step, const Zero& zero) {
+MNNVL_HOST_DEVICE void each_padding(const RowWork& w, uint32_t begin, uint32_t step, const Zero& zero) {
   if (w.quantization == Quantization::kNVFloat4 && w.layout == ScaleLayout::kSwizzled128x4) {
-    const int64_t blocks = nv_blocks(w), columns = ceil_div(blocks, 4), below = align_up(w.rows, 128) - w.rows;
-    for (int64_t i = begin; i < below * columns; i += step) {
+    const uint32_t blocks = nv_blocks(w), columns = (blocks + 3) / 4, below = uint32_t(align_up(w.rows, 128) - w.rows);
+    for (uint32_t i = begin; i < below * columns; i += step) {
       zero(swizzled_offset(w.rows + i / columns, i % columns * 4, blocks), 4);
     }
     const int right = int(columns * 4 - blocks);
     for (int64_t i = begin; right != 0 && i < w.rows; i += step) zero(swizzled_offset(i, blocks, blocks), right);
   }
   if (w.quantization == Quantization::kGroupFloat8) {
-    const int64_t words = group_words(w), below = align_up(w.rows, 4) - w.rows;
-    for (int64_t i = begin; i < below * (words - 1); i += step) {
+    const uint32_t words = group_words(w), below = uint32_t(align_up(w.rows, 4) - w.rows);
+    for (uint32_t i = begin; i < below * (words - 1); i += step) {
       zero(group_scale_offset(w, w.rows + i % below, i / below * 4), 4);
     }
-    const int64_t groups = w.hidden / w.group;
-    const int right = int(words * 4 - groups);
-    for (int64_t i = begin; right != 0 && i < w.rows; i += step) zero(group_scale_offset(w, i, groups), right);
+    const int right = int(words * 4 - groups(w));
+    for (int64_t i = begin; right != 0 && i < w.rows; i += step) zero(group_scale_offset(w, i, groups(w)), right);
   }
 }
 

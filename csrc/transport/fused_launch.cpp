@@ -4,6 +4,7 @@
 #include "common/error.h"
 #include "kernels/kernels.h"
 #include "protocol/fused_row.h"
+#include "system/float_environment.h"
 #include "transport/cuda_launch.h"
 
 namespace mnnvl {
@@ -59,8 +60,11 @@ void launch_rows(const kernels::KernelTable::Row<kernels::FusedParams>& kernel, 
   params.packs = int(row_packs(work));
   params.row_bytes = uint32_t(work.hidden * element_size(work.dtype));
   while (1 << params.cluster_shift < choice.cluster) ++params.cluster_shift;
-  params.inverse_hidden = fused::inverse(float(work.hidden));
-  params.inverse_hidden_wide = fused::inverse(double(work.hidden));
+  {
+    const FloatEnvironment ieee;  // rounded to nearest, whatever the caller's thread does
+    params.inverse_hidden = fused::inverse(float(work.hidden));
+    params.inverse_hidden_wide = fused::inverse(double(work.hidden));
+  }
   params.blocks = choice.blocks;
   for (int64_t row = 0; row < work.rows; row += choice.launch_rows) {
     const FusedRequest rest = from_row(request, row);

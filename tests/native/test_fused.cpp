@@ -74,7 +74,7 @@ struct Problem {
   Problem(uint64_t seed, int world_size) {
     Random random(seed);
     constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
-    constexpr int kHidden[] = {1, 8, 48, 200, 1024, 2049, 4096, 8208};
+    constexpr int kHidden[] = {1, 8, 48, 200, 1024, 2049, 2880, 4096, 5120, 8208};
     work.dtype = kDtypes[random.below(3)];
     work.hidden = kHidden[random.below(std::size(kHidden))];
     work.rows = work.hidden > 2000 ? 1 + random.below(4) : 1 + random.below(12);
@@ -204,7 +204,7 @@ TEST(fused_rows_without_a_rank_end_at_the_deadline) {
   for (const auto& [multiprocessors, rows, strategy] :
        {Case{64, 3, Strategy::kOneShot}, Case{1, 3, Strategy::kOneShot}, Case{64, 3, Strategy::kTwoShot},
         Case{64, 4, Strategy::kTwoShot}}) {
-    const Group group(3, 1 << 20, multiprocessors, /*timeout_ms=*/rows == 4 ? 2000 : 300);
+    const Group group(3, 1 << 20, multiprocessors, /*timeout_ms=*/rows == 4 ? 7000 : 300);
     run_threads(3, [&, rows = rows, strategy = strategy](int rank) {
       if (rank == 1) return;
       RowWork work;

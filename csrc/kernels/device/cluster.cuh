@@ -47,7 +47,8 @@ __device__ __forceinline__ void cluster_barrier(int blocks) {
 //
 // A value of round n + 2 lands where those of round n were. Its warp has all of round n + 1 then, of every warp, and
 // each has sent that behind its reads of round n. So what is there has been read, and the barrier's phase is that of
-// round n + 2. A block gets all that is sent to it before it can end.
+// round n + 2. That is why all warps send, those that have nothing too, where there is more than one round. A block
+// gets all that is sent to it before it can end.
 template <typename Word>
 struct ClusterValues {
   Word values[2][32];

@@ -136,7 +136,7 @@ class FusedRow {
     each_norm([&](int i, uint4 norm) {
       if (w_.norm != nullptr && i < p_.packs) store_at(to, i, norm);
       if (w_.quantization == Quantization::kNone) return;
-      quantiser_.write(row_, i, norm, [&](int64_t element) { return norm_of(element); });
+      quantiser_.write(row_, i, norm, [&](uint32_t element) { return norm_of(element); });
     });
     ++round_;
     return true;
@@ -147,7 +147,7 @@ class FusedRow {
     if constexpr (!kScaled) return;
     auto* scales = static_cast<std::byte*>(w_.scales);
     const auto zero = [&](int64_t offset, int bytes) { store_bytes<4>(scales + offset, bytes, 0); };
-    fused::each_padding(w_, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int64_t(gridDim.x) * blockDim.x, zero);
+    fused::each_padding(w_, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x, zero);
   }
 
  private:
@@ -245,9 +245,13 @@ class FusedRow {
 
   // How many of the first `lanes` / 32 warps of a row have packs.
   __device__ __forceinline__ int row_warps(int lanes) const { return min(p_.packs + 31, lanes) / 32; }
+  // How many hand something around. All that take do, or they could miss a round; of a single round nobody can.
+  __device__ __forceinline__ int sending_warps(int with_packs) const {
+    return kOnePack ? with_packs : max(with_packs, step_ / 32);
+  }
   // False, for all, if a thread failed.
   __device__ __forceinline__ bool cluster_sum(const Wide (&squares)[kMaxTurns], bool failed) {
-    const int warps = row_warps(fused::kRowLanes);
+    const int warps = sending_warps(row_warps(fused::kRowLanes));
     shared_.sums.expect(round_, blocks_, warps);
     const bool any_failed = __any_sync(kWholeWarp, failed);
 #pragma unroll
@@ -264,7 +268,7 @@ class FusedRow {
     return true;
   }
   __device__ __forceinline__ float cluster_max(float amax) {
-    const int warps = row_warps(step_);
+    const int warps = sending_warps(row_warps(step_));
     shared_.most.expect(round_, blocks_, warps);
     if (first_pack_ / 32 < warps) shared_.most.send(round_, blocks_, first_pack_ / 32, warp_max(amax, 32));
     amax = shared_.most.take(round_, blocks_);
@@ -325,7 +329,7 @@ class FusedRow {
   }
 
   // Of any element of the row, once the cluster has passed cluster_sum().
-  __device__ __forceinline__ float norm_of(int64_t element) const {
+  __device__ __forceinline__ float norm_of(uint32_t element) const {
     const auto r = static_cast<const fused::Stored<kDtype<T>>*>(w_.residual_out)[int64_t(row_) * w_.hidden + element];
     const float gamma = w_.gamma_is_float32
                             ? static_cast<const float*>(w_.gamma)[element]

@@ -94,9 +94,12 @@ class Wait {
   }
 
  private:
-  // The second stage of a two-shot waits for ranks that may be waiting themselves, and gives them time to say for whom.
+  // The second stage of a two-shot waits for ranks that may be waiting themselves, and gives them time to say for whom:
+  // less than the host's grace (backend/work.cpp).
   __device__ __forceinline__ uint64_t allowed_ns() const {
-    return stage_ == 1 ? g_.timeout_ns + g_.timeout_ns / 8 : g_.timeout_ns;
+    constexpr uint64_t kMost = 1'000'000'000;
+    const uint64_t eighth = g_.timeout_ns / 8;
+    return stage_ == 1 ? g_.timeout_ns + (eighth < kMost ? eighth : kMost) : g_.timeout_ns;
   }
 
   const DeviceGroup& g_;

@@ -99,9 +99,8 @@ class RowQuantiser {
  private:
   // x / row_scale_. Where this is too small for quotient(), its e4m3 is 0 either way.
   __device__ __forceinline__ float by_row_scale(float x) const {
-    if (x == 0) return x;  // with its sign
-    if (row_inverse_ == 0) return fused::multiply(x, 0.0f);  // the scale is infinite
-    return fused::quotient(x, row_scale_, row_inverse_);
+    const float quotient = copysignf(fused::quotient(x, row_scale_, row_inverse_), x);  // of -0 it would be +0
+    return row_inverse_ == 0 ? fused::multiply(x, 0.0f) : quotient;  // the scale is infinite
   }
 
   template <typename Scaled>
@@ -120,7 +119,8 @@ class RowQuantiser {
 
   // A block of scales is two packs, of neighbouring lanes.
   __device__ __forceinline__ void write_nv_float4(int row, int i, uint4 norm, const float (&v)[kElements]) const {
-    const uint8_t block_scale = fused::nv_scale(warp_max(pack_amax<T>(norm), 2), scale_);
+    const float wanted = fused::nv_scale_wanted(warp_max(pack_amax<T>(norm), 2), scale_);
+    const auto block_scale = uint8_t(e4m3_pair(wanted, 0.0f));
     if (i >= p_.packs) return;
     const float factor = fused::nv_factor(block_scale, scale_);
     uint32_t codes = 0;
@@ -146,15 +146,16 @@ class RowQuantiser {
       return write_float8(row, i, v, [&](int, float x) { return fused::multiply(x, inverse); });
     }
     if (i >= p_.packs) return;
-    const int64_t begin = int64_t(i) * kElements, end = min64(begin + kElements, w_.hidden);
+    const uint32_t begin = uint32_t(i) * kElements, end = min(begin + kElements, uint32_t(w_.hidden));
+    const uint32_t elements = uint32_t(w_.group);
     float group_scale = 1;
 #pragma unroll 1
-    for (int64_t element = begin; element < end; ++element) {
-      if (element == begin || element % w_.group == 0) {
-        const int64_t group = element / w_.group;
+    for (uint32_t element = begin; element < end; ++element) {
+      if (element == begin || element % elements == 0) {
+        const uint32_t group = element / elements;
         float amax = 0;
 #pragma unroll 1
-        for (int of = 0; of < w_.group; ++of) amax = fused::amax_of(amax, norm_of(group * w_.group + of));
+        for (uint32_t of = 0; of < elements; ++of) amax = fused::amax_of(amax, norm_of(group * elements + of));
         group_scale = fused::group_scale(amax);
         write_exponent(row, group, group_scale);  // by each thread that has a part of it, alike
       }
@@ -162,7 +163,7 @@ class RowQuantiser {
           uint8_t(e4m3_pair(fused::divide(norm_of(element), group_scale), 0.0f));
     }
   }
-  __device__ __forceinline__ void write_exponent(int row, int64_t group, float group_scale) const {
+  __device__ __forceinline__ void write_exponent(int row, uint32_t group, float group_scale) const {
     static_cast<uint8_t*>(w_.scales)[fused::group_scale_offset(w_, p_.first_row + row, group)] =
         fused::exponent_of(group_scale);
   }

@@ -165,7 +165,14 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
   for (int i = 0; i < mnnvl::emulation::kWarpSize; ++i) most = values[i] > most ? values[i] : most;
   return most;
 }
-inline int min(int a, int b) { return a < b ? a : b; }
+template <typename T>
+T min(T a, T b) {
+  return a < b ? a : b;
+}
+template <typename T>
+T max(T a, T b) {
+  return a > b ? a : b;
+}
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }

@@ -42,40 +42,56 @@ inline void cluster_barrier(int) {
   cluster_wait();
 }
 
+// Waits by the parity of a phase, as an mbarrier's does: who comes two phases late waits for ever. The last warp, which
+// may have no packs, comes late.
 template <typename Word>
 struct ClusterValues {
   std::atomic<Word> values[2][32];
-  std::atomic<uint64_t> came[2];
-  uint64_t wanted[2];
+  std::atomic<int64_t> missing[2];  // values that are expected and have not come, and kOpen while more may be expected
+  std::atomic<uint32_t> phases[2];
+  static constexpr int64_t kOpen = 1 << 20;
 
   void prepare() {
     for (int turn : {0, 1}) {
-      came[turn] = 0;
-      wanted[turn] = 0;
+      missing[turn] = kOpen;
+      phases[turn] = 0;
     }
     mine().push_back(this);
   }
   void expect(uint32_t round, int blocks, int count) {
-    if (blocks > 1 && threadIdx.x == 0) wanted[round % 2] += uint64_t(count);
+    if (blocks > 1 && threadIdx.x == 0) count_in(round % 2, count - kOpen);
   }
   void send(uint32_t round, int blocks, int place, Word value) {
     const int lane = int(threadIdx.x % 32);
     if (lane >= blocks) return;
-    auto* to = this;
-    if (blocks > 1) {
-      const size_t at = size_t(std::find(mine().begin(), mine().end(), this) - mine().begin());
-      to = static_cast<ClusterValues*>(emulation::Block::current()->cluster().placed[size_t(lane)][at]);
+    if (blocks == 1) {
+      values[round % 2][place] = value;
+      return;
     }
+    const size_t at = size_t(std::find(mine().begin(), mine().end(), this) - mine().begin());
+    auto* to = static_cast<ClusterValues*>(emulation::Block::current()->cluster().placed[size_t(lane)][at]);
     to->values[round % 2][place] = value;
-    to->came[round % 2].fetch_add(1);
+    to->count_in(round % 2, -1);
   }
   Word take(uint32_t round, int blocks) {
-    emulation::Block::current()->meet_all();  // thread 0 has said what it wants
-    while (blocks > 1 && came[round % 2].load() != wanted[round % 2]) emulation::Block::current()->yield();
+    emulation::Block* const block = emulation::Block::current();
+    if (blocks == 1) {
+      block->meet_all();
+    } else {
+      const auto late = std::chrono::steady_clock::now() + std::chrono::milliseconds(50);
+      const bool last_warp = threadIdx.x / 32 == blockDim.x / 32 - 1;
+      while (last_warp && round == 0 && phases[0].load() < 2 && std::chrono::steady_clock::now() < late) block->yield();
+      while (phases[round % 2].load() % 2 == round / 2 % 2) block->yield();
+    }
     return values[round % 2][threadIdx.x % 32];
   }
 
  private:
+  void count_in(uint32_t turn, int64_t change) {
+    if (missing[turn].fetch_add(change) + change != 0) return;
+    missing[turn] = kOpen;
+    ++phases[turn];
+  }
   static std::vector<void*>& mine() {
     const emulation::Block* block = emulation::Block::current();
     return block->cluster().placed[size_t(block->cluster_rank())];
