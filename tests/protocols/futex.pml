@@ -1,11 +1,11 @@
 /* Sleeping and waking on the CPU: csrc/cpu/wait.h, wait.cpp (KIND 0: the futex is the word itself) and
  * csrc/cpu/channel.h, messenger.cpp (KIND 1: the futex is a bell of its own, for words of any channel).
  *
- * One poster stores POSTS values, each to one of two words; WAITERS threads each wait for a value of a word. KIND 0 has
- * a word's waiters sleep on that word; KIND 1 has them sleep on `rings`. A sleep ends when somebody wakes it, and not by
- * itself: so a lost wake-up is a deadlock here, where the code would go on after kMaxSleepMs. With ABORT the poster may
- * stop at any time and set the abort word instead. That changes no epoch: so in KIND 0 sleeps must be BOUNDED then (they
- * end by themselves once there is an abort word). In KIND 1 the bell is rung for it, and needs no bound.
+ * One poster stores POSTS values, each to one of WORDS words; WAITERS threads each wait for one of these values. KIND
+ * 0 has a word's waiters sleep on that word; KIND 1 has them sleep on `rings`. A sleep ends when somebody wakes it, and
+ * not by itself: so a lost wake-up is a deadlock here, where the code would go on after kMaxSleepMs. With ABORT the
+ * poster may stop at any time and set the abort word instead. That changes no epoch: so in KIND 0 sleeps must then be
+ * BOUNDED (they end by themselves once there is an abort word). In KIND 1 the bell is rung for it, and needs no bound.
  *
  * Memory. All is sequentially consistent, except with MISTAKE 2: there the poster's store stands in a store buffer.
  *

@@ -1,8 +1,8 @@
 /* Lamport all-reduce over generations of slots: csrc/kernels/lamport, csrc/kernels/device/lamport.cuh.
  *
  * N ranks make calls without end, each in generation (call mod G) of every rank's memory. What a call is (one-shot or
- * two-shot, its packs) is chosen anew by the rank that begins it first. A rank is a set of actions that run in any order
- * as soon as they can: so each pack has a thread of its own, and a rank may be slow for any time at any place.
+ * two-shot, its packs) is chosen anew by the rank that begins it first. A rank is a set of actions that run in any
+ * order as soon as they can: so each pack has a thread of its own, and a rank may be slow for any time at any place.
  *
  * Memory. A slot holds a pack of W words; 0 is the sentinel. A store has been issued (a bit in `flying`), and lands
  * later, word by word, in any order among all stores of its rank. A clearing store lands later too (`wiping`). The end
@@ -70,7 +70,8 @@
 #define WORD_BITS(rank, j) (((1 << W) - 1) << (SLOT(rank, j) * W))
 
 /* Where word w of pack j of `from` lies in a rank's memory: each call cuts its generation up anew. */
-#define AT(call, stage, from, j, w) (((((call) % G) * 2 + (stage)) * N * PER + (from) * EACH(kind[call]) + (j)) * W + (w))
+#define AT(call, stage, from, j, w) \
+  (((((call) % G) * 2 + (stage)) * N * PER + (from) * EACH(kind[call]) + (j)) * W + (w))
 
 typedef Memory {
   byte word[G * 2 * N * PER * W]

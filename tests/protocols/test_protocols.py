@@ -37,13 +37,21 @@ class Search:
 RIGHT = [
     Search("lamport"),
     Search("lamport", "G=2"),
-    Search("lamport", "TWO=3 SMALL=1 ONE=0 PER=2"),
-    Search("lamport", "MULTICAST=1"),
+    Search("lamport", "TWO=3 SMALL=1 ONE=0 PER=2 G=2"),
+    Search("lamport", "MULTICAST=1 ONE=0"),
+    Search("lamport", "MULTICAST=1 TWO=0"),
     Search("lamport", "N=3 TWO=0"),
     Search("lamport", "N=3 ONE=0 TWO=1"),
     Search("lamport", "EARLY=1"),
     Search("lamport", "FAIL=1"),
     Search("lamport", "FAIL=2"),
+    Search("channel", "PIECES=0"),
+    Search("channel", "LINES=0 PIECES=2"),
+    Search("channel", "PIECES=0 FAIL=1"),
+    Search("channel", "LINES=0 FAIL=1"),
+    Search("agreement"),
+    Search("agreement", "DIE=1"),
+    Search("agreement", "LATE=1"),
     Search("futex", "KIND=0 WAITERS=3"),
     Search("futex", "KIND=0 ABORT=1 BOUNDED=1"),
     Search("futex", "KIND=1"),
@@ -63,6 +71,15 @@ WRONG = [
     Search("lamport", "MISTAKE=7 FAIL=1", DEADLOCK),
     Search("lamport", "MISTAKE=8 FAIL=1", ASSERTION),
     Search("lamport", "MISTAKE=9 FAIL=1", ASSERTION),
+    *(Search("channel", f"LINES=0 PIECES=2 MISTAKE={n}", ASSERTION) for n in (1, 2, 5)),
+    *(Search("channel", f"PIECES=0 MISTAKE={n}", ASSERTION) for n in (3, 4)),
+    *(Search("channel", f"PIECES=0 MISTAKE={n}", DEADLOCK) for n in (6, 7, 9)),
+    Search("channel", "PIECES=0 FAIL=1 MISTAKE=8", DEADLOCK),
+    Search("agreement", "DIE=1 MISTAKE=1", ASSERTION),
+    Search("agreement", "MISTAKE=2", ASSERTION),
+    Search("agreement", "LATE=1 MISTAKE=3", ASSERTION),
+    Search("agreement", "MISTAKE=4", ASSERTION),
+    Search("agreement", "DIE=1 MISTAKE=5", DEADLOCK),
     Search("futex", "KIND=0 ABORT=1 BOUNDED=0", DEADLOCK),
     *(Search("futex", f"KIND=0 MISTAKE={n}", DEADLOCK) for n in (1, 2, 4, 5)),
     *(Search("futex", f"KIND=1 MISTAKE={n}", DEADLOCK) for n in (1, 2, 3, 4, 5)),
@@ -82,7 +99,7 @@ def search(what: Search, folder: Path, optimise: str) -> str:
     shutil.copy(HERE / model.name, model)
     said = run(["spin", "-a", *(f"-D{p}" for p in what.parameters.split()), model.name], folder)
     assert "error" not in said.lower(), said
-    flags = [optimise, "-w", "-DSAFETY", f"-DMEMLIM={MEGABYTES}", "-DCOLLAPSE"]
+    flags = [optimise, "-w", "-DSAFETY", f"-DMEMLIM={MEGABYTES}"]
     run(["gcc", *flags, "-o", "pan", "pan.c"], folder)
     # Ends at the first error.
     return run(["./pan", f"-m{DEPTH}"], folder)
