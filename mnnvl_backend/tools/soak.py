@@ -1,7 +1,7 @@
 """`mnnvl soak` under torchrun: random programs of all that is served, for minutes or days; every byte is compared with
 what the seed says must come, and nothing that a rank uses may grow.
 
-Rounds are agreed on over a gloo group: all ranks end the same one, whoever fails, and a rank that comes no more ends
+Rounds are agreed on through the store: all ranks end the same one, whoever fails, and a rank that comes no more ends
 the others at a deadline.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import itertools
+import pickle
 import signal
 import threading
 import time
@@ -21,6 +23,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from mnnvl_backend.options import Options
 from mnnvl_backend.tools import soak_function, soak_graphs
@@ -86,20 +89,25 @@ class Summary:
 
 
 class Control:
-    """How ranks agree, whatever the groups under test do."""
+    """How ranks agree, whatever the groups under test do: through the store. Not a gloo group, which keeps some KiB of
+    every object that it gathers, for good."""
+
+    _made = itertools.count()
 
     def __init__(self, seat: Seat, timeout: timedelta) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self._count = seat.world_size
+        self._store: Any = c10d.PrefixStore(f"soak/{next(self._made)}", c10d._get_default_store())
+        self._seat, self._timeout, self._meeting = seat, timeout, 0
 
     def everyone(self, mine: Any) -> list[Any]:
-        """What each rank says, by rank. Raises RuntimeError when one says nothing for long, or is gone."""
-        said: list[Any] = [None] * self._count
-        dist.all_gather_object(said, mine, group=self._group)
+        """What each rank says, by rank. Raises RuntimeError when one has said nothing for `timeout`."""
+        self._meeting += 1
+        keys = [f"{self._meeting}/{rank}" for rank in range(self._seat.world_size)]
+        self._store.set(keys[self._seat.rank], pickle.dumps(mine))
+        self._store.wait(keys, self._timeout)
+        said = [pickle.loads(self._store.get(key)) for key in keys]
+        if self._meeting > 1:  # all have come here, so they have read that one
+            self._store.delete_key(f"{self._meeting - 1}/{self._seat.rank}")
         return said
-
-    def close(self) -> None:
-        dist.destroy_process_group(self._group)
 
 
 @contextmanager
@@ -209,7 +217,6 @@ class Soak:
     def close(self) -> None:
         for workspace in self._workspaces:
             workspace.destroy()
-        self._control.close()
 
 
 @contextmanager
