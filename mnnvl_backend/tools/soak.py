@@ -84,6 +84,11 @@ class Summary:
         ]
 
     @property
+    def watched(self) -> bool:
+        """Whether it went on beyond the warm-up; else nothing is known of growth."""
+        return self.rounds > WARM_UP_ROUNDS
+
+    @property
     def passed(self) -> bool:
         return not (self.mismatches or self.errors or self.grown)
 
@@ -220,15 +225,15 @@ class Soak:
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM, however many come, set the event: the round is gone through to its end."""
+def stopped_by_interrupt() -> Iterator[threading.Event]:
+    """SIGINT, however often it comes, sets the event: the round is gone through to its end. SIGTERM ends the process as
+    ever: torchrun sends it to all when one has died, and then there is nobody to agree with."""
     stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -247,7 +252,7 @@ def run(arguments: argparse.Namespace) -> int:
         dist.init_process_group("mnnvl", timeout=plan.timeout, pg_options=Options())
         with deadline(5 * plan.timeout.total_seconds()):
             soak = Soak(place, plan)
-        with stopped_by_signals() as stop:
+        with stopped_by_interrupt() as stop:
             report.begin(plan)
             try:
                 summary = soak.run(report.show, stop)

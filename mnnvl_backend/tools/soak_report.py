@@ -154,7 +154,10 @@ def verdict(summary: Summary) -> str:
         f"{len(summary.errors)} errors" if summary.errors else "",
         f"{len(summary.grown)} quantities grew" if summary.grown else "",
     ]
-    what = ", ".join(filter(None, failed)) or "0 mismatches, no growth"
+    what = (
+        ", ".join(filter(None, failed))
+        or f"0 mismatches, {'no growth' if summary.watched else 'too short to see growth'}"
+    )
     return (
         f"soak: {'passed' if summary.passed else 'FAILED'}{', interrupted' if summary.interrupted else ''}: {what}; "
         f"{summary.rounds} rounds to number {summary.last_round} in {summary.seconds:.0f} s, "
@@ -171,6 +174,6 @@ def as_json(summary: Summary, machine: dict[str, Any]) -> dict[str, Any]:
     """All of the summary; growth by quantity, a list by rank."""
     plan = asdict(summary.plan) | {"timeout": summary.plan.timeout.total_seconds()}
     growth = {name: [changes[name].as_json() for changes in summary.growth] for name in worst(summary.growth)}
-    fields = ("rounds", "last_round", "seconds", "interrupted", "passed", "operations", "bytes", "mismatches",
-              "described", "errors", "grown")  # fmt: skip
+    fields = ("rounds", "last_round", "seconds", "interrupted", "watched", "passed", "operations", "bytes",
+              "mismatches", "described", "errors", "grown")  # fmt: skip
     return {"machine": machine, "plan": plan, **{name: getattr(summary, name) for name in fields}, "growth": growth}
