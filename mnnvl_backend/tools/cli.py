@@ -1,4 +1,4 @@
-"""The command line: mnnvl doctor | demo | bench, also as python -m mnnvl_backend."""
+"""The command line: mnnvl doctor | demo | bench | soak, also as python -m mnnvl_backend."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ def _counts(text: str) -> list[int]:
     if min(counts) < 1:
         raise argparse.ArgumentTypeError(f"expected numbers from 1 on such as 1,8,64, got {text!r}")
     return counts
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes < 1e6:
+        raise argparse.ArgumentTypeError(f"expected minutes such as 0.5 or 60, got {text!r}")
+    return minutes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,6 +92,15 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--smoke", action="store_true", help="whether everything runs: every operation, 1K and 2K, 5 samples"
     )
+
+    soak = commands.add_parser(
+        "soak", help="random programs of everything, every byte and all growth watched; run under torchrun"
+    )
+    soak.add_argument("--minutes", type=_minutes, required=True, help="after the warm-up")
+    soak.add_argument("--seed", type=int, default=1, help="of all that is drawn; default 1")
+    soak.add_argument("--first-round", type=int, default=1, help="to begin where an earlier run failed")
+    soak.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    soak.add_argument("--json", metavar="FILE", help="where rank 0 writes the summary")
     return top
 
 
@@ -96,6 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mnnvl_backend.tools import demo
 
         return demo.run(arguments.device, arguments.epochs)
+    if arguments.command == "soak":
+        from mnnvl_backend.tools import soak
+
+        return soak.run(arguments)
     if arguments.fused:
         from mnnvl_backend.tools import bench_fused
 

@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
-from operations import WORLDS, tables
+from operations import tables
+
+from mnnvl_backend.tools.soak_operations import WORLDS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
