@@ -1,4 +1,4 @@
-"""What a fused all-reduce must give, bit for bit, in numpy: csrc/protocol/fused_row.h in other words. The norms are `mnnvl soak`'s."""
+"""What a fused all-reduce must give, bit for bit, in numpy: csrc/protocol/fused_row.h in other words."""
 
 from __future__ import annotations
 
@@ -6,11 +6,38 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from reference import CANONICAL_NAN, INTEGER_OF
 
-from mnnvl_backend.tools.soak_function import norms  # noqa: F401  also for those who import from here
-
+LANES = 1024
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 F32 = np.float32
+
+
+def norms(r: torch.Tensor, gamma: torch.Tensor, epsilon: float, weight_bias: float) -> torch.Tensor:
+    """[rows, hidden], rounded to r's dtype; the sum of squares in its one order."""
+    wide = np.float64 if r.dtype == torch.float32 else np.float32
+    v, weight = r.float().numpy().astype(wide), gamma.float().numpy().astype(wide)
+    rows, hidden = v.shape
+    elements = 16 // r.itemsize
+    packs = -(-hidden // elements)
+    rounds = -(-packs // LANES)
+    squares = np.zeros((rows, rounds * LANES * elements), wide)
+    with np.errstate(all="ignore"):
+        squares[:, :hidden] = v * v
+        packed = squares.reshape(rows, rounds, LANES, elements)
+        sums = packed[..., 0].copy()
+        for e in range(1, elements):
+            sums += packed[..., e]
+        lanes = sums[:, 0].copy()
+        for i in range(1, rounds):
+            lanes += sums[:, i]
+        while lanes.shape[1] > 1:
+            lanes = lanes[:, 0::2] + lanes[:, 1::2]
+        inverse = wide(1) / np.sqrt(lanes / wide(hidden) + wide(F32(epsilon)))
+        n = (v * inverse) * (wide(F32(weight_bias)) + weight)
+        rounded = torch.from_numpy(n.astype(F32)).to(r.dtype)
+    rounded.view(INTEGER_OF[r.dtype])[torch.from_numpy(np.isnan(n))] = CANONICAL_NAN[r.dtype]
+    return rounded
 
 
 def exact_norms(r: torch.Tensor, gamma: torch.Tensor, epsilon: float, weight_bias: float) -> torch.Tensor:
