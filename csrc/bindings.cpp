@@ -11,6 +11,7 @@
 
 #include "backend/errors.h"
 #include "backend/function_group.h"
+#include "backend/live_groups.h"
 #include "backend/process_group.h"
 #include "backend/store_exchange.h"
 #include "kernels/kernels.h"
@@ -140,7 +141,7 @@ namespace {
 py::list last_operations(const ProcessGroupMNNVL& group) {
   const std::vector<FlightRecorder::Operation> operations = [&] {
     py::gil_scoped_release no_gil;
-    return group.last_operations();
+    return group.recorder()->operations();
   }();
   py::list all;
   for (const FlightRecorder::Operation& one : operations) {
@@ -152,6 +153,17 @@ py::list last_operations(const ProcessGroupMNNVL& group) {
     all.append(row);
   }
   return all;
+}
+
+py::dict stats(const ProcessGroupMNNVL& group) {
+  const ProcessGroupMNNVL::Stats all = group.stats();
+  py::dict operations;
+  for (const auto& [name, count] : all.operations) {
+    operations[py::str(name)] =
+        py::dict(py::arg("calls") = count.calls, py::arg("failed") = count.failed, py::arg("bytes") = count.bytes);
+  }
+  return py::dict(py::arg("operations") = operations, py::arg("algorithms") = all.algorithms,
+                  py::arg("slept") = all.slept);
 }
 
 void bind_process_group(py::module_& m) {
@@ -175,6 +187,7 @@ void bind_process_group(py::module_& m) {
       .def("_set_default_timeout", &ProcessGroupMNNVL::setTimeout, py::arg("timeout"))
       .def("_get_sequence_number_for_group", &ProcessGroupMNNVL::getSequenceNumberForGroup)
       .def("last_operations", &last_operations)
+      .def("stats", &stats)
       .def("release_memory", &ProcessGroupMNNVL::release_memory, py::call_guard<py::gil_scoped_release>())
       .def("restore_memory", &ProcessGroupMNNVL::restore_memory, py::call_guard<py::gil_scoped_release>())
       .def("abort", &ProcessGroupMNNVL::abort, py::call_guard<py::gil_scoped_release>())
@@ -183,8 +196,12 @@ void bind_process_group(py::module_& m) {
       // here shares nothing with its parent, so there is nothing to do.
       .def("perform_nocolor_split", [](ProcessGroupMNNVL&, const py::object& /*device*/) {});
   m.def(
-      "finish_groups", [](int64_t grace_ms) { ProcessGroupMNNVL::finish_all(std::chrono::milliseconds(grace_ms)); },
+      "finish_groups", [](int64_t grace_ms) { LiveGroups::get().finish(std::chrono::milliseconds(grace_ms)); },
       py::arg("grace_ms"), py::call_guard<py::gil_scoped_release>());
+  m.def("operations_of_all", [] { return LiveGroups::get().operations(); }, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "write_on_signal", [](int signum) { at_torch_boundary([&] { LiveGroups::write_on_signal(signum); }); },
+      py::arg("signum"));
 }
 
 void fused_all_reduce(FunctionGroup& self, const at::Tensor& input, const FusedTensors::Maybe& residual,

@@ -48,6 +48,8 @@ _LAZY = {
     "allreduce_fusion": "flashinfer.unified",
     "compute_fp4_swizzled_layout_sf_size": "flashinfer.quantization",
     "create_allreduce_fusion_workspace": "flashinfer.unified",
+    "dump_on_signal": "flight_recorder",
+    "dump_operations": "flight_recorder",
     "get_allreduce_mnnvl_workspace": "flashinfer.legacy",
     "is_mnnvl_fabric_supported": "flashinfer.hardware",
     "is_multicast_supported": "flashinfer.hardware",
@@ -55,6 +57,7 @@ _LAZY = {
     "mpi_barrier": "flashinfer.backends",
     "release_memory": "sleep",
     "restore_memory": "sleep",
+    "stats": "counts",
     "trtllm_mnnvl_all_reduce": "flashinfer.legacy",
     "trtllm_mnnvl_allreduce": "flashinfer.allreduce",
     "trtllm_mnnvl_fused_allreduce_add_rmsnorm": "flashinfer.fusion",
@@ -64,6 +67,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     __version__: str
+    from mnnvl_backend.counts import stats
     from mnnvl_backend.flashinfer.allreduce import trtllm_mnnvl_allreduce
     from mnnvl_backend.flashinfer.backends import MPIBackend, TorchDistBackend, mpi_barrier
     from mnnvl_backend.flashinfer.control import CommBackend
@@ -88,7 +92,7 @@ if TYPE_CHECKING:
     from mnnvl_backend.flashinfer.unified import allreduce_fusion, create_allreduce_fusion_workspace
     from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace
     from mnnvl_backend.flashinfer.workspace_base import AllReduceFusionWorkspace
-    from mnnvl_backend.flight_recorder import last_operations
+    from mnnvl_backend.flight_recorder import dump_on_signal, dump_operations, last_operations
     from mnnvl_backend.options import Options
     from mnnvl_backend.sleep import release_memory, restore_memory
 
@@ -108,6 +112,8 @@ __all__ = [
     "allreduce_fusion",
     "compute_fp4_swizzled_layout_sf_size",
     "create_allreduce_fusion_workspace",
+    "dump_on_signal",
+    "dump_operations",
     "get_allreduce_mnnvl_workspace",
     "is_mnnvl_fabric_supported",
     "is_multicast_supported",
@@ -115,6 +121,7 @@ __all__ = [
     "mpi_barrier",
     "release_memory",
     "restore_memory",
+    "stats",
     "trtllm_mnnvl_all_reduce",
     "trtllm_mnnvl_allreduce",
     "trtllm_mnnvl_fused_allreduce_add_rmsnorm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -74,6 +75,9 @@ VARIABLES = [
     Variable("MNNVL_HOST_ID", "any text", "found out", "what this rank says its host is (for tests)", str),
     Variable("MNNVL_BLOCKING_WAIT", "0 or 1", "0",
              "1: wait() on CUDA work blocks the host until the work has ended", _choice(**{"0": False, "1": True})),
+    Variable("MNNVL_DUMP_SIGNAL", "USR1 or USR2", "none",
+             "this signal writes the last operations of all groups to standard error",
+             _choice(usr1=signal.SIGUSR1, usr2=signal.SIGUSR2)),
     Variable("MNNVL_CUDA_ARCHS", "architectures like 90;100", "the GPUs present, else 90;100",
              "build: what kernels are compiled for"),
     Variable("MNNVL_WITH_CUDA", "0 or 1", "1 if nvcc is found", "build: 0 skips the kernels, 1 fails without nvcc"),
@@ -90,6 +94,7 @@ class Config:
     workspace_bytes: int | None = None
     host_id: str | None = None
     blocking_wait: bool | None = None
+    dump_signal: signal.Signals | None = None
     multicast_forbidden_by: tuple[str, ...] = ()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import signal
+import sys
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
+from mnnvl_backend.compiled import load_compiled
 from mnnvl_backend.groups import compiled_groups
 
 
@@ -22,3 +25,39 @@ def last_operations(group: dist.ProcessGroup | None = None) -> list[dict[str, An
     """
     served = compiled_groups("last_operations", group)
     return sorted((one for backend in served for one in backend.last_operations()), key=lambda one: one["time"])
+
+
+def dump_operations(file: TextIO | None = None) -> None:
+    """Writes the last operations of all groups of this process as tables to read, in the form of the error log.
+
+    Any thread, at any time, also while others wait in a collective. A group that made no call yet has no name.
+
+    Args:
+        file: an open text stream; None: sys.stderr.
+
+    Raises:
+        RuntimeError: the compiled module can't be loaded.
+    """
+    print(load_compiled().operations_of_all(), end="", file=sys.stderr if file is None else file, flush=True)
+
+
+def dump_on_signal(signum: int = signal.SIGUSR1) -> None:
+    """Writes what dump_operations() does to standard error (descriptor 2) whenever this process gets a signal.
+
+    A thread of C++ writes it, which needs neither the main thread nor the GIL: it comes while all others wait. On a
+    GPU it asks the driver what has ended, so it waits where the driver does. MNNVL_DUMP_SIGNAL=USR1 does the same with
+    the first group.
+
+    A handler that the signal has now is called as well; the default action, which ends a process, isn't taken any more.
+    A handler that is installed later takes the signal over, as always. Forked children don't inherit this. Again with
+    the same signal does nothing.
+
+    Args:
+        signum: SIGUSR1, SIGUSR2, or a real-time signal.
+
+    Raises:
+        ValueError: another signal.
+        RuntimeError: this was called for the signal before, and another handler has taken it since; or the compiled
+            module can't be loaded.
+    """
+    load_compiled().write_on_signal(int(signum))

@@ -32,9 +32,12 @@ def create(dist_backend_opts: Any, pg_options: Any) -> Any:
     options = Options() if pg_options is None else pg_options
     if not isinstance(options, Options):
         raise TypeError(f"pg_options of backend 'mnnvl': expected mnnvl_backend.Options, got {type(options).__name__}")
-    settings = config.merge(options, config.read_environment(), config.milliseconds(dist_backend_opts.timeout))
+    environment = config.read_environment()
+    settings = config.merge(options, environment, config.milliseconds(dist_backend_opts.timeout))
     compiled = load_compiled()
     _finish_at_exit(compiled)
+    if environment.dump_signal is not None:
+        _dump_on_signal(compiled, environment.dump_signal)
     return compiled.ProcessGroupMNNVL(
         dist_backend_opts.store,
         dist_backend_opts.group_rank,
@@ -49,6 +52,12 @@ def _finish_at_exit(compiled: ModuleType) -> None:
     """Before the interpreter goes: a thread that completes a future then would want a GIL that is no more, and abort
     the process. What is in flight gets a moment to end, the rest is aborted."""
     atexit.register(compiled.finish_groups, EXIT_GRACE_MS)
+
+
+@functools.cache
+def _dump_on_signal(compiled: ModuleType, signum: int) -> None:
+    """Once: a program that takes the signal for itself later may do so, and makes groups as before."""
+    compiled.write_on_signal(signum)
 
 
 def register() -> None:

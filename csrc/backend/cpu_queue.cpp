@@ -67,7 +67,7 @@ class Posting : public std::enable_shared_from_this<Posting> {
   const Call call_;  // keeps the memory alive
   const c10::intrusive_ptr<CpuWork> work_;
   const std::shared_ptr<GroupState> state_;
-  const uint64_t ticket_;
+  const FlightRecorder::Ticket ticket_;
   std::exception_ptr failure_;
   std::atomic<int> left_{2};
 };
@@ -94,7 +94,7 @@ void CpuQueue::enqueue(JobQueue::Job job, bool here) {
 c10::intrusive_ptr<CpuWork> CpuQueue::submit(Call call, std::shared_ptr<CpuSetUp> set_up, int64_t timeout_ms) {
   auto work = c10::make_intrusive<CpuWork>(state_->rank(), call, callbacks_);
   const bool async = call.async;
-  const uint64_t ticket = state_->recorder()->begin(call);
+  const FlightRecorder::Ticket ticket = state_->recorder()->begin(call);
   JobQueue::Job job;
   job.run = [call = std::make_shared<Call>(std::move(call)), state = state_, set_up = std::move(set_up), timeout_ms] {
     run_call(*call, *state, *set_up, timeout_ms);

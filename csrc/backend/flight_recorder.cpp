@@ -44,7 +44,21 @@ const char* name(FlightRecorder::State state) {
   return "?";
 }
 
-uint64_t FlightRecorder::begin(const Call& call) {
+void FlightRecorder::name_group(std::string name) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  group_ = std::move(name);
+}
+
+// Under the lock.
+size_t FlightRecorder::place_of(const char* name) {
+  for (size_t i = 0; i < counts_.size(); ++i) {
+    if (counts_[i].name == name) return i;
+  }
+  counts_.emplace_back().name = name;
+  return counts_.size() - 1;
+}
+
+FlightRecorder::Ticket FlightRecorder::begin(const Call& call) {
   const std::vector<at::Tensor>& tensors = call.inputs.empty() ? call.outputs : call.inputs;
   Operation operation;
   operation.sequence = call.sequence;
@@ -58,14 +72,17 @@ uint64_t FlightRecorder::begin(const Call& call) {
   std::lock_guard<std::mutex> lock(mutex_);
   operation.ticket = ++tickets_;
   old = std::move(at(operation.ticket).end);
+  const size_t place = place_of(operation.name);
+  ++counts_[place].calls;
+  counts_[place].bytes += operation.bytes;
   at(operation.ticket) = std::move(operation);
-  return tickets_;
+  return {tickets_, place};
 }
 
-void FlightRecorder::enqueued(uint64_t ticket, std::shared_ptr<c10::Event> end, bool capturing) {
+void FlightRecorder::enqueued(Ticket ticket, std::shared_ptr<c10::Event> end, bool capturing) {
   std::lock_guard<std::mutex> lock(mutex_);
-  Operation& operation = at(ticket);
-  if (operation.ticket != ticket) return;
+  Operation& operation = at(ticket.number);
+  if (operation.ticket != ticket.number) return;
   if (capturing) {
     operation.state = State::kCaptured;
   } else {
@@ -73,9 +90,11 @@ void FlightRecorder::enqueued(uint64_t ticket, std::shared_ptr<c10::Event> end, 
   }
 }
 
-void FlightRecorder::end(uint64_t ticket, bool failed) {
+void FlightRecorder::end(Ticket ticket, bool failed) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (at(ticket).ticket == ticket) at(ticket).state = failed ? State::kFailed : State::kCompleted;
+  if (failed) ++counts_[ticket.count].failed;
+  Operation& operation = at(ticket.number);
+  if (operation.ticket == ticket.number) operation.state = failed ? State::kFailed : State::kCompleted;
 }
 
 std::vector<FlightRecorder::Operation> FlightRecorder::operations() const {
@@ -98,17 +117,40 @@ std::vector<FlightRecorder::Operation> FlightRecorder::operations() const {
   return all;
 }
 
+std::map<std::string, FlightRecorder::Count> FlightRecorder::counts() const {
+  std::map<std::string, Count> all;
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const NamedCount& one : counts_) {
+    Count& sum = all[one.name];
+    sum.calls += one.calls;
+    sum.failed += one.failed;
+    sum.bytes += one.bytes;
+  }
+  return all;
+}
+
+std::string FlightRecorder::table() const {
+  const std::vector<Operation> all = operations();
+  std::ostringstream out;
+  out << "mnnvl: the last operations of rank " << rank_ << " in ";
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    out << group_;
+  }
+  if (all.empty()) {
+    out << ": none";
+    return out.str();
+  }
+  out << " (sequence, operation, bytes, dtype, device, state, when it was begun):";
+  const auto now = std::chrono::system_clock::now();
+  for (const Operation& one : all) write_row(out, one, now);
+  return out.str();
+}
+
 void FlightRecorder::report() noexcept {
   if (reported_.exchange(true)) return;
   try {
-    const std::vector<Operation> all = operations();
-    if (all.empty()) return;
-    std::ostringstream out;
-    out << "mnnvl: the last operations of rank " << rank_
-        << " (sequence, operation, bytes, dtype, device, state, when it was begun):";
-    const auto now = std::chrono::system_clock::now();
-    for (const Operation& one : all) write_row(out, one, now);
-    LOG(ERROR) << out.str();
+    if (!counts().empty()) LOG(ERROR) << table();
   } catch (const std::exception& error) {  // no memory: the failure itself is told by others
     LOG(ERROR) << "mnnvl: cannot tell the last operations: " << error.what();
   }

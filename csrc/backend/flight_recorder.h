@@ -1,4 +1,5 @@
-// The last operations of one rank in a group, to be told when it fails: what it has begun, and what of that has ended.
+// The last operations of one rank in a group, to be told when it fails and to whoever asks: what it has begun, and what
+// of that has ended. And how many there were.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -8,6 +9,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -38,27 +40,52 @@ class FlightRecorder {
     std::shared_ptr<c10::Event> end;  // on a GPU
   };
 
-  explicit FlightRecorder(int rank) : rank_(rank) {}
+  // Since the group was made.
+  struct Count {
+    uint64_t calls = 0;
+    uint64_t failed = 0;  // of them; on a GPU those that couldn't be enqueued
+    int64_t bytes = 0;  // of this rank's inputs
+  };
+  struct Ticket {
+    uint64_t number;
+    size_t count;  // the place in counts_
+  };
+
+  explicit FlightRecorder(int rank) : rank_(rank) { counts_.reserve(kNames); }
+
+  // How the group is called where its operations are told: "group default_pg of 2 ranks".
+  void name_group(std::string name);
 
   // An operation that is about to be enqueued; the ticket is for the two below.
-  uint64_t begin(const Call& call);
+  Ticket begin(const Call& call);
   // On a GPU, where the event tells the end. In a capture nothing does.
-  void enqueued(uint64_t ticket, std::shared_ptr<c10::Event> end, bool capturing);
-  void end(uint64_t ticket, bool failed);
+  void enqueued(Ticket ticket, std::shared_ptr<c10::Event> end, bool capturing);
+  void end(Ticket ticket, bool failed);
 
   // The oldest first.
   std::vector<Operation> operations() const;
-  // Writes them into the error log, the first time.
+  // By operation.
+  std::map<std::string, Count> counts() const;
+  // The operations as a table to read, without a newline at its end.
+  std::string table() const;
+  // Writes it into the error log, the first time, if there are any.
   void report() noexcept;
 
  private:
-  Operation& at(uint64_t ticket) { return ring_[ticket % kOperations]; }
+  static constexpr size_t kNames = 32;  // more than there are
+  struct NamedCount : Count {
+    const char* name = nullptr;
+  };
+  Operation& at(uint64_t number) { return ring_[number % kOperations]; }
+  size_t place_of(const char* name);
 
   const int rank_;
   std::atomic<bool> reported_{false};
   mutable std::mutex mutex_;  // what follows
   uint64_t tickets_ = 0;
   std::array<Operation, kOperations> ring_;
+  std::vector<NamedCount> counts_;  // few: looked through by address, and one name may have two
+  std::string group_ = "a group";
 };
 
 const char* name(FlightRecorder::State state);

@@ -5,37 +5,15 @@
 #include <c10/util/Logging.h>
 
 #include <algorithm>
-#include <set>
 
 #include "backend/comms_record.h"
 #include "backend/errors.h"
+#include "backend/live_groups.h"
 #include "backend/store_exchange.h"
 #include "kernels/kernels.h"
 #include "system/deadline.h"
 
 namespace mnnvl {
-namespace {
-
-// Groups that live, for the end of the interpreter. Plain pointers: a weak reference would put off the destructor.
-struct LiveGroups {
-  std::mutex mutex;  // held while they are finished, so that none goes meanwhile
-  std::set<ProcessGroupMNNVL*> groups;
-
-  void add(ProcessGroupMNNVL* group) {
-    std::lock_guard<std::mutex> lock(mutex);
-    groups.insert(group);
-  }
-  void remove(ProcessGroupMNNVL* group) {
-    std::lock_guard<std::mutex> lock(mutex);
-    groups.erase(group);
-  }
-  static LiveGroups& get() {
-    static auto* live = new LiveGroups;  // outlives everything
-    return *live;
-  }
-};
-
-}  // namespace
 
 ProcessGroupMNNVL::ProcessGroupMNNVL(c10::intrusive_ptr<c10d::Store> store, int rank, int size,
                                      c10::intrusive_ptr<Options> options)
@@ -54,6 +32,8 @@ ProcessGroupMNNVL::ProcessGroupMNNVL(c10::intrusive_ptr<c10d::Store> store, int 
     LOG(ERROR) << text;
     recorder->report();
   };
+  options_->transport.counters = std::make_shared<TransportCounters>();
+  state_->recorder()->name_group(str("a group of ", size, size == 1 ? " rank" : " ranks"));
   if (size > 1) owner_ = at_torch_boundary([&] { return StoreExchange::new_owner(store_, "mnnvl", rank); });
   LiveGroups::get().add(this);
 }
@@ -77,6 +57,7 @@ std::shared_ptr<CpuSetUp> ProcessGroupMNNVL::cpu_set_up(bool waits) {
     return begun;
   };
   if (auto known = find(nullptr)) return known;
+  name_in_records();
   return find(std::make_shared<CpuSetUp>(make_cpu(waits)));
 }
 
@@ -124,6 +105,7 @@ void ProcessGroupMNNVL::set_up_cuda(at::Device device) {
     check_usable();
     if (cuda_) return;
   }
+  name_in_records();
   TransportOptions options = options_->transport;
   options.timeout_ms = timeout_ms_;
   StoreExchange exchange(store_, "mnnvl/cuda", rank_, size_, std::chrono::milliseconds(options.timeout_ms),
@@ -136,6 +118,25 @@ void ProcessGroupMNNVL::set_up_cuda(at::Device device) {
   if (closed_) made->abort(FailureCause::kLocalAbort);
   check_usable();
   cuda_ = std::make_shared<CudaQueue>(std::move(made), device);
+}
+
+// By c10d's names, which come after the constructor, and which only the threads that call may read.
+void ProcessGroupMNNVL::name_in_records() {
+  std::string ranks;
+  for (const uint64_t one : options_->global_ranks_in_group) ranks += str(ranks.empty() ? "" : ", ", one);
+  state_->recorder()->name_group(str("group ", getGroupUid(), " (", getGroupDesc(), ") of ",
+                                     ranks.empty() ? str("all ", size_, " ranks") : str("ranks ", ranks)));
+}
+
+ProcessGroupMNNVL::Stats ProcessGroupMNNVL::stats() const {
+  const TransportCounters& counters = *options_->transport.counters;
+  return {recorder()->counts(),
+          {{"cpu_oneshot", counters.cpu_oneshot},
+           {"cpu_twoshot", counters.cpu_twoshot},
+           {"oneshot_lamport", counters.oneshot_lamport},
+           {"twoshot_lamport", counters.twoshot_lamport},
+           {"pair_channels", counters.pair_channels}},
+          counters.slept};
 }
 
 ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run(Call call) {
@@ -209,7 +210,7 @@ ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_on_cuda(const Call& call, cons
                                                           int64_t timeout_ms) {
   WorkPtr made;
   FlightRecorder& recorder = *state_->recorder();
-  const uint64_t ticket = recorder.begin(call);
+  const FlightRecorder::Ticket ticket = recorder.begin(call);
   const auto work = [&](void* stream) {
     Run run;
     run.timeout_ms = timeout_ms;
@@ -349,12 +350,6 @@ void ProcessGroupMNNVL::finish(std::chrono::milliseconds grace) noexcept {
   } catch (const std::exception& error) {
     LOG(WARNING) << "mnnvl: at exit: " << error.what();
   }
-}
-
-void ProcessGroupMNNVL::finish_all(std::chrono::milliseconds grace) {
-  LiveGroups& live = LiveGroups::get();
-  std::lock_guard<std::mutex> lock(live.mutex);
-  for (ProcessGroupMNNVL* group : live.groups) group->finish(grace);
 }
 
 }  // namespace mnnvl

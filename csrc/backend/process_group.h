@@ -8,8 +8,11 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include <atomic>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <string>
+#include <vector>
 
 #include "backend/coalescing.h"
 #include "backend/collectives/collectives.h"
@@ -124,7 +127,14 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   void setTimeout(std::chrono::milliseconds timeout) override;
   void setSequenceNumberForGroup() override {}
   uint64_t getSequenceNumberForGroup() override { return sequence_; }
-  std::vector<FlightRecorder::Operation> last_operations() const { return state_->recorder()->operations(); }
+  const std::shared_ptr<FlightRecorder>& recorder() const { return state_->recorder(); }
+  // Since the group was made, of this rank.
+  struct Stats {
+    std::map<std::string, FlightRecorder::Count> operations;
+    std::map<std::string, uint64_t> algorithms;  // TransportCounters, of all-reduces
+    uint64_t slept;  // the same
+  };
+  Stats stats() const;
   c10d::ErrorType getError() override;
 
   // Sleep: collective, beside no call; those made between the two throw "not attached", before anything is enqueued,
@@ -140,8 +150,6 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   // For the interpreter's end, when no thread may run Python any more: gives what is in flight `grace` to end,
   // aborts the rest, shuts down. Throws nothing.
   void finish(std::chrono::milliseconds grace) noexcept;
-  // The same for every group of the process.
-  static void finish_all(std::chrono::milliseconds grace);
 
  private:
   GroupView view() { return {rank_, size_, coalescing_.collecting()}; }
@@ -163,6 +171,7 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   std::shared_ptr<CudaQueue> cuda_queue(at::Device device);
   void set_up_cuda(at::Device device);
   void check_usable() const;
+  void name_in_records();
   void on_set_up(const std::function<void(Transport&, Exchange&)>& on_cpu,
                  const std::function<void(CudaQueue&, Exchange&)>& on_cuda);
 

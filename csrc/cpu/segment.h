@@ -10,6 +10,7 @@
 #include "cpu/channel.h"
 #include "cpu/layout.h"
 #include "cpu/plan.h"
+#include "protocol/counters.h"
 
 namespace mnnvl::cpu {
 
@@ -21,6 +22,7 @@ struct CommunicatorOptions {
   size_t segment_bytes = 0;  // the same on all ranks
   std::vector<int> peer_pids;  // [world_size]; -1: not watched (own process, or not visible)
   int max_sleep_ms = kMaxSleepMs;  // of messages; tests make it so long that a lost wake-up can't hide
+  TransportCounters::Count* slept = nullptr;  // counts the collectives that slept; null: nobody looks
 };
 
 inline void copy_bytes(void* to, const void* from, int64_t bytes) {

@@ -10,7 +10,7 @@ Steps::Steps(const CommunicatorOptions& options, GroupFailure& failure)
       segments_(options.segments),
       slot_bytes_(divide(options.segment_bytes, options.world_size).step_slot_bytes),
       own_(control_of(options.segments[options.rank])),
-      waiter_(options.rank, options.segments, enough_cores(options.peer_pids), failure),
+      waiter_(options.rank, options.segments, enough_cores(options.peer_pids), failure, options.slept),
       epoch_(own_->done.epoch.load(std::memory_order_acquire)),
       refreshed_(epoch_),
       freed_(options.segments.size(), epoch_) {}

@@ -27,8 +27,9 @@ struct Waiter::Target {
   uint32_t seen() const { return signal.epoch.load(std::memory_order_acquire); }
 };
 
-Waiter::Waiter(int rank, const std::vector<std::byte*>& segments, bool own_core, GroupFailure& failure)
-    : rank_(rank), own_core_(own_core), failure_(failure) {
+Waiter::Waiter(int rank, const std::vector<std::byte*>& segments, bool own_core, GroupFailure& failure,
+               TransportCounters::Count* slept)
+    : rank_(rank), own_core_(own_core), failure_(failure), slept_(slept) {
   for (std::byte* segment : segments) controls_.push_back(control_of(segment));
 }
 
@@ -65,6 +66,8 @@ uint32_t Waiter::sleep(const Target& target) {
     explicit Registration(std::atomic<uint32_t>& s) : sleepers(s) { sleepers.fetch_add(1, std::memory_order_seq_cst); }
     ~Registration() { sleepers.fetch_sub(1, std::memory_order_seq_cst); }
   } registration(target.signal.sleepers);
+  if (slept_ != nullptr && last_slept_ != sequence_) count_one(*slept_);
+  last_slept_ = sequence_;
   for (;;) {
     const uint32_t seen = target.signal.epoch.load(std::memory_order_seq_cst);
     if (reached(seen, target.expected)) return seen;

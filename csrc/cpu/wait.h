@@ -12,6 +12,7 @@
 #include "cpu/backoff.h"
 #include "cpu/group_failure.h"
 #include "cpu/layout.h"
+#include "protocol/counters.h"
 
 namespace mnnvl::cpu {
 
@@ -36,8 +37,9 @@ inline void publish(Signal& signal, uint32_t epoch) {
 // published, and every begin() throws it again.
 class Waiter {
  public:
-  // `failure` must outlive it.
-  Waiter(int rank, const std::vector<std::byte*>& segments, bool own_core, GroupFailure& failure);
+  // `failure` and `slept`, which counts the collectives that had to sleep and may be null, must outlive it.
+  Waiter(int rank, const std::vector<std::byte*>& segments, bool own_core, GroupFailure& failure,
+         TransportCounters::Count* slept);
 
   // Starts a collective: its deadline runs from here. Throws if the group is broken, here or by a peer's word.
   void begin(Operation operation, int64_t timeout_ms);
@@ -68,9 +70,11 @@ class Waiter {
   std::vector<Control*> controls_;
   const bool own_core_;
   GroupFailure& failure_;
+  TransportCounters::Count* const slept_;
 
   Operation operation_ = Operation::kBarrier;
   uint64_t sequence_ = 0;
+  uint64_t last_slept_ = 0;  // sequence_ of the last collective that slept
   Clock::time_point started_;
   Clock::time_point deadline_;
 };

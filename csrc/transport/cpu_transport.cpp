@@ -18,7 +18,7 @@ namespace {
 struct Attached {
   Attached(Exchange& exchange, const TransportOptions& options)
       : segments(HostSegments::create(exchange, segment_options(exchange, options))),
-        communicator(communicator_options(exchange, *segments)) {}
+        communicator(communicator_options(exchange, *segments, options)) {}
 
   static HostSegmentsOptions segment_options(const Exchange& exchange, const TransportOptions& options) {
     HostSegmentsOptions result;
@@ -28,13 +28,15 @@ struct Attached {
     result.timeout_ms = options.timeout_ms;
     return result;
   }
-  static cpu::CommunicatorOptions communicator_options(const Exchange& exchange, const HostSegments& segments) {
+  static cpu::CommunicatorOptions communicator_options(const Exchange& exchange, const HostSegments& segments,
+                                                       const TransportOptions& options) {
     cpu::CommunicatorOptions result;
     result.rank = exchange.rank();
     result.world_size = exchange.size();
     for (int r = 0; r < exchange.size(); ++r) result.segments.push_back(segments.address(r));
     result.segment_bytes = segments.bytes();
     result.peer_pids = segments.peer_pids();
+    if (options.counters) result.slept = &options.counters->slept;
     return result;
   }
 
@@ -55,6 +57,9 @@ class CpuTransport final : public Transport {
     if (const auto* reduce = std::get_if<AllReduceRequest>(&request)) {
       AllReduceRequest chosen = *reduce;
       chosen.strategy = choose(chosen.strategy, chosen.numel * element_size(chosen.dtype));
+      if (TransportCounters* c = options_.counters.get()) {
+        count_one(chosen.strategy == Strategy::kOneShot ? c->cpu_oneshot : c->cpu_twoshot);
+      }
       return here->communicator.run(chosen, run.timeout_ms);
     }
     if (const auto* fused = std::get_if<FusedRequest>(&request)) {

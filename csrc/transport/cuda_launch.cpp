@@ -16,8 +16,9 @@ void launch_lamport(const LaunchContext& context, const AllReduceRequest& reques
   const Strategy strategy = request.strategy == Strategy::kAuto ? context.strategy : request.strategy;
   const AllReduceChoice choice = choose_all_reduce(context.shape, request.numel, request.dtype, strategy);
   const kernels::KernelTable& table = kernels::table();
-  const auto& kernel =
-      choice.algorithm == Algorithm::kOneShotLamport ? table.oneshot_allreduce : table.twoshot_allreduce;
+  const bool oneshot = choice.algorithm == Algorithm::kOneShotLamport;
+  const auto& kernel = oneshot ? table.oneshot_allreduce : table.twoshot_allreduce;
+  if (TransportCounters* c = context.counters) count_one(oneshot ? c->oneshot_lamport : c->twoshot_lamport);
   kernels::Launch shape;
   shape.threads = choice.threads;
   shape.pdl = request.pdl;
@@ -144,6 +145,7 @@ void launch_reduced(const LaunchContext& context, const AllReduceRequest& reques
 
 void launch_one(const LaunchContext& context, const AllReduceRequest& request) {
   if (is_float_sum(request.dtype, request.op)) return launch_lamport(context, request);
+  if (context.counters != nullptr) count_one(context.counters->pair_channels);
   launch_reduced(context, request);
 }
 

@@ -1,6 +1,7 @@
 // From a request to kernels: one function an operation.
 #pragma once
 
+#include "protocol/counters.h"
 #include "protocol/requests.h"
 #include "protocol/workspace.h"
 #include "tuning/choose.h"
@@ -13,6 +14,7 @@ struct LaunchContext {
   GroupShape shape;
   Strategy strategy = Strategy::kAuto;  // for requests that ask for kAuto
   void* stream = nullptr;
+  TransportCounters* counters = nullptr;  // may stay null
 };
 
 // Enqueues on the context's stream. Error(kSystem) if a launch is refused.

@@ -49,8 +49,10 @@ struct MailboxDeleter {
 
 class CudaTransport final : public Transport {
  public:
-  CudaTransport(Exchange& exchange, int device, const TransportOptions& options) : device_(device), log_(options.log) {
+  CudaTransport(Exchange& exchange, int device, const TransportOptions& options)
+      : device_(device), log_(options.log), counters_(options.counters) {
     context_.strategy = options.strategy;
+    context_.counters = counters_.get();
     timeout_ms_ = options.timeout_ms;
     agree_on_options(exchange, options);
     const NcclLibrary* nccl = nullptr;
@@ -252,6 +254,7 @@ class CudaTransport final : public Transport {
   const int device_;
   const std::string where_ = str("cuda:", device_);
   const std::function<void(const std::string&)> log_;
+  const std::shared_ptr<TransportCounters> counters_;
   LaunchContext context_{};
   std::atomic<int64_t> timeout_ms_{0};  // of the last request, for the words of a failure
   std::mutex close_mutex_;  // buffer_ against close(), its mappings against detach()

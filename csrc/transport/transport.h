@@ -8,6 +8,7 @@
 
 #include "bootstrap/exchange.h"
 #include "memory/options.h"
+#include "protocol/counters.h"
 #include "protocol/failure.h"
 #include "protocol/messenger.h"
 #include "protocol/requests.h"
@@ -26,6 +27,7 @@ struct TransportOptions {
   std::string host_id;
   std::string nccl_path;
   std::function<void(const std::string&)> log;  // of failures that no call is there to raise; any thread
+  std::shared_ptr<TransportCounters> counters;  // of this transport and those that follow it; null: nobody looks
 };
 
 // How one request is run.

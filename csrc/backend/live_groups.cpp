@@ -1,0 +1,68 @@
+#include "backend/live_groups.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <sstream>
+
+#include "backend/process_group.h"
+#include "system/on_signal.h"
+
+namespace mnnvl {
+namespace {
+
+// At once, so that the lines of several processes on one terminal or in one pipe stay apart as well as they can.
+void write_whole(int fd, const std::string& text) {
+  for (size_t done = 0; done < text.size();) {
+    const ssize_t count = write(fd, text.data() + done, text.size() - done);
+    if (count < 0 && errno != EINTR) return;  // there is nobody to tell
+    if (count > 0) done += size_t(count);
+  }
+}
+
+void write_operations() {
+  try {
+    write_whole(STDERR_FILENO, LiveGroups::get().operations());
+  } catch (const std::exception& error) {
+    write_whole(STDERR_FILENO, str("mnnvl: cannot tell the last operations: ", error.what(), "\n"));
+  }
+}
+
+}  // namespace
+
+LiveGroups& LiveGroups::get() {
+  static auto* live = new LiveGroups;  // outlives everything
+  return *live;
+}
+
+void LiveGroups::add(ProcessGroupMNNVL* group) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  groups_.push_back(group);
+}
+
+void LiveGroups::remove(ProcessGroupMNNVL* group) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  groups_.erase(std::remove(groups_.begin(), groups_.end(), group), groups_.end());
+}
+
+void LiveGroups::finish(std::chrono::milliseconds grace) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (ProcessGroupMNNVL* group : groups_) group->finish(grace);
+}
+
+std::string LiveGroups::operations() {
+  std::vector<std::shared_ptr<FlightRecorder>> recorders;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const ProcessGroupMNNVL* group : groups_) recorders.push_back(group->recorder());
+  }
+  std::ostringstream out;
+  out << "mnnvl: the groups of process " << getpid() << ": " << recorders.size() << '\n';
+  for (const auto& recorder : recorders) out << recorder->table() << '\n';
+  return out.str();
+}
+
+void LiveGroups::write_on_signal(int signum) { on_signal(signum, &write_operations); }
+
+}  // namespace mnnvl
