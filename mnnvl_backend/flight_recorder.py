@@ -49,8 +49,8 @@ def dump_on_signal(signum: int = signal.SIGUSR1) -> None:
     the first group.
 
     A handler that the signal has now is called as well; the default action, which ends a process, isn't taken any more.
-    A handler that is installed later takes the signal over, as always. Forked children don't inherit this. Again with
-    the same signal does nothing.
+    A handler that is installed later takes the signal over, as always. Forked children don't inherit this: send the
+    signal to the ranks alone, for it ends workers of a DataLoader. Again with the same signal does nothing.
 
     Args:
         signum: SIGUSR1, SIGUSR2, or a real-time signal.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import functools
 import inspect
+import os
+import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +58,15 @@ def _finish_at_exit(compiled: ModuleType) -> None:
 
 @functools.cache
 def _dump_on_signal(compiled: ModuleType, signum: int) -> None:
-    """Once: a program that takes the signal for itself later may do so, and makes groups as before."""
-    compiled.write_on_signal(signum)
+    """Once: a program that takes the signal for itself later may do so, and makes groups as before. Again in a forked
+    child, which has lost the handler."""
+    try:
+        compiled.write_on_signal(signum)
+    except RuntimeError as error:  # no reason to have no group
+        warnings.warn(f"MNNVL_DUMP_SIGNAL: {error}", RuntimeWarning, stacklevel=3)
+
+
+os.register_at_fork(after_in_child=_dump_on_signal.cache_clear)
 
 
 def register() -> None:

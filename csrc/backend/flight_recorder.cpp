@@ -1,5 +1,6 @@
 #include "backend/flight_recorder.h"
 
+#include <c10/core/DeviceGuard.h>
 #include <c10/util/Logging.h>
 
 #include <algorithm>
@@ -108,11 +109,17 @@ std::vector<FlightRecorder::Operation> FlightRecorder::operations() const {
   const auto look_at_ends = [&all] {
     for (Operation& one : all) {
       if (one.state == State::kEnqueued && one.end && has_ended(*one.end)) one.state = State::kEnded;
+      one.end.reset();
     }
   };
-  // Whoever looks, perhaps at the first failure of some group, has nothing to do with what another thread captures.
-  if (std::any_of(all.begin(), all.end(), [](const auto& one) { return one.end != nullptr; })) {
+  // Whoever looks, perhaps at the first failure of some group, has nothing to do with what another thread captures. It
+  // may be a thread without a device, where the last reference to an event would make a context on the first one.
+  const auto on_gpu = std::find_if(all.begin(), all.end(), [](const auto& one) { return one.end != nullptr; });
+  if (on_gpu == all.end()) return all;
+  try {
+    const c10::DeviceGuard there(on_gpu->end->device());
     kernels::table().host.beside_captures(look_at_ends);
+  } catch (const std::exception&) {  // the context is lost, or another process's: then the states stay what they were
   }
   return all;
 }

@@ -37,25 +37,26 @@ LiveGroups& LiveGroups::get() {
 }
 
 void LiveGroups::add(ProcessGroupMNNVL* group) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  groups_.push_back(group);
+  std::scoped_lock lock(coming_and_going_, mutex_);
+  groups_.push_back({group, group->recorder()});
 }
 
 void LiveGroups::remove(ProcessGroupMNNVL* group) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  groups_.erase(std::remove(groups_.begin(), groups_.end(), group), groups_.end());
+  std::scoped_lock lock(coming_and_going_, mutex_);
+  const auto is_it = [group](const Live& one) { return one.group == group; };
+  groups_.erase(std::remove_if(groups_.begin(), groups_.end(), is_it), groups_.end());
 }
 
 void LiveGroups::finish(std::chrono::milliseconds grace) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (ProcessGroupMNNVL* group : groups_) group->finish(grace);
+  std::lock_guard<std::mutex> lock(coming_and_going_);
+  for (const Live& one : groups_) one.group->finish(grace);
 }
 
 std::string LiveGroups::operations() {
   std::vector<std::shared_ptr<FlightRecorder>> recorders;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (const ProcessGroupMNNVL* group : groups_) recorders.push_back(group->recorder());
+    for (const Live& one : groups_) recorders.push_back(one.recorder);
   }
   std::ostringstream out;
   out << "mnnvl: the groups of process " << getpid() << ": " << recorders.size() << '\n';

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <chrono>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
 namespace mnnvl {
 
+class FlightRecorder;
 class ProcessGroupMNNVL;
 
 // Any thread.
@@ -26,8 +28,13 @@ class LiveGroups {
   static void write_on_signal(int signum);
 
  private:
-  std::mutex mutex_;  // held while they are finished, so that none goes meanwhile
-  std::vector<ProcessGroupMNNVL*> groups_;  // plain pointers: a weak reference would put off the destructor
+  struct Live {
+    ProcessGroupMNNVL* group;  // a weak reference would put off the destructor
+    std::shared_ptr<FlightRecorder> recorder;
+  };
+  std::mutex coming_and_going_;  // also held while they are finished, so that none goes meanwhile
+  std::mutex mutex_;  // behind it, and never through a wait: what hangs at the end can still be told
+  std::vector<Live> groups_;
 };
 
 }  // namespace mnnvl

@@ -2,26 +2,23 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
-#include <atomic>
 #include <mutex>
 #include <system_error>
 #include <thread>
 
 #include "common/error.h"
-#include "system/unique_fd.h"
 
 namespace mnnvl {
 namespace {
 
 // What the handler reads. Before it is installed for a signal, `previous` of that signal is written.
-std::atomic<int> bell{-1};  // an eventfd
+sem_t bell;  // a child has its own, and no descriptor that others could close
 struct sigaction previous[NSIG];
-bool installed[NSIG];  // with `mutex`, as is what installs
+bool installed[NSIG], listening;  // with `mutex`, as is what installs
 
 std::mutex& mutex() {
   static auto* one = new std::mutex;  // outlives everything
@@ -29,14 +26,13 @@ std::mutex& mutex() {
 }
 
 bool has_handler(const struct sigaction& action) {
-  return (action.sa_flags & SA_SIGINFO) != 0 || (action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN);
+  return action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN;  // whatever the flags say
 }
 
 // Async-signal-safe, as far as the previous handler is.
 void handle(int signum, siginfo_t* info, void* context) {
   const int saved = errno;
-  const uint64_t one = 1;
-  (void)!write(bell.load(std::memory_order_relaxed), &one, sizeof one);
+  sem_post(&bell);
   errno = saved;
   const struct sigaction& before = previous[signum];
   if (!has_handler(before)) return;
@@ -51,8 +47,7 @@ bool is_ours(const struct sigaction& action) {
   return (action.sa_flags & SA_SIGINFO) != 0 && action.sa_sigaction == &handle;
 }
 
-// A child has no such thread, and would ring the parent's bell. Where another handler stands over this one, which it
-// may call, nothing is rung.
+// A child has no such thread. Where another handler stands over this one, which it may call, nobody hears.
 void leave_in_child() {
   for (int signum = 1; signum < NSIG; ++signum) {
     struct sigaction now;
@@ -60,39 +55,33 @@ void leave_in_child() {
     sigaction(signum, &previous[signum], nullptr);
     installed[signum] = false;
   }
-  const int fd = bell.exchange(-1);
-  if (fd >= 0) close(fd);
+  listening = false;
 }
 
-void answer(int fd, void (*act)()) {
-  uint64_t rings;
+void answer(void (*act)()) {
   for (;;) {
-    if (read(fd, &rings, sizeof rings) == sizeof rings) {
-      act();
-    } else if (errno != EINTR) {
-      return;
-    }
+    if (sem_wait(&bell) == 0) act();
   }
 }
 
-// With `mutex`. The thread takes no signals, which others may want to be interrupted by.
+// With `mutex`. The thread takes no signals, which others may want to be interrupted by, but those of its own faults.
 void start(void (*act)()) {
-  if (bell >= 0) return;
-  UniqueFd fd(eventfd(0, EFD_CLOEXEC));
-  if (!fd) fail(ErrorKind::kSystem, "mnnvl: eventfd: ", strerror(errno));
+  if (listening) return;
+  sem_init(&bell, /*pshared=*/0, 0);
   static const int once = pthread_atfork(nullptr, nullptr, &leave_in_child);
   if (once != 0) fail(ErrorKind::kSystem, "mnnvl: pthread_atfork: ", strerror(once));
   sigset_t all, before;
   sigfillset(&all);
+  for (const int fault : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT}) sigdelset(&all, fault);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   try {
-    std::thread(answer, fd.get(), act).detach();
+    std::thread(answer, act).detach();
   } catch (const std::system_error& error) {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     fail(ErrorKind::kSystem, "mnnvl: no thread to listen for a signal: ", error.what());
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  bell = fd.release();
+  listening = true;
 }
 
 }  // namespace
@@ -104,8 +93,8 @@ void on_signal(int signum, void (*act)()) {
   std::lock_guard<std::mutex> lock(mutex());
   struct sigaction now;
   if (sigaction(signum, nullptr, &now) != 0) fail(ErrorKind::kSystem, "mnnvl: sigaction: ", strerror(errno));
-  if (installed[signum]) {
-    if (is_ours(now)) return;
+  if (installed[signum] && is_ours(now)) return;
+  if (installed[signum] && has_handler(now)) {
     fail(ErrorKind::kUnsupported, "mnnvl: signal ", signum,
          " has another handler now, which took the place of the one that tells the last operations");
   }

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from launcher import Rank, run_ranks
 
 import mnnvl_backend
+from mnnvl_backend import registration
+from mnnvl_backend.compiled import load_compiled
 
 ROW = r" +{sequence}  {operation} +{bytes} +{dtype} +cpu +{how} *{state} +[0-9.]+ s ago\n"
 
@@ -162,6 +164,27 @@ def refused_body(rank: Rank) -> None:
         mnnvl_backend.dump_on_signal(signal.SIGUSR2)
     os.kill(os.getpid(), signal.SIGUSR2)
     until(lambda: seen == [signal.SIGUSR2])
+    # As a program does that puts back what Python knew before: then it can be installed anew.
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+    mnnvl_backend.dump_on_signal(signal.SIGUSR2)
+    os.kill(os.getpid(), signal.SIGUSR2)
+
+
+def child_body(rank: Rank) -> None:
+    """A forked child that makes a group of its own has the handler too."""
+    child = os.fork()
+    if child == 0:
+        try:
+            registration._dump_on_signal(load_compiled(), signal.SIGUSR2)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_in_a_forked_child():
+    run_ranks(child_body, 1, env={"MNNVL_DUMP_SIGNAL": "USR2"})
 
 
 def test_what_is_refused():
