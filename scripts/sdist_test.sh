@@ -22,7 +22,7 @@ missing=$(comm -23 "$WORK/files" <(cd "$TREE" && find . -type f | sed 's|^\./||'
 [ -z "$missing" ] || die "files that the sdist does not hold (MANIFEST.in): $missing"
 
 say "wheel from the sdist"
-export MNNVL_CUDA_ARCHS=${MNNVL_CUDA_ARCHS-90}
+export MNNVL_CUDA_ARCHS=${MNNVL_CUDA_ARCHS:-90}
 # With a compiler cache at hand the sdist's copies of the sources are found again.
 export CCACHE_BASEDIR=$TREE CCACHE_NOHASHDIR=1
 "$PYTHON" -m pip wheel -q --no-build-isolation --no-deps --no-index -w "$WORK" "$TREE" >"$WORK/log" 2>&1 ||
