@@ -1,6 +1,4 @@
 // A fused all-reduce as launches, each of as many rows as the workspace carries.
-#include <algorithm>
-
 #include "common/error.h"
 #include "kernels/kernels.h"
 #include "protocol/fused_row.h"
@@ -10,8 +8,8 @@
 namespace mnnvl {
 namespace {
 
-constexpr int64_t kMaxRowBytes = int64_t{1} << 31;    // of a fused all-reduce
-constexpr int64_t kMaxAloneRows = 256;                // at once
+constexpr int64_t kMaxRowBytes = int64_t{1} << 31;
+constexpr int64_t kMaxAloneRows = 256;                 // at once
 constexpr int64_t kMaxAloneLaunch = int64_t{1} << 30;  // rows
 
 // Of a row, which the kernels count in 32 bits.
