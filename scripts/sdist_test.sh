@@ -23,9 +23,12 @@ missing=$(comm -23 "$WORK/files" <(cd "$TREE" && find . -type f | sed 's|^\./||'
 
 say "wheel from the sdist"
 export MNNVL_CUDA_ARCHS=${MNNVL_CUDA_ARCHS:-90}
-# With a compiler cache at hand the sdist's copies of the sources are found again.
-export CCACHE_BASEDIR=$TREE CCACHE_NOHASHDIR=1
-"$PYTHON" -m pip wheel -q --no-build-isolation --no-deps --no-index -w "$WORK" "$TREE" >"$WORK/log" 2>&1 ||
+# With a compiler cache at hand the sdist's copies of the sources are found again: by paths relative to the tree, also of
+# torch's headers, which lie in a .venv beside the sources as in the project's root.
+export CCACHE_BASEDIR=${TREE%/} CCACHE_NOHASHDIR=1
+BUILDER=$PYTHON
+[ "$PYTHON" != "$ROOT/.venv/bin/python" ] || { ln -s "$ROOT/.venv" "$TREE/.venv"; BUILDER=${TREE%/}/.venv/bin/python; }
+"$BUILDER" -m pip wheel -q --no-build-isolation --no-deps --no-index -w "$WORK" "$TREE" >"$WORK/log" 2>&1 ||
   { tail -n 60 "$WORK/log" >&2; die "no wheel from the sdist"; }
 WHEEL=$(echo "$WORK"/*.whl)
 "$PYTHON" scripts/check_symbols.py "$WHEEL"

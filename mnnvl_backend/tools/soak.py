@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
@@ -30,7 +31,15 @@ from mnnvl_backend.tools import soak_function, soak_graphs
 from mnnvl_backend.tools.launch import start
 from mnnvl_backend.tools.soak_calls import Seat
 from mnnvl_backend.tools.soak_growth import Change, Growth, give_back_what_is_large
-from mnnvl_backend.tools.soak_lanes import Lane, Outcome, SideCopies, brief_group, message_that_waits, places
+from mnnvl_backend.tools.soak_lanes import (
+    Lane,
+    Outcome,
+    SideCopies,
+    brief_group,
+    fill_cache,
+    message_that_waits,
+    places,
+)
 from mnnvl_backend.tools.soak_operations import fill_pools
 
 WARM_UP_ROUNDS = 3  # the first has every kind of call
@@ -144,6 +153,7 @@ class Soak:
         if seat.device.type == "cuda":
             for lane in self._lanes:
                 lane.side = SideCopies(seat.device, plan.seed + lane.number)
+        self._fill_caches()
         for group in groups:
             message_that_waits(seat, group, lambda: self._control.everyone(None))
         self._growth = Growth(seat.device)
@@ -167,17 +177,22 @@ class Soak:
                     mismatches = sum(count for count, _ in everyone)
                     rounds += 1
                     warming_up = rounds <= WARM_UP_ROUNDS
+                    if rounds == WARM_UP_ROUNDS:
+                        self._empty_caches()
                     self._growth.sample(warming_up)
                     if warming_up:
                         end = time.monotonic() + self._plan.seconds
                     changes, left = self._growth.changes(), end - time.monotonic()
                     over = self._seat.rank == 0 and not warming_up and left <= 0
                     wishes = self._control.everyone((over, stop.is_set()))
+                    if rounds == WARM_UP_ROUNDS:
+                        self._fill_caches()
                 show(Progress(number, rounds, total, mismatches, changes, left))
                 if any(map(any, wishes)) or any(errors for _, errors in everyone):
                     break
             # A run that was too short to warm up says nothing about growth.
             if rounds > WARM_UP_ROUNDS:
+                self._empty_caches()
                 self._growth.settle()
         interrupted = any(interrupt for _, interrupt in wishes)
         return self._summary(total, rounds, number, time.monotonic() - begun, interrupted)
@@ -201,6 +216,17 @@ class Soak:
         for outcome in outcomes:
             total.add(outcome)
         return total
+
+    def _fill_caches(self) -> None:
+        for lane in self._lanes:
+            fill_cache(lane.places, self._seat.device)
+
+    def _empty_caches(self) -> None:
+        """Of all ranks, which may share a GPU: how large torch's grow depends on how the lanes' calls interleave."""
+        if self._seat.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            self.meet()
 
     def _summary(self, total: Outcome, rounds: int, last: int, seconds: float, interrupted: bool) -> Summary:
         mine = (total.bytes, total.mismatches, total.described, total.errors, self._growth.changes())

@@ -170,17 +170,17 @@ class SideCopies:
 
 
 def places(device: torch.device, count: int) -> Places:
-    """With all the memory they will want in torch's cache. To allocate more, CUDA may wait for all that is in flight,
-    also of the other thread, whose peer may wait for this one's."""
-    if device.type != "cuda":
-        return NO_STREAM
-    made: list[Any] = [torch.cuda.stream(torch.cuda.Stream()) for _ in range(count)]
-    for place in made:
+    return [torch.cuda.stream(torch.cuda.Stream()) for _ in range(count)] if device.type == "cuda" else NO_STREAM
+
+
+def fill_cache(places: Places, device: torch.device) -> None:
+    """All the memory that a lane will want into torch's cache. To allocate more, CUDA may wait for all that is in
+    flight, also of the other thread, whose peer may wait for this one's."""
+    for place in places if device.type == "cuda" else []:
         with place:
             large = torch.empty(GIB, dtype=torch.uint8, device=device)
             small = [torch.empty(MIB // 2, dtype=torch.uint8, device=device) for _ in range(128)]
         del large, small
-    return made
 
 
 def message_that_waits(seat: Seat, group: Group, meet: Any) -> None:

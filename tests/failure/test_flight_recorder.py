@@ -77,11 +77,11 @@ def test_a_failure_writes_them_into_the_log(ranks, device, capfd):
     table = re.search(r"\[rank0\].*mnnvl: the last operations of rank 0 .*\n((?:\[rank0\] +\d+ .*\n)+)", log)
     assert table, log
     rows = table[1].splitlines()
-    assert len(rows) == 3
     ended = "ended" if device == "cuda" else "completed"
-    for row, (operation, state) in zip(
-        rows, [("all_reduce", ended), ("broadcast", ended), ("all_reduce", "")], strict=True
-    ):
+    expected = [("all_reduce", ended), ("broadcast", ended), ("all_reduce", "")]
+    if device == "cuda" and len(rows) > len(expected):  # the call that found the failure before the watchdog did
+        expected.append(("all_reduce", ""))
+    for row, (operation, state) in zip(rows, expected, strict=True):
         assert re.search(rf" {operation} +100 +Float +{device}\S* +{state}.* s ago", row), row
     assert log.count("the last operations of rank 0") == 1
 
