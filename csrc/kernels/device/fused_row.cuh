@@ -28,6 +28,13 @@ enum class Rows {
   kUnscaled,  // that, and no scales are written
 };
 
+// Of float32, which engines don't have between their layers, there is the loop for worlds of any size alone: each
+// instance costs every build a second or two.
+template <typename T>
+constexpr int fused_instance(int instance) {
+  return sizeof(T) == 4 ? 0 : instance;
+}
+
 template <typename T, int kWorld, Rows kRows>
 class FusedRow {
  public:

@@ -108,8 +108,7 @@ constexpr auto kernel_of() {
   if constexpr (kWorld == 1) {
     return fused_alone<T, kRows>;
   } else {
-    constexpr int kInstance = kRows == Rows::kAny ? 0 : kWorld;  // the loop for worlds of any size
-    return oneshot_lamport_fused<T, kInstance, kRows>;
+    return oneshot_lamport_fused<T, kRows == Rows::kAny ? 0 : fused_instance<T>(kWorld), kRows>;
   }
 }
 

@@ -92,7 +92,8 @@ void launch_instance(const FusedParams& params, const Launch& shape) {
 #define MNNVL_LAUNCH(T, world) \
   if (params.work.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) { \
     return launch( \
-        params.packed ? twoshot_lamport_fused<T, world, Rows::kPacked> : twoshot_lamport_fused<T, 0, Rows::kAny>, \
+        params.packed ? twoshot_lamport_fused<T, fused_instance<T>(world), Rows::kPacked> \
+                      : twoshot_lamport_fused<T, 0, Rows::kAny>, \
         params, params.blocks, shape); \
   }
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LAUNCH)
@@ -101,7 +102,7 @@ void launch_instance(const FusedParams& params, const Launch& shape) {
 
 void load_instances() {
 #define MNNVL_LOAD(T, world) \
-  load(twoshot_lamport_fused<T, world, Rows::kPacked>); \
+  load(twoshot_lamport_fused<T, fused_instance<T>(world), Rows::kPacked>); \
   load(twoshot_lamport_fused<T, 0, Rows::kAny>);
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LOAD)
 #undef MNNVL_LOAD
