@@ -26,6 +26,7 @@ enum class Rows {
   kPacked,  // every row of every matrix is whole packs, and aligned
   kOnePack,  // that, no thread has more than one, and no cluster more than one row
   kUnscaled,  // that, and no scales are written
+  kTwoPacks,  // the same for at most two packs a thread, of groups of one and two
 };
 
 // Of float32, which engines don't have between their layers, there is the loop for worlds of any size alone: each
@@ -38,17 +39,18 @@ constexpr int fused_instance(int instance) {
 template <typename T, int kWorld, Rows kRows>
 class FusedRow {
  public:
-  static constexpr bool kPacked = kRows >= Rows::kPacked, kOnePack = kRows >= Rows::kOnePack;
-  static constexpr bool kScaled = kRows < Rows::kUnscaled;
+  static constexpr bool kPacked = kRows >= Rows::kPacked, kScaled = kRows < Rows::kUnscaled;
+  static constexpr bool kOneBatch = kRows >= Rows::kOnePack;  // of a thread, in all
   // As many as leave registers for what all ranks have sent of them.
-  static constexpr int kBatch = kRows == Rows::kPacked && (kWorld == 1 || kWorld == 2) ? 2 : 1;
+  static constexpr bool kSingle = kRows == Rows::kAny || kRows == Rows::kOnePack || kRows == Rows::kUnscaled;
+  static constexpr int kBatch = !kSingle && (kWorld == 1 || kWorld == 2) ? 2 : 1;
   static constexpr int kElements = kPackElements<T>;
   using Wide = fused::Wide<kDtype<T>>;
   struct Shared {
     ClusterValues<Wide> sums;
     ClusterValues<float> most;
   };
-  static constexpr int kMaxTurns = kOnePack ? 1 : fused::kRowLanes / kFusedThreads;
+  static constexpr int kMaxTurns = kOneBatch ? kBatch : fused::kRowLanes / kFusedThreads;
   static_assert(fused::kRowLanes == 32 * 32);  // a warp adds what its likes have summed
 
   __device__ __forceinline__ FusedRow(const FusedParams& params, Shared& shared)
@@ -91,8 +93,9 @@ class FusedRow {
       }
       cluster_arrive_relaxed();
     }
-    gamma_ = gamma_of(first_pack_);
-    if constexpr (kOnePack) {
+#pragma unroll
+    for (int n = 0; n < kKeptGammas; ++n) gamma_[n] = gamma_of(first_pack_ + n * pack_step());
+    if constexpr (kOneBatch) {
       if (w_.residual != nullptr && only_row >= 0) load(w_.residual, only_row, first_pack_, residual_);
     }
     quantiser_.prepare();
@@ -110,8 +113,9 @@ class FusedRow {
 #pragma unroll 1
     for (int first = first_pack_, turn = 0; first < p_.packs; first += kBatch * pack_step()) {
       uint4 r[kBatch], packs[kBatch];
-      if constexpr (kOnePack) {
-        r[0] = residual_[0];
+      if constexpr (kOneBatch) {
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) r[n] = residual_[n];
       } else if (w_.residual != nullptr) {
         load(w_.residual, row, first, r);
       }
@@ -121,10 +125,10 @@ class FusedRow {
         const int i = first + n * pack_step();
         if (n != 0 && i >= p_.packs) continue;
         r[n] = w_.residual != nullptr ? with_residual(packs[n], r[n]) : packs[n];
-        if (kOnePack || first == first_pack_) kept_[n] = r[n];
+        if (kOneBatch || first == first_pack_) kept_[n] = r[n];
         store_at(residual_out, i, r[n]);
         const Wide of_pack = sum_of_squares(r[n]);
-        if constexpr (kOnePack) {
+        if constexpr (kMaxTurns == 1) {
           squares[0] = of_pack;
         } else {
 #pragma unroll
@@ -132,7 +136,7 @@ class FusedRow {
           turn = (turn + 1) * step_ < fused::kRowLanes ? turn + 1 : 0;
         }
       }
-      if constexpr (kOnePack) break;
+      if constexpr (kOneBatch) break;
     }
     // Which may read what other threads have written of residual_out.
     if (kScaled && w_.quantization == Quantization::kGroupFloat8) cluster_barrier(blocks_);
@@ -254,7 +258,7 @@ class FusedRow {
   __device__ __forceinline__ int row_warps(int lanes) const { return min(p_.packs + 31, lanes) / 32; }
   // How many hand something around. All that take do, or they could miss a round; of a single round nobody can.
   __device__ __forceinline__ int sending_warps(int with_packs) const {
-    return kOnePack ? with_packs : max(with_packs, step_ / 32);
+    return kOneBatch ? with_packs : max(with_packs, step_ / 32);
   }
   // False, for all, if a thread failed.
   __device__ __forceinline__ bool cluster_sum(const Wide (&squares)[kMaxTurns], bool failed) {
@@ -311,20 +315,26 @@ class FusedRow {
   __device__ __forceinline__ void each_norm(const Body& body) {
     const int lane = int(threadIdx.x) % 32;
     const std::byte* const residual_out = place(w_.residual_out, row_);
+    const auto norm_at = [&](int i, uint4 r, const Gamma& gamma) {
+      body(i, i < p_.packs ? normalised(r, gamma) : uint4{});
+    };
+    if constexpr (kOneBatch) {
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        const int i = first_pack_ + n * pack_step();
+        if (i - lane < p_.packs) norm_at(i, kept_[n], gamma_[n]);
+      }
+    } else {
 #pragma unroll 1
-    for (int n = 0, i = first_pack_; i - lane < p_.packs; ++n, i += pack_step()) {
-      uint4 norm{};
-      if (i < p_.packs) {
+      for (int n = 0, i = first_pack_; i - lane < p_.packs; ++n, i += pack_step()) {
         uint4 r = kept_[0];
 #pragma unroll
         for (int k = 1; k < kBatch; ++k) {
           if (n == k) r = kept_[k];
         }
-        if (!kOnePack && n >= kBatch) r = load_at(residual_out, i);
-        norm = normalised(r, kOnePack || n == 0 ? gamma_ : gamma_of(i));
+        if (n >= kBatch && i < p_.packs) r = load_at(residual_out, i);
+        norm_at(i, r, n == 0 ? gamma_[0] : gamma_of(i));
       }
-      body(i, norm);
-      if constexpr (kOnePack) break;
     }
   }
 
@@ -349,8 +359,9 @@ class FusedRow {
   Shared& shared_;
   const int blocks_, step_, first_pack_;
   RowQuantiser<T, kPacked, kScaled> quantiser_;
-  uint4 residual_[kBatch] = {};  // of the only pack
-  Gamma gamma_;  // of the first pack
+  uint4 residual_[kBatch] = {};  // of the only batch
+  static constexpr int kKeptGammas = kOneBatch ? kBatch : 1;
+  Gamma gamma_[kKeptGammas];  // of the first packs
   uint4 kept_[kBatch];  // residual_out of the first batch
   int row_ = 0;
   uint32_t round_ = 0;  // rows so far

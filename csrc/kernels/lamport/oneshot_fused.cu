@@ -44,9 +44,9 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
         if (n != 0 && n >= fused.count_from(i)) continue;
         publish<kWorld>(g, call.stage(0) + g.rank * slot_bytes + offset(row, i) + n * apart, own[n]);
       }
-      if constexpr (Row::kOnePack) break;
+      if constexpr (Row::kOneBatch) break;
     }
-    if constexpr (Row::kOnePack) break;
+    if constexpr (Row::kOneBatch) break;
   }
   call.begin_advance();
 
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
       return take_and_sum<T, kWorld>(g, first, slot_bytes, apart, kept, own, fused.count_from(i), wait,
                                      uint64_t(offset(row, i) / kPackBytes), packs);
     };
-    if (!fused.finish(row, sum) || Row::kOnePack) break;
+    if (!fused.finish(row, sum) || Row::kOneBatch) break;
   }
   call.end_advance();
   if (p.first_row == 0) fused.zero_padding();
@@ -91,15 +91,17 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks) fused_alone(const _
       }
       return true;
     };
-    if (!fused.finish(row, sum) || Row::kOnePack) break;
+    if (!fused.finish(row, sum) || Row::kOneBatch) break;
   }
   if (p.first_row == 0) fused.zero_padding();
 }
 
 Rows rows_of(const FusedParams& params, const Launch& shape) {
   if (!params.packed) return Rows::kAny;
-  if (params.packs > shape.threads * shape.cluster || params.rows > params.blocks / shape.cluster) return Rows::kPacked;
-  return writes_scales(params.work.quantization) ? Rows::kOnePack : Rows::kUnscaled;
+  const bool scaled = writes_scales(params.work.quantization);
+  const int threads = shape.threads * shape.cluster;  // of a row
+  if (params.rows > params.blocks / shape.cluster || params.packs > (scaled ? 1 : 2) * threads) return Rows::kPacked;
+  return params.packs > threads ? Rows::kTwoPacks : scaled ? Rows::kOnePack : Rows::kUnscaled;
 }
 
 #define MNNVL_FOR_EACH_FUSED(X) MNNVL_FOR_EACH_INSTANCE(X) X(float, 1) X(__half, 1) X(__nv_bfloat16, 1)
@@ -108,23 +110,27 @@ constexpr auto kernel_of() {
   if constexpr (kWorld == 1) {
     return fused_alone<T, kRows>;
   } else {
-    return oneshot_lamport_fused<T, kRows == Rows::kAny ? 0 : fused_instance<T>(kWorld), kRows>;
+    constexpr int kInstance = kRows == Rows::kAny ? 0 : fused_instance<T>(kWorld);
+    constexpr bool kHasNone = kRows == Rows::kTwoPacks && kInstance != 2;
+    return oneshot_lamport_fused<T, kInstance, kHasNone ? Rows::kPacked : kRows>;
   }
 }
 
 void launch_instance(const FusedParams& params, const Launch& shape) {
-  const auto launch_rows = [&](auto any, auto packed, auto one_pack, auto unscaled) {
+  const auto launch_rows = [&](auto any, auto packed, auto one_pack, auto unscaled, auto two_packs) {
     switch (rows_of(params, shape)) {
       case Rows::kAny: return launch(any, params, params.blocks, shape);
       case Rows::kPacked: return launch(packed, params, params.blocks, shape);
       case Rows::kOnePack: return launch(one_pack, params, params.blocks, shape);
       case Rows::kUnscaled: return launch(unscaled, params, params.blocks, shape);
+      case Rows::kTwoPacks: return launch(two_packs, params, params.blocks, shape);
     }
   };
 #define MNNVL_LAUNCH(T, world) \
   if (params.work.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) { \
     return launch_rows(kernel_of<T, world, Rows::kAny>(), kernel_of<T, world, Rows::kPacked>(), \
-                       kernel_of<T, world, Rows::kOnePack>(), kernel_of<T, world, Rows::kUnscaled>()); \
+                       kernel_of<T, world, Rows::kOnePack>(), kernel_of<T, world, Rows::kUnscaled>(), \
+                       kernel_of<T, world, Rows::kTwoPacks>()); \
   }
   MNNVL_FOR_EACH_FUSED(MNNVL_LAUNCH)
 #undef MNNVL_LAUNCH
@@ -135,7 +141,8 @@ void load_instances() {
   load(kernel_of<T, world, Rows::kAny>()); \
   load(kernel_of<T, world, Rows::kPacked>()); \
   load(kernel_of<T, world, Rows::kOnePack>()); \
-  load(kernel_of<T, world, Rows::kUnscaled>());
+  load(kernel_of<T, world, Rows::kUnscaled>()); \
+  load(kernel_of<T, world, Rows::kTwoPacks>());
   MNNVL_FOR_EACH_FUSED(MNNVL_LOAD)
 #undef MNNVL_LOAD
 }
