@@ -51,6 +51,7 @@ struct FusedParams {
   int packs = 0;           // of a row
   uint32_t row_bytes = 0;  // of a row of the input
   int cluster_shift = 0;   // a cluster has 2 to this many blocks
+  int team_shift = 0;      // a team of a block 2 to this many threads; 0: a row isn't taken by teams
   float inverse_hidden = 0;
   double inverse_hidden_wide = 0;
   RowWork work;

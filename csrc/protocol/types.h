@@ -16,6 +16,7 @@ constexpr int kPackBytes = 16;        // one vector access; the unit of every La
 MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 5 ? 512 : 256; }
 // Of the fused ones, which keep more: this many, or half. Blocks of a cluster share a row.
 constexpr int kFusedThreads = 256;
+constexpr int kMaxFusedTeams = 4;  // of a block, each with rows of its own
 constexpr int kMaxFusedCluster = 4;
 
 // What the Lamport kernels add comes first; of the others a message or a descriptor only needs the name.

@@ -58,6 +58,7 @@ void launch_rows(const kernels::KernelTable::Row<kernels::FusedParams>& kernel, 
   params.packs = int(row_packs(work));
   params.row_bytes = uint32_t(work.hidden * element_size(work.dtype));
   while (1 << params.cluster_shift < choice.cluster) ++params.cluster_shift;
+  while (1 << params.team_shift < choice.team) ++params.team_shift;
   {
     const FloatEnvironment ieee;  // rounded to nearest, whatever the caller's thread does
     params.inverse_hidden = fused::inverse(float(work.hidden));

@@ -58,18 +58,18 @@ LamportShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype
   return shape;
 }
 
-// A warp for each scheduler of a multiprocessor is fastest (docs/notes.md). Clusters of four full blocks find room in
-// few places at a time.
+// A warp for each scheduler of a multiprocessor is fastest, as long as there are multiprocessors; of more rows the
+// loads of several must be under way in one (docs/notes.md).
 FusedShape choose_fused_shape(int64_t rows, int64_t row_packs, int multiprocessors) {
   constexpr int kFew = kFusedThreads / 2;
   FusedShape shape;
   while (shape.cluster < kMaxFusedCluster && shape.cluster * kFew < row_packs) {
-    const int blocks = 2 * shape.cluster;
-    const bool full = blocks * kFew < row_packs;
-    if (blocks * rows > (blocks == 4 && full ? multiprocessors * 3 / 4 : multiprocessors)) break;
-    shape.cluster = blocks;
+    if (2 * shape.cluster * rows > multiprocessors) break;
+    shape.cluster *= 2;
   }
   shape.threads = row_packs <= shape.cluster * kFew ? kFew : kFusedThreads;
+  if (rows > multiprocessors) shape.team = kFusedThreads / (rows > 2 * multiprocessors ? kMaxFusedTeams : 2);
+  if (shape.team >= shape.threads) shape.team = 0;
   return shape;
 }
 

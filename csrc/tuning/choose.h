@@ -37,6 +37,7 @@ LamportShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype
 struct FusedShape {
   int cluster = 1;
   int threads = kFusedThreads;
+  int team = 0;  // threads of a block that take a row, where the kernel has teams; 0: all do
 };
 struct FusedChoice : FusedShape {
   Algorithm algorithm = Algorithm::kOneShotLamport;

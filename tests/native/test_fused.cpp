@@ -71,7 +71,8 @@ struct Problem {
   std::vector<Bytes> inputs;
   Bytes residual, gamma;
 
-  Problem(uint64_t seed, int world_size) {
+  // `usual`: as engines have them, many rows of whole warps' packs without scales.
+  Problem(uint64_t seed, int world_size, bool usual = false) {
     Random random(seed);
     constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
     constexpr int kHidden[] = {1, 8, 48, 200, 1024, 2049, 2880, 4096, 5120, 8208};
@@ -81,6 +82,12 @@ struct Problem {
     work.quantization = Quantization(random.below(5));
     if (work.quantization == Quantization::kNVFloat4 && (work.hidden % 16 != 0 || work.dtype == Dtype::kFloat32)) {
       work.quantization = Quantization::kDynamicFloat8;
+    }
+    if (usual) {
+      work.dtype = random.below(2) == 0 ? Dtype::kFloat16 : Dtype::kBFloat16;
+      work.hidden = random.below(2) == 0 ? 1024 : 5120;
+      work.rows = 4 + random.below(9);
+      work.quantization = random.below(2) == 0 ? Quantization::kNone : Quantization::kFloat8;
     }
     for (work.group = int(1 + random.below(64)); work.hidden % work.group != 0;) --work.group;
     work.layout = random.below(2) == 0 ? ScaleLayout::kLinear : ScaleLayout::kSwizzled128x4;
@@ -120,11 +127,12 @@ void check_same(const Bytes& got, const Bytes& wanted, const char* what, uint64_
 
 // Many multiprocessors give rows clusters of as many blocks as they can use, few give them one; a small stage takes
 // several launches.
-void run_cases(int world_size, int64_t stage_bytes, int multiprocessors, uint64_t first, int count) {
+void run_cases(int world_size, int64_t stage_bytes, int multiprocessors, uint64_t first, int count,
+               bool usual = false) {
   const Group group(world_size, stage_bytes, multiprocessors);
   run_threads(world_size, [&](int rank) {
     for (uint64_t seed = first; seed < first + uint64_t(count); ++seed) {
-      const Problem problem(seed, world_size);
+      const Problem problem(seed, world_size, usual);
       Outputs expected(problem.work), outputs(problem.work);
       problem.expect(expected);
       FusedRequest request;
@@ -151,6 +159,7 @@ TEST(fused_rows_on_the_device_are_those_of_the_cpu) {
     run_cases(world_size, 1 << 20, 8, 100 * uint64_t(world_size) + 20, iterations(12));  // of 1, 2 or 4 by rows
     run_cases(world_size, 160 << 10, 4, 100 * uint64_t(world_size) + 40, iterations(12));  // several launches
   }
+  run_cases(2, 1 << 20, 2, 600, iterations(8), /*usual=*/true);  // teams of half a block, and of a quarter
 }
 
 // The mean square by a reciprocal is the rounded quotient, of any sum and any number of elements.

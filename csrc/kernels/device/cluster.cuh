@@ -95,6 +95,11 @@ struct ClusterValues {
     }
     return values[round % 2][threadIdx.x % 32];
   }
+  // The same of a single block's team of `threads`, which has the values for itself.
+  __device__ __forceinline__ Word take_of_team(uint32_t round, int team, int threads) {
+    asm volatile("barrier.sync %0, %1;" ::"r"(team + 1), "r"(threads) : "memory");  // 0 is the block's own
+    return values[round % 2][threadIdx.x % 32];
+  }
 
  private:
   __device__ __forceinline__ static uint32_t address_of(const void* shared) {

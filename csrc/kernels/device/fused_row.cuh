@@ -27,7 +27,17 @@ enum class Rows {
   kOnePack,  // that, no thread has more than one, and no cluster more than one row
   kUnscaled,  // that, and no scales are written
   kTwoPacks,  // the same for at most two packs a thread, of groups of one and two
+  kTeams,  // many packed rows, without scales, of whole warps' packs, of each lane one: by a few warps of a block each
 };
+
+// For which instances there are such kernels.
+constexpr bool has_two_packs(int instance) { return instance == 1 || instance == 2; }
+constexpr bool has_teams(int instance) { return instance == 1 || instance == 2 || instance == 4 || instance == 8; }
+
+inline bool fits_teams(const FusedParams& params) {
+  return params.packed && params.team_shift != 0 && !writes_scales(params.work.quantization) &&
+         params.packs % 32 == 0 && params.packs <= fused::kRowLanes;
+}
 
 // Of float32, which engines don't have between their layers, there is the loop for worlds of any size alone: each
 // instance costs every build a second or two.
@@ -40,14 +50,16 @@ template <typename T, int kWorld, Rows kRows>
 class FusedRow {
  public:
   static constexpr bool kPacked = kRows >= Rows::kPacked, kScaled = kRows < Rows::kUnscaled;
-  static constexpr bool kOneBatch = kRows >= Rows::kOnePack;  // of a thread, in all
+  static constexpr bool kTeams = kRows == Rows::kTeams;
+  static constexpr bool kOneBatch = kRows >= Rows::kOnePack && !kTeams;  // of a thread, in all
   // As many as leave registers for what all ranks have sent of them.
   static constexpr bool kSingle = kRows == Rows::kAny || kRows == Rows::kOnePack || kRows == Rows::kUnscaled;
-  static constexpr int kBatch = !kSingle && (kWorld == 1 || kWorld == 2) ? 2 : 1;
+  static constexpr bool kFewRanks = kWorld == 1 || kWorld == 2;
+  static constexpr int kBatch = kSingle ? 1 : kTeams ? (kFewRanks ? 3 : kWorld == 4 ? 2 : 1) : kFewRanks ? 2 : 1;
   static constexpr int kElements = kPackElements<T>;
   using Wide = fused::Wide<kDtype<T>>;
   struct Shared {
-    ClusterValues<Wide> sums;
+    ClusterValues<Wide> sums[kTeams ? kMaxFusedTeams : 1];
     ClusterValues<float> most;
   };
   static constexpr int kMaxTurns = kOneBatch ? kBatch : fused::kRowLanes / kFusedThreads;
@@ -57,15 +69,20 @@ class FusedRow {
       : p_(params),
         w_(params.work),
         shared_(shared),
-        blocks_(1 << params.cluster_shift),
-        step_(int(blockDim.x) << params.cluster_shift),
-        first_pack_(((int(threadIdx.x) >> 5 << params.cluster_shift) + (int(blockIdx.x) & (blocks_ - 1))) * 32 +
-                    int(threadIdx.x) % 32),
+        blocks_(kTeams ? 1 : 1 << params.cluster_shift),
+        step_(kTeams ? 1 << params.team_shift : int(blockDim.x) << params.cluster_shift),
+        first_pack_(kTeams ? int(threadIdx.x) & (step_ - 1)
+                           : ((int(threadIdx.x) >> 5 << params.cluster_shift) + (int(blockIdx.x) & (blocks_ - 1))) * 32 +
+                                 int(threadIdx.x) % 32),
         quantiser_(params) {}
 
-  // The rows of this block's cluster: first, first + step, ...
-  __device__ __forceinline__ int first_row() const { return int(blockIdx.x) >> p_.cluster_shift; }
-  __device__ __forceinline__ int row_step() const { return int(gridDim.x) >> p_.cluster_shift; }
+  // The rows of this block's cluster, or of this team: first, first + step, ... A row is the same block's either way.
+  __device__ __forceinline__ int first_row() const {
+    return kTeams ? int(blockIdx.x) + team() * int(gridDim.x) : int(blockIdx.x) >> p_.cluster_shift;
+  }
+  __device__ __forceinline__ int row_step() const {
+    return kTeams ? int(gridDim.x) * (int(blockDim.x) >> p_.team_shift) : int(gridDim.x) >> p_.cluster_shift;
+  }
   // The packs of this thread in each of them: batches of kBatch, pack_step() from each other.
   __device__ __forceinline__ int first_pack() const { return first_pack_; }
   __device__ __forceinline__ int pack_step() const { return step_; }
@@ -88,7 +105,7 @@ class FusedRow {
   __device__ __forceinline__ void prepare([[maybe_unused]] int only_row = -1) {
     if (blocks_ > 1) {
       if (threadIdx.x == 0) {
-        shared_.sums.prepare();
+        sums().prepare();
         shared_.most.prepare();
       }
       cluster_arrive_relaxed();
@@ -128,7 +145,11 @@ class FusedRow {
         if (kOneBatch || first == first_pack_) kept_[n] = r[n];
         store_at(residual_out, i, r[n]);
         const Wide of_pack = sum_of_squares(r[n]);
-        if constexpr (kMaxTurns == 1) {
+        if constexpr (kTeams) {
+          const Wide of_warp = warp_sum(of_pack);
+          const bool any_failed = __any_sync(kWholeWarp, failed);
+          sums().send(round_, 1, i / 32, any_failed ? arithmetic::bits_as<Wide>(failure()) : of_warp);
+        } else if constexpr (kMaxTurns == 1) {
           squares[0] = of_pack;
         } else {
 #pragma unroll
@@ -162,6 +183,9 @@ class FusedRow {
   }
 
  private:
+  __device__ __forceinline__ int team() const { return kTeams ? int(threadIdx.x) >> p_.team_shift : 0; }
+  __device__ __forceinline__ ClusterValues<Wide>& sums() const { return shared_.sums[team()]; }
+
   __device__ __forceinline__ int64_t bytes_behind(int i) const {
     return int64_t(p_.row_bytes) - int64_t(i) * kPackBytes;
   }
@@ -262,17 +286,20 @@ class FusedRow {
   }
   // False, for all, if a thread failed.
   __device__ __forceinline__ bool cluster_sum(const Wide (&squares)[kMaxTurns], bool failed) {
+    if constexpr (kTeams) return found_sum(sums().take_of_team(round_, team(), step_), p_.packs / 32);
     const int warps = sending_warps(row_warps(fused::kRowLanes));
-    shared_.sums.expect(round_, blocks_, warps);
+    sums().expect(round_, blocks_, warps);
     const bool any_failed = __any_sync(kWholeWarp, failed);
 #pragma unroll
     for (int k = 0; k < kMaxTurns; ++k) {
       const int warp = (first_pack_ + k * step_) / 32;
       if (warp >= warps) break;
       const Wide sum = warp_sum(squares[k]);
-      shared_.sums.send(round_, blocks_, warp, any_failed ? arithmetic::bits_as<Wide>(failure()) : sum);
+      sums().send(round_, blocks_, warp, any_failed ? arithmetic::bits_as<Wide>(failure()) : sum);
     }
-    Wide sum = shared_.sums.take(round_, blocks_);
+    return found_sum(sums().take(round_, blocks_), warps);
+  }
+  __device__ __forceinline__ bool found_sum(Wide sum, int warps) {
     if (int(threadIdx.x) % 32 >= warps) sum = 0;
     if (__any_sync(kWholeWarp, arithmetic::bits_as<decltype(failure())>(sum) == failure())) return false;
     sum_ = warp_sum(sum);
@@ -323,6 +350,24 @@ class FusedRow {
       for (int n = 0; n < kBatch; ++n) {
         const int i = first_pack_ + n * pack_step();
         if (i - lane < p_.packs) norm_at(i, kept_[n], gamma_[n]);
+      }
+    } else if constexpr (kTeams) {
+#pragma unroll 1
+      for (int first = first_pack_; first < p_.packs; first += kBatch * pack_step()) {
+        uint4 r[kBatch];
+        Gamma gammas[kBatch];
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+          const int i = first + n * pack_step();
+          gammas[n] = gamma_of(i);
+          r[n] = kept_[n];
+          if (first != first_pack_ && i < p_.packs) r[n] = load_at(residual_out, i);
+        }
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+          const int i = first + n * pack_step();
+          if (i < p_.packs) norm_at(i, r[n], gammas[n]);
+        }
       }
     } else {
 #pragma unroll 1

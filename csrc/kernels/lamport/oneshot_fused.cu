@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks) fused_alone(const _
 Rows rows_of(const FusedParams& params, const Launch& shape) {
   if (!params.packed) return Rows::kAny;
   const bool scaled = writes_scales(params.work.quantization);
+  if (fits_teams(params)) return Rows::kTeams;
   const int threads = shape.threads * shape.cluster;  // of a row
   if (params.rows > params.blocks / shape.cluster || params.packs > (scaled ? 1 : 2) * threads) return Rows::kPacked;
   return params.packs > threads ? Rows::kTwoPacks : scaled ? Rows::kOnePack : Rows::kUnscaled;
@@ -108,29 +109,32 @@ Rows rows_of(const FusedParams& params, const Launch& shape) {
 template <typename T, int kWorld, Rows kRows>
 constexpr auto kernel_of() {
   if constexpr (kWorld == 1) {
-    return fused_alone<T, kRows>;
+    return fused_alone<T, sizeof(T) == 4 && kRows == Rows::kTeams ? Rows::kPacked : kRows>;
   } else {
     constexpr int kInstance = kRows == Rows::kAny ? 0 : fused_instance<T>(kWorld);
-    constexpr bool kHasNone = kRows == Rows::kTwoPacks && kInstance != 2;
+    // Larger worlds send many rows by two shots.
+    constexpr bool kHasNone = kRows >= Rows::kTwoPacks && !has_two_packs(kInstance);
     return oneshot_lamport_fused<T, kInstance, kHasNone ? Rows::kPacked : kRows>;
   }
 }
 
 void launch_instance(const FusedParams& params, const Launch& shape) {
-  const auto launch_rows = [&](auto any, auto packed, auto one_pack, auto unscaled, auto two_packs) {
+  const auto launch_rows = [&](auto any, auto packed, auto one_pack, auto unscaled, auto two_packs,
+                               auto teams) {
     switch (rows_of(params, shape)) {
       case Rows::kAny: return launch(any, params, params.blocks, shape);
       case Rows::kPacked: return launch(packed, params, params.blocks, shape);
       case Rows::kOnePack: return launch(one_pack, params, params.blocks, shape);
       case Rows::kUnscaled: return launch(unscaled, params, params.blocks, shape);
       case Rows::kTwoPacks: return launch(two_packs, params, params.blocks, shape);
+      case Rows::kTeams: return launch(teams, params, params.blocks, shape);
     }
   };
 #define MNNVL_LAUNCH(T, world) \
   if (params.work.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) { \
     return launch_rows(kernel_of<T, world, Rows::kAny>(), kernel_of<T, world, Rows::kPacked>(), \
                        kernel_of<T, world, Rows::kOnePack>(), kernel_of<T, world, Rows::kUnscaled>(), \
-                       kernel_of<T, world, Rows::kTwoPacks>()); \
+                       kernel_of<T, world, Rows::kTwoPacks>(), kernel_of<T, world, Rows::kTeams>()); \
   }
   MNNVL_FOR_EACH_FUSED(MNNVL_LAUNCH)
 #undef MNNVL_LAUNCH
@@ -142,7 +146,8 @@ void load_instances() {
   load(kernel_of<T, world, Rows::kPacked>()); \
   load(kernel_of<T, world, Rows::kOnePack>()); \
   load(kernel_of<T, world, Rows::kUnscaled>()); \
-  load(kernel_of<T, world, Rows::kTwoPacks>());
+  load(kernel_of<T, world, Rows::kTwoPacks>()); \
+  load(kernel_of<T, world, Rows::kTeams>());
   MNNVL_FOR_EACH_FUSED(MNNVL_LOAD)
 #undef MNNVL_LOAD
 }

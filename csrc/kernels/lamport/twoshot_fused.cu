@@ -88,13 +88,21 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
   if (p.first_row == 0) fused.zero_padding();
 }
 
+template <typename T, int kWorld, Rows kRows>
+constexpr auto kernel_of() {
+  constexpr int kInstance = kRows == Rows::kAny ? 0 : fused_instance<T>(kWorld);
+  constexpr bool kHasNone = kRows == Rows::kTeams && !has_teams(kInstance);
+  return twoshot_lamport_fused<T, kInstance, kHasNone ? Rows::kPacked : kRows>;
+}
+
 void launch_instance(const FusedParams& params, const Launch& shape) {
+  const auto launch_rows = [&](auto any, auto packed, auto teams) {
+    launch(fits_teams(params) ? teams : params.packed ? packed : any, params, params.blocks, shape);
+  };
 #define MNNVL_LAUNCH(T, world) \
   if (params.work.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) { \
-    return launch( \
-        params.packed ? twoshot_lamport_fused<T, fused_instance<T>(world), Rows::kPacked> \
-                      : twoshot_lamport_fused<T, 0, Rows::kAny>, \
-        params, params.blocks, shape); \
+    return launch_rows(kernel_of<T, world, Rows::kAny>(), kernel_of<T, world, Rows::kPacked>(), \
+                       kernel_of<T, world, Rows::kTeams>()); \
   }
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LAUNCH)
 #undef MNNVL_LAUNCH
@@ -102,8 +110,9 @@ void launch_instance(const FusedParams& params, const Launch& shape) {
 
 void load_instances() {
 #define MNNVL_LOAD(T, world) \
-  load(twoshot_lamport_fused<T, fused_instance<T>(world), Rows::kPacked>); \
-  load(twoshot_lamport_fused<T, 0, Rows::kAny>);
+  load(kernel_of<T, world, Rows::kAny>()); \
+  load(kernel_of<T, world, Rows::kPacked>()); \
+  load(kernel_of<T, world, Rows::kTeams>());
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LOAD)
 #undef MNNVL_LOAD
 }

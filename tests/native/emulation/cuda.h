@@ -5,6 +5,7 @@
 
 #include <ucontext.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -97,14 +98,8 @@ class Block {
     while (warp.round == round) yield();
     return warp.values[round % 2];
   }
-  void meet_all() {
-    const uint64_t round = round_;
-    if (++arrived_ == fibers_.size()) {
-      arrived_ = 0;
-      ++round_;
-    }
-    while (round_ == round) yield();
-  }
+  void meet_all() { meet_in(all_, unsigned(fibers_.size())); }
+  void meet_team(unsigned team, unsigned threads) { meet_in(teams_.at(team), threads); }
 
  private:
   static constexpr size_t kStackBytes = 64 << 10;
@@ -120,6 +115,19 @@ class Block {
     uint32_t values[2][kWarpSize] = {};
   };
 
+  struct Meeting {
+    uint64_t round = 0;
+    unsigned arrived = 0;
+  };
+
+  void meet_in(Meeting& meeting, unsigned threads) {
+    const uint64_t round = meeting.round;
+    if (++meeting.arrived == threads) {
+      meeting.arrived = 0;
+      ++meeting.round;
+    }
+    while (meeting.round == round) yield();
+  }
   static void enter() {
     Block* block = current();
     (*block->kernel_)();
@@ -130,8 +138,9 @@ class Block {
   Cluster& cluster_;
   std::vector<Warp> warps_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  size_t running_ = 0, arrived_ = 0;
-  uint64_t round_ = 0;
+  size_t running_ = 0;
+  Meeting all_;
+  std::array<Meeting, 16> teams_;
   const std::function<void()>* kernel_ = nullptr;
   ucontext_t scheduler_;
 };

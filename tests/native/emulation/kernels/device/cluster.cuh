@@ -85,6 +85,10 @@ struct ClusterValues {
     }
     return values[round % 2][threadIdx.x % 32];
   }
+  Word take_of_team(uint32_t round, int team, int threads) {
+    emulation::Block::current()->meet_team(unsigned(team), unsigned(threads));
+    return values[round % 2][threadIdx.x % 32];
+  }
 
  private:
   void count_in(uint32_t turn, int64_t change) {
