@@ -103,7 +103,7 @@ TEST(world_72_host_segments) {
   check_works(run_host_setup(config), "segments");
 }
 
-// Every collective in small slots, each several steps, over the wrap of the counters; every byte against the definition.
+// Every collective in the least slots, over the wrap of the counters; every byte against the definition.
 TEST(world_72_collectives) {
   Segments segments(kWorld, cpu::least_slot_bytes(kWorld));
   segments.start_from(0xffffff00u);
