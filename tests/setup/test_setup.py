@@ -78,7 +78,9 @@ def test_without_multicast_sizes_follow_the_allocation_granularity() -> None:
 
 def test_the_slowest_device_counts() -> None:
     names = ["NVIDIA GB200", "NVIDIA GH200", "NVIDIA GB200"]  # of two kinds
-    result = succeed(world_size=3, multiprocessors=[132, 78, 148], compute_capabilities=[100, 90, 103], device_names=names)
+    result = succeed(
+        world_size=3, multiprocessors=[132, 78, 148], compute_capabilities=[100, 90, 103], device_names=names
+    )
     assert set(result["min_multiprocessors"]) == {78}
 
 
