@@ -4,6 +4,7 @@
 
 namespace mnnvl {
 namespace {
+static_assert(sizeof(HostMailbox::dead_ranks) * 8 >= kMaxWorldSize, "a bit for each rank");
 constexpr auto kPeriod = std::chrono::milliseconds(50);  // how late a death or a failure may be noticed
 }
 
