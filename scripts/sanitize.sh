@@ -96,7 +96,7 @@ run_section() {
   say "$tool: $section"
   # Set-up asks the driver for things that it may refuse, which is no error of a kernel.
   # shellcheck disable=SC2086  # lists of words
-  MNNVL_TEST_CASES=${CASES[$section]:-40} timeout --kill-after=20 "${SANITIZE_SECONDS:-150}" \
+  MNNVL_TEST_CASES=${CASES[$section]:-40} MNNVL_TEST_PATIENCE=2 timeout --kill-after=20 "${SANITIZE_SECONDS:-150}" \
     compute-sanitizer --tool "$tool" --target-processes all --report-api-errors no --error-exitcode 9 \
     --log-file "$folder/%p.log" ${SANITIZE_OPTIONS:-} \
     "$PYTHON" -m pytest -q -p no:cacheprovider --timeout "${SANITIZE_SECONDS:-150}" ${TESTS[$section]} \
