@@ -24,5 +24,5 @@ if ! command -v "$CXX" >/dev/null || ! command -v "$EMULATOR" >/dev/null; then
   fi
 fi
 executable=$("$PYTHON" tests/native/build.py tests --name tests-aarch64 --static)
-[ $# -gt 0 ] || set -- --percent 25
+[ $# -gt 0 ] || set -- --percent 25 -world_72_setup # of so many ranks slow there, and no other than elsewhere
 exec timeout --kill-after=10 "${NATIVE_TEST_SECONDS:-300}" "$EMULATOR" "$executable" "$@"

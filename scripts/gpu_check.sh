@@ -41,22 +41,8 @@ for count in 2 3 4; do
     "$PYTHON" -m pytest -q tests -k "cuda or graphs or memory" --timeout 150 "$@"
 done
 
-# Under compute-sanitizer a kernel takes many times as long, so of each kernel a test or two. Set-up asks the driver for
-# things it may refuse, which is no memory error.
-memcheck() {
-  local title=$1
-  shift
-  record "memcheck of $title" compute-sanitizer --target-processes all --report-api-errors no --error-exitcode 9 \
-    "$PYTHON" -m pytest -q --timeout 170 "$@"
-}
-memcheck "all_reduce" tests/collectives/test_all_reduce.py -k "cuda and (any_alignment or average)"
-memcheck "moves" tests/collectives/test_all_gather.py tests/collectives/test_broadcast.py \
-  tests/collectives/test_barrier.py -k "cuda and not large"
-MNNVL_TEST_CASES=60 memcheck "every operation" tests/collectives/test_every_operation.py -k "cuda and 2"
-memcheck "messages" tests/collectives/test_point_to_point.py tests/collectives/test_coalescing.py \
-  -k "cuda and (every_dtype or layouts or mixed)"
-memcheck "graphs" tests/collectives/test_graphs.py -k "sizes_replayed or several_graphs"
-memcheck "the function" tests/function -k "cuda and (sums or last_byte or back_to_back)"
+say "compute-sanitizer"
+SANITIZE_BUILT=1 bash scripts/sanitize.sh --record "$RECORD" || say "compute-sanitizer found errors, or did not run"
 OPERATIONS=all_reduce,reduce_scatter,reduce,all_gather,gather,broadcast,scatter,all_to_all,barrier,send_recv
 BENCH=$([ "$GPUS" -ge 4 ] && echo 4 || echo "$GPUS")
 record "benchmark" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$BENCH" \

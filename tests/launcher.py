@@ -39,6 +39,7 @@ import torch.distributed as dist
 import mnnvl_backend
 
 GRACE_SECONDS = 5.0  # how long the others may take to fail too, so that their tracebacks are seen
+PATIENCE = float(os.environ.get("MNNVL_TEST_PATIENCE", "1"))  # times all seconds given to bodies and groups
 F_SETSIG = 10  # linux/fcntl.h; Python doesn't have it
 _jobs = itertools.count()
 
@@ -195,6 +196,7 @@ class RankPool:
         Raises:
             RankFailure: with every rank's traceback, output and fate.
         """
+        timeout, group_timeout = PATIENCE * timeout, PATIENCE * group_timeout
         self._grow(world_size)
         team = self.workers[:world_size]
         pickled = pickle.dumps((fn, tuple(args)))

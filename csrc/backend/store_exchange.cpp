@@ -54,14 +54,18 @@ StoreExchange::Record StoreExchange::Record::parse(const std::string& bytes) {
 // records, since ranks mostly come within a moment of each other.
 class StoreExchange::Wait {
  public:
-  // Few ranks ask more often at first: their questions are cheap.
+  // Few ranks ask more often at first, and in the end: their questions are cheap. Each names every rank's key, so what
+  // a store is asked for grows with the square of the ranks.
   Wait(milliseconds timeout, int size)
-      : deadline_(timeout.count()), pause_(std::min(12 * size, 100)), next_look_(Clock::now() + look_interval_) {}
+      : deadline_(timeout.count()),
+        pause_(std::min(12 * size, 100)),
+        longest_pause_(std::max(6400, 400 * size)),
+        next_look_(Clock::now() + look_interval_) {}
 
   bool passed() const { return deadline_.passed(); }
   void pause() {
     std::this_thread::sleep_for(pause_);
-    pause_ = std::min(pause_ * 2, microseconds(6400));
+    pause_ = std::min(pause_ * 2, longest_pause_);
   }
   bool time_to_look() {
     if (Clock::now() < next_look_) return false;
@@ -74,6 +78,7 @@ class StoreExchange::Wait {
   using Clock = Deadline::Clock;
   Deadline deadline_;
   microseconds pause_;
+  const microseconds longest_pause_;
   milliseconds look_interval_{10};
   Clock::time_point next_look_;
 };

@@ -37,6 +37,17 @@ std::string try_handle_type(const CudaDriver& driver, int device, HandleType typ
   }
 }
 
+int compute_capability(const CudaDriver& driver, CUdevice device) {
+  return 10 * attribute(driver, device, kAttributeComputeCapabilityMajor) +
+         attribute(driver, device, kAttributeComputeCapabilityMinor);
+}
+
+std::string name_of(const CudaDriver& driver, CUdevice device) {
+  char name[256] = "";
+  check(driver, driver.device_get_name(name, sizeof(name) - 1, device), "cuDeviceGetName");
+  return name;
+}
+
 CUdevice find_device(const CudaDriver& driver, Capabilities* found) {
   CUdevice device = 0, current = 0;
   check(driver, driver.device_get(&device, found->device), "cuDeviceGet", " of ordinal ", found->device);
@@ -45,17 +56,13 @@ CUdevice find_device(const CudaDriver& driver, Capabilities* found) {
     fail(ErrorKind::kInvalidArgument, "the current CUDA context is device ", current,
          "'s, but the buffer is for device ", device);
   }
-  char name[256] = "";
-  check(driver, driver.device_get_name(name, sizeof(name) - 1, device), "cuDeviceGetName");
-  found->device_name = name;
+  found->device_name = name_of(driver, device);
   CUuuid uuid{};
   check(driver, driver.device_get_uuid(&uuid, device), "cuDeviceGetUuid");
   found->device_uuid = uuid_text(uuid.bytes, "GPU-");
-  found->compute_capability = 10 * attribute(driver, device, kAttributeComputeCapabilityMajor) +
-                              attribute(driver, device, kAttributeComputeCapabilityMinor);
   found->multiprocessors = attribute(driver, device, kAttributeMultiprocessorCount);
   if (attribute(driver, device, kAttributeVirtualMemoryManagement) == 0) {
-    fail(ErrorKind::kUnsupported, "device ", found->device, " (", name,
+    fail(ErrorKind::kUnsupported, "device ", found->device, " (", found->device_name,
          ") has no virtual memory management (cuMemCreate)");
   }
 
@@ -70,6 +77,15 @@ CUdevice find_device(const CudaDriver& driver, Capabilities* found) {
 
 }  // namespace
 
+void check_supported(const CudaDriver& driver, int ordinal) {
+  CUdevice device = 0;
+  check(driver, driver.device_get(&device, ordinal), "cuDeviceGet", " of ordinal ", ordinal);
+  const int capability = compute_capability(driver, device);
+  if (capability >= kMinComputeCapability) return;
+  fail(ErrorKind::kUnsupported, "device ", ordinal, " (", name_of(driver, device), ") has compute capability ",
+       capability / 10, ".", capability % 10, ", and mnnvl needs 9.0 or newer on every rank");
+}
+
 Capabilities find_capabilities(const CudaDriver& driver, const SymmetricBufferOptions& options) {
   Capabilities found;
   found.host = host_identity(options.host_id);
@@ -78,6 +94,7 @@ Capabilities find_capabilities(const CudaDriver& driver, const SymmetricBufferOp
   found.bytes = options.bytes;
   found.fill = options.fill;
   if (options.bytes == 0) fail(ErrorKind::kInvalidArgument, "a symmetric buffer of 0 bytes");
+  check_supported(driver, options.device);
   const CUdevice device = find_device(driver, &found);
 
   if (attribute(driver, device, kAttributePosixFdHandles) == 0) found.fd_problem = "the device does not support it";
@@ -113,7 +130,7 @@ Capabilities find_capabilities(const CudaDriver& driver, const SymmetricBufferOp
 std::string Capabilities::serialise() const {
   RecordWriter writer;
   host.serialise(writer);
-  writer.put(device).put(device_name).put(device_uuid).put(compute_capability).put(multiprocessors).put(granularity);
+  writer.put(device).put(device_name).put(device_uuid).put(multiprocessors).put(granularity);
   writer.put(fd_problem).put(fabric_problem).put(cluster_uuid).put(clique).put(cluster_problem).put(multicast_problem);
   writer.put(multicast_forbidden).put(bootstrap).put(has_nccl).put(bytes).put(fill);
   return writer.bytes();
@@ -123,12 +140,7 @@ Capabilities Capabilities::parse(const std::string& record) {
   Capabilities c;
   RecordReader reader(record);
   c.host = HostIdentity::parse(reader);
-  reader.get(c.device)
-      .get(c.device_name)
-      .get(c.device_uuid)
-      .get(c.compute_capability)
-      .get(c.multiprocessors)
-      .get(c.granularity);
+  reader.get(c.device).get(c.device_name).get(c.device_uuid).get(c.multiprocessors).get(c.granularity);
   reader.get(c.fd_problem)
       .get(c.fabric_problem)
       .get(c.cluster_uuid)

@@ -11,12 +11,13 @@
 
 namespace mnnvl {
 
+constexpr int kMinComputeCapability = 90;  // multimem and griddepcontrol
+
 struct Capabilities {
   HostIdentity host;
   int device = 0;  // CUDA ordinal
   std::string device_name;
   std::string device_uuid;     // "GPU-…"
-  int compute_capability = 0;  // 90, 100, …
   int multiprocessors = 0;
   uint64_t granularity = 0;  // of an allocation
   // Why a handle type can't be used, empty when a small allocation of that type could be made and exported.
@@ -43,10 +44,13 @@ struct Plan {
   std::string multicast_problem;    // why not, naming the rank
   std::string multicast_forbidden;  // on some rank, as "rank 1: NAME=value"; empty: nowhere
   Bootstrap bootstrap = Bootstrap::kStore;  // never kAuto
+  std::string mapping_hint;  // behind an error of mapping a peer's memory; empty: none
   uint64_t granularity = 0;  // the largest of all ranks
-  int min_compute_capability = 0;
   int min_multiprocessors = 0;
 };
+
+// Throws kUnsupported for a device that no kernel of this package can run on, whatever it was built for.
+void check_supported(const CudaDriver& driver, int device);
 
 // Looks at this rank: tries a small allocation and export per handle type, releases it, and asks NVML about the
 // fabric. Never creates or probes multicast: its support is an attribute. Throws Error when the device can't be used

@@ -84,6 +84,16 @@ std::string multicast_obstacle(const Ranks& ranks) {
   return rank >= 0 ? str("rank ", rank, ": ", ranks[rank].multicast_problem) : shared_device(ranks);
 }
 
+// CUDA names an instance "NVIDIA H200 MIG 1g.18gb". It isn't refused: whether memory can be mapped, the driver says.
+std::string mapping_hint(const Ranks& ranks) {
+  const int rank =
+      first_rank(ranks, [](const Capabilities& c) { return c.device_name.find(" MIG ") != std::string::npos; });
+  return rank < 0 ? ""
+                  : str(" (rank ", rank,
+                        "'s device is a MIG instance, which shares memory with no other device: give "
+                        "the ranks whole GPUs, or all the same instance)");
+}
+
 void check_same_request(const Ranks& ranks) {
   for (size_t rank = 1; rank < ranks.size(); ++rank) {
     if (ranks[rank].bytes != ranks[0].bytes || ranks[rank].fill != ranks[0].fill) {
@@ -157,12 +167,11 @@ Plan choose_plan(const std::vector<Capabilities>& ranks) {
   plan.multicast_problem = multicast_obstacle(ranks);
   plan.multicast = plan.multicast_problem.empty();
   plan.multicast_forbidden = forbidden_by(ranks);
+  plan.mapping_hint = mapping_hint(ranks);
   plan.granularity = ranks[0].granularity;
-  plan.min_compute_capability = ranks[0].compute_capability;
   plan.min_multiprocessors = ranks[0].multiprocessors;
   for (const Capabilities& c : ranks) {
     plan.granularity = std::max(plan.granularity, c.granularity);
-    plan.min_compute_capability = std::min(plan.min_compute_capability, c.compute_capability);
     plan.min_multiprocessors = std::min(plan.min_multiprocessors, c.multiprocessors);
   }
   return plan;

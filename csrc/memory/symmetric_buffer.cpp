@@ -25,7 +25,6 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
   const std::string& multicast_problem() const override { return plan_.multicast_problem; }
   HandleType handle_type() const override { return plan_.handle; }
   int min_multiprocessors() const override { return plan_.min_multiprocessors; }
-  int min_compute_capability() const override { return plan_.min_compute_capability; }
   const std::vector<int>& peer_pids() const override { return peer_pids_; }
 
   void set_up(Exchange& exchange) {
@@ -126,7 +125,7 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
         try {
           map_one(context, peer, handles[peer]);
         } catch (const Error& error) {
-          fail(error.kind(), "memory of rank ", peer, " (", wheres_[peer], "): ", error.what());
+          fail(error.kind(), "memory of rank ", peer, " (", wheres_[peer], "): ", error.what(), plan_.mapping_hint);
         }
       }
     });

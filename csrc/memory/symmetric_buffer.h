@@ -47,7 +47,6 @@ class SymmetricBuffer {
   virtual const std::string& multicast_problem() const = 0;
   virtual HandleType handle_type() const = 0;
   virtual int min_multiprocessors() const = 0;       // smallest SM count of the group: launch shapes must agree
-  virtual int min_compute_capability() const = 0;    // 90, 100, …
   // Process ids of peers on this host in this pid namespace, for the watchdog; -1 for others and for this process.
   virtual const std::vector<int>& peer_pids() const = 0;
 };

@@ -9,6 +9,7 @@
 #include "driver/cuda_driver.h"
 #include "driver/nccl.h"
 #include "kernels/kernels.h"
+#include "memory/capabilities.h"
 #include "memory/symmetric_buffer.h"
 #include "protocol/failure_text.h"
 #include "system/deadline.h"
@@ -21,7 +22,6 @@ namespace {
 
 constexpr int64_t kDefaultWorkspaceBytes = int64_t{64} << 20;
 constexpr int64_t kMinWorkspaceBytes = int64_t{1} << 20;
-constexpr int kMinComputeCapability = 90;  // multimem and griddepcontrol
 
 WorkspaceLayout layout_for(const TransportOptions& options, int world_size) {
   if (options.stage_bytes > 0) return WorkspaceLayout::make(options.stage_bytes, /*channel_bytes=*/0, world_size);
@@ -58,8 +58,8 @@ class CudaTransport final : public Transport {
     const NcclLibrary* nccl = nullptr;
     // Every kernel is loaded now: a lazy load later could wait for a peer's spinning kernel.
     agree(exchange, "loading the CUDA driver and kernels", where_, [&] {
+      check_supported(real_driver(), device);
       kernels::table().host.load_all(device);
-      (void)real_driver();
       nccl = nccl_for(options);
       context_.group.layout = layout_for(options, exchange.size());
       mailbox_.reset(kernels::table().host.allocate_mailbox());
@@ -207,11 +207,6 @@ class CudaTransport final : public Transport {
   }
 
   void initialise() {
-    const int capability = buffer_->min_compute_capability();
-    if (capability < kMinComputeCapability) {
-      fail(ErrorKind::kUnsupported, "mnnvl needs GPUs of compute capability 9.0 or newer in the whole group, found ",
-           capability / 10, ".", capability % 10);
-    }
     const WorkspaceLayout& layout = context_.group.layout;
     const uint64_t words = buffer_->address(context_.group.rank) + uint64_t(layout.lines_offset);
     kernels::table().device_ops.fill_words(device_, words, 0, size_t((layout.total_bytes - layout.lines_offset) / 4));

@@ -4,8 +4,9 @@
 
 namespace mnnvl {
 namespace {
+static_assert(sizeof(HostMailbox::dead_ranks) * 8 >= kMaxWorldSize, "a bit for each rank");
 constexpr auto kPeriod = std::chrono::milliseconds(50);  // how late a death or a failure may be noticed
-}
+}  // namespace
 
 Watchdog::Watchdog(HostMailbox* mailbox, const std::vector<int>& peer_pids, std::function<void()> on_failure)
     : mailbox_(mailbox), on_failure_(std::move(on_failure)), dead_(peer_pids.size()) {

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from mnnvl_backend.tools.examine import examine, guarded, problem_of
+from mnnvl_backend.tools.examine import examine, guarded, is_mig, problem_of
 
 GOOD, BAD, WARN, NOTE = "good", "bad", "warn", "note"
 MARKS = {GOOD: "✓", BAD: "✗", WARN: "!", NOTE: "-"}
@@ -72,10 +72,24 @@ def _gpus(report: dict[str, Any]) -> Iterator[Line]:
         alike.setdefault(kind, []).append(str(d.get("ordinal")))
     for kind, ordinals in alike.items():
         yield Line(GOOD, f"{len(ordinals)} x {kind} (device {', '.join(ordinals)})")
+    yield from _gpus_of_note(devices, report["variables"])
     if plan.get("plan") == "none":
         yield Line(BAD, f"CUDA tensors can't be served: {plan.get('why')}")
     else:
         yield Line(GOOD, f"a group would take {plan.get('plan')}")
+
+
+def _gpus_of_note(devices: list[dict[str, Any]], variables: dict[str, Any]) -> Iterator[Line]:
+    """What is no error, and still explains what a group does here."""
+    if visible := variables.get("visible"):
+        yield Line(NOTE, f"numbered as CUDA_VISIBLE_DEVICES={visible} orders them; ranks are told apart by uuid")
+    if mig := ", ".join(str(d.get("ordinal")) for d in devices if is_mig(d)):
+        yield Line(WARN, f"device {mig}: a MIG instance, whose memory only ranks on the same instance can share")
+    if len({(d.get("name"), d.get("multiprocessors")) for d in devices}) > 1:
+        least = min(d.get("multiprocessors") or 0 for d in devices)
+        yield Line(NOTE, f"of several kinds: a group of them all launches for {least} multiprocessors, the fewest")
+    if len(devices) == 1:
+        yield Line(NOTE, "one GPU: ranks that share it take bootstrap='store' and plain stores, no multicast")
 
 
 def _fabric(report: dict[str, Any]) -> Iterator[Line]:

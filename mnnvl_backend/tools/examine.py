@@ -96,6 +96,7 @@ def _variables() -> dict[str, Any]:
         "malformed": malformed.removeprefix("ValueError: "),
         "unknown": [str(w.message) for w in caught if "is not a variable" in str(w.message)],
         "multicast forbidden": ", ".join(config.multicast_switches(os.environ)),
+        "visible": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
     }
 
 
@@ -117,6 +118,17 @@ def _why_not_at_all(device: dict[str, Any]) -> str:
     return f"sm_{capability}, and the kernels need sm_{OLDEST_GPU} or newer" if capability < OLDEST_GPU else ""
 
 
+def _why_not_this_build(build: dict[str, Any], device: dict[str, Any]) -> str:
+    oldest = min((int(a.rstrip("af")) for a in build.get("archs") or []), default=0)
+    capability = device.get("compute_capability") or oldest
+    return f"sm_{capability}, and the kernels were built for sm_{oldest} and newer" if capability < oldest else ""
+
+
+def is_mig(device: dict[str, Any]) -> bool:
+    """CUDA names an instance "NVIDIA H200 MIG 1g.18gb"."""
+    return " MIG " in str(device.get("name"))
+
+
 def _why_not_fabric(device: dict[str, Any]) -> str:
     if not device.get("fabric_handles"):
         return "the driver says that it exports no fabric handles"
@@ -135,7 +147,8 @@ def cuda_plan(build: Any, machine: Any, variables: Any) -> dict[str, str]:
         return {"plan": "none", "why": machine.get("driver_problem") or "no CUDA device"}
     if not build.get("kernels"):
         return {"plan": "none", "why": "built without kernels"}
-    if broken := _obstacle(devices, _why_not_at_all):
+    broken = _obstacle(devices, _why_not_at_all) or _obstacle(devices, lambda d: _why_not_this_build(build, d))
+    if broken:
         return {"plan": "none", "why": broken}
 
     fabric = "" if machine.get("imex_channels") else f"no IMEX channel in {IMEX_CHANNELS}"
@@ -199,6 +212,13 @@ def _advice_on_gpus(report: dict[str, Any]) -> list[str]:
         )
     if old := _obstacle(devices, _why_not_at_all):
         advice.append(f"Leave this GPU out with CUDA_VISIBLE_DEVICES, or use CPU tensors: {old}.")
+    elif new := _obstacle(devices, lambda d: _why_not_this_build(build, d)):
+        advice.append(f"Build again with MNNVL_CUDA_ARCHS naming this GPU's architecture too: {new}.")
+    if mig := _obstacle(devices, lambda d: str(d["name"]) if is_mig(d) else ""):
+        advice.append(
+            f"Switch MIG off for groups of several GPUs: {mig} is an instance, which shares memory with no other "
+            "device; only ranks on the same instance can be a group."
+        )
     if any(d.get("cluster_uuid") for d in devices) and not machine.get("imex_channels"):
         advice.append(
             f"For groups over several hosts, have an IMEX channel made for this process (a file in {IMEX_CHANNELS}, "

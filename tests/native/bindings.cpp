@@ -34,6 +34,8 @@ FakeSetupConfig fake_config(const py::kwargs& kwargs) {
   MNNVL_FIELD(devices);
   MNNVL_FIELD(compute_capabilities);
   MNNVL_FIELD(multiprocessors);
+  MNNVL_FIELD(device_names);
+  MNNVL_FIELD(nvml_problems);
   MNNVL_FIELD(fd_handles);
   MNNVL_FIELD(fabric_handles);
   MNNVL_FIELD(clusters);
@@ -65,7 +67,6 @@ py::dict fake_result(const FakeSetupResult& result) {
   MNNVL_FIELD(multicast_problems);
   MNNVL_FIELD(peer_pids);
   MNNVL_FIELD(min_multiprocessors);
-  MNNVL_FIELD(min_compute_capabilities);
   MNNVL_FIELD(bytes);
   MNNVL_FIELD(addresses_kept);
   MNNVL_FIELD(sleep_errors);

@@ -49,7 +49,7 @@ class FakeDriver final : public CudaDriver {
   CUresult device_get_count(int* count) const override { return *count = rank_ + 1, kCudaSuccess; }
   CUresult device_get_name(char* name, int length, CUdevice) const override {
     MNNVL_FAKE_ENTER("cuDeviceGetName");
-    std::strncpy(name, "Simulated GPU", length);
+    std::strncpy(name, device_.name.c_str(), length);
     return kCudaSuccess;
   }
   CUresult device_get_uuid(CUuuid* uuid, CUdevice) const override {
@@ -321,6 +321,8 @@ class FakeDriver final : public CudaDriver {
 
   FabricInfo fabric_info(const CUuuid&) const override {
     FabricInfo info;
+    info.problem = device_.nvml_problem;
+    if (!info.problem.empty()) return info;
     info.state = "completed";
     info.clique = device_.clique;
     uint64_t cluster = cluster_number(device_.cluster);
@@ -349,6 +351,7 @@ class FakeDriver final : public CudaDriver {
     if (multicast != world_->multicasts.end()) object.multicast = multicast->second.lock();
     auto owner = world_->owners.find(status.st_ino);
     if (owner != world_->owners.end()) object.owner = owner->second;
+    if (object.owner >= 0 && !device_.maps_memory_of(world_->device(object.owner))) return kCudaNotSupported;
     object.memory = share(std::move(fd));
     if (object.multicast != nullptr) object.size = SIZE_MAX;  // the token has no size; mem_map's callers know it
     if (const Corruption* wrong = object.multicast == nullptr ? world_->corruption(rank_, object.owner) : nullptr) {

@@ -87,7 +87,7 @@ struct Row {
   bool multicast = false;
   std::string multicast_problem;
   std::vector<int> peer_pids;
-  int min_multiprocessors = 0, min_compute_capability = 0;
+  int min_multiprocessors = 0;
   int64_t bytes = 0;
   FakeSleep sleep;
 
@@ -121,7 +121,6 @@ FakeSetupResult collect(const std::vector<Row>& rows) {
     result.multicast_problems.push_back(row.multicast_problem);
     result.peer_pids.push_back(row.peer_pids);
     result.min_multiprocessors.push_back(row.min_multiprocessors);
-    result.min_compute_capabilities.push_back(row.min_compute_capability);
     result.bytes.push_back(row.bytes);
     result.addresses_kept.push_back(row.sleep.addresses_kept);
     result.sleep_errors.push_back(row.sleep.error);
@@ -183,6 +182,8 @@ std::shared_ptr<fake::World> make_world(const FakeSetupConfig& config) {
     device.id = per_rank(config.devices, rank, rank);
     device.compute_capability = per_rank(config.compute_capabilities, rank, 90);
     device.multiprocessors = per_rank(config.multiprocessors, rank, 132);
+    device.name = per_rank(config.device_names, rank, device.name);
+    device.nvml_problem = per_rank(config.nvml_problems, rank, std::string());
     device.fd_handles = per_rank(config.fd_handles, rank, 1) != 0;
     device.fabric_handles = per_rank(config.fabric_handles, rank, std::string("yes"));
     device.cluster = per_rank(config.clusters, rank, std::string());
@@ -247,7 +248,6 @@ void set_up_buffer(const FakeSetupConfig& config, std::shared_ptr<fake::World> w
   row->multicast_problem = buffer->multicast_problem();
   row->peer_pids = buffer->peer_pids();
   row->min_multiprocessors = buffer->min_multiprocessors();
-  row->min_compute_capability = buffer->min_compute_capability();
   row->bytes = static_cast<int64_t>(buffer->bytes());
   row->verified = verify(*buffer, exchange);
   for (int i = 0; i < config.sleeps; ++i) {

@@ -24,6 +24,8 @@ struct FakeSetupConfig {
   std::vector<int> devices;  // equal numbers are one device; default: the rank
   std::vector<int> compute_capabilities;  // 90
   std::vector<int> multiprocessors;  // 132
+  std::vector<std::string> device_names;  // "Simulated GPU"; one with " MIG " maps no other device's memory
+  std::vector<std::string> nvml_problems;  // why NVML can't tell of a fabric; "": it can
   std::vector<int> fd_handles;  // 1
   std::vector<std::string>
       fabric_handles;  // "yes", "no" (says the attribute) or "not_permitted" (says only the driver)
@@ -56,7 +58,6 @@ struct FakeSetupResult {
   std::vector<std::string> multicast_problems;
   std::vector<std::vector<int>> peer_pids;
   std::vector<int> min_multiprocessors;
-  std::vector<int> min_compute_capabilities;
   std::vector<int64_t> bytes;
   std::vector<bool> addresses_kept;  // through all sleeps
   std::vector<std::string> sleep_errors;  // of the first detach() or attach() that failed

@@ -19,6 +19,8 @@ namespace mnnvl::fake {
 
 struct Device {
   int id = 0;  // makes the uuid
+  std::string name = "Simulated GPU";
+  std::string nvml_problem;  // instead of what it says of the fabric
   int compute_capability = 90;
   int multiprocessors = 132;
   bool fd_handles = true;
@@ -26,6 +28,10 @@ struct Device {
   std::string cluster;  // makes the fabric cluster's uuid; empty: the uuid is zero
   uint32_t clique = 0;
   bool multicast = true;
+
+  bool maps_memory_of(const Device& other) const {
+    return id == other.id || (name + other.name).find(" MIG ") == std::string::npos;
+  }
 };
 
 // The nth call (from 1) of `function` on `rank` returns `code`. With code 0 it "succeeds" and gives a null handle or

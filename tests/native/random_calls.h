@@ -119,6 +119,33 @@ void check_gather(Rank& rank, const Call& call) {
 }
 
 template <typename Rank>
+void check_all_gather(Rank& rank, const Call& call) {
+  const int me = rank.rank();
+  std::vector<int64_t> sizes;
+  Buffers outs;
+  for (int r = 0; r < call.world_size; ++r) {
+    sizes.push_back(call.uneven() ? call.size(r, 0) : call.size(0, 0));
+    outs.push(Buffer(sizes.back(), r));
+  }
+  Buffer in(call.data(me, 0, sizes[static_cast<size_t>(me)]), me);
+  AllGatherRequest request{in.data(), outs.outs(), sizes[0]};
+  if (call.uneven()) request.sizes = sizes.data();
+  rank.run(request);
+  for (int r = 0; r < call.world_size; ++r) {
+    const auto index = static_cast<size_t>(r);
+    outs.each[index].check(call.data(r, 0, sizes[index]), "all_gather ", call.call, " of ", r, " at ", me);
+  }
+}
+
+template <typename Rank>
+void check_broadcast(Rank& rank, const Call& call) {
+  const int64_t bytes = call.size(0, 0);
+  Buffer data(call.data(rank.rank(), 0, bytes), call.shift(rank.rank()));
+  rank.run(BroadcastRequest{data.data(), bytes, call.root()});
+  data.check(call.data(call.root(), 0, bytes), "broadcast ", call.call, " at ", rank.rank());
+}
+
+template <typename Rank>
 void check_all_to_all(Rank& rank, const Call& call) {
   const int me = rank.rank();
   const bool nothing = call.random(7).below(8) == 0;
@@ -153,12 +180,11 @@ inline Bytes reduced(const Call& call, int to, int64_t numel) {
 }
 
 template <typename Rank>
-void check_all_reduce(Rank& rank, const Call& call) {
+void check_all_reduce(Rank& rank, const Call& call, Strategy strategy) {
   const int me = rank.rank();
   const int64_t numel = call.size(0, 0) / element_size(call.dtype()), bytes = numel * element_size(call.dtype());
   Buffer in(call.data(me, 0, bytes), call.shift(me)), out(bytes, call.shift(me + 1));
   Buffer& result = call.in_place() ? in : out;
-  const Strategy strategy = call.random(8).below(2) == 0 ? Strategy::kOneShot : Strategy::kTwoShot;
   rank.run(AllReduceRequest{in.data(), result.data(), numel, call.dtype(), call.op(), strategy});
   result.check(reduced(call, 0, numel), "all_reduce ", call.call);
 }
@@ -198,7 +224,7 @@ void check_any(Rank& rank, const Call& call) {
     case 0: check_scatter(rank, call); break;
     case 1: check_gather(rank, call); break;
     case 2: check_all_to_all(rank, call); break;
-    case 3: check_all_reduce(rank, call); break;
+    case 3: check_all_reduce(rank, call, call.random(8).below(2) == 0 ? Strategy::kOneShot : Strategy::kTwoShot); break;
     case 4: check_reduce(rank, call); break;
     case 5: check_reduce_scatter(rank, call); break;
     default: rank.run(BarrierRequest{}); break;

@@ -304,6 +304,21 @@ TEST(exchange_reductions_that_fail) {
   }
 }
 
+// One for all and all for one, at the wrap.
+TEST(exchange_of_72_ranks) {
+  constexpr int kWorld = kMaxWorldSize;
+  Group group(kWorld, int64_t{kChannelKinds} * (kWorld - 1) * (4 << 10));
+  group.start_from(0xfffffffeu, 0xfffffffdu);
+  run_threads(kWorld, [&](int index) {
+    GroupRank rank{group, index};
+    const Call call{kWorld, /*call=*/1, /*most_bytes=*/500};
+    check_scatter(rank, call);
+    check_gather(rank, call);
+    const FailureRecord& record = group.record(index);
+    CHECK(record.valid == 0, to_error(record, 0).what());
+  });
+}
+
 // More peers than a warp has threads.
 TEST(exchange_reductions_of_many_ranks) {
   constexpr int kWorld = 35;

@@ -162,6 +162,12 @@ TEST(fused_rows_on_the_device_are_those_of_the_cpu) {
   run_cases(2, 1 << 20, 2, 600, iterations(8), /*usual=*/true);  // teams of half a block, and of a quarter
 }
 
+// By the loops for worlds without an instance of their own: most ranks own no row of the two-shot.
+TEST(fused_rows_of_16_ranks) {
+  run_cases(16, 128 << 10, 8, /*first=*/7229, 1);  // one shot, NVFP4
+  run_cases(16, 128 << 10, 8, /*first=*/7280, 1);  // two shots
+}
+
 // The mean square by a reciprocal is the rounded quotient, of any sum and any number of elements.
 template <typename Real>
 void check_means(uint64_t seed) {

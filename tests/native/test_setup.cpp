@@ -1,24 +1,9 @@
 // The set-up over the test double, for the sanitizers: every kind of plan, every driver call failing once, descriptors
 // with good and bad company. What errors say is tested from Python.
-#include "native/fake_setup.h"
-#include "native/harness.h"
+#include "native/setup_checks.h"
 
 namespace mnnvl::test {
 namespace {
-
-void check_clean(const FakeSetupResult& result, const std::string& what) {
-  for (const auto& [kind, count] : result.leaks) CHECK(count == 0, what, ": ", count, " ", kind);
-  CHECK(result.descriptors_leaked == 0, what, ": ", result.descriptors_leaked);
-  CHECK(result.mappings_leaked == 0, what, ": ", result.mappings_leaked);
-}
-
-void check_works(const FakeSetupResult& result, const std::string& what) {
-  check_clean(result, what);
-  for (size_t rank = 0; rank < result.ok.size(); ++rank) {
-    CHECK(result.ok[rank], what, ": ", result.errors[rank]);
-    CHECK(result.verified[rank], what, ": rank ", rank);
-  }
-}
 
 FakeSetupConfig rack(const std::string& bootstrap) {
   FakeSetupConfig config;

@@ -163,6 +163,53 @@ def test_gpus_that_are_alike_share_a_line():
     assert "good: nothing: CPU and CUDA tensors can be served here" in text
 
 
+OLDER = DEVICE | {"name": "NVIDIA A100", "compute_capability": 80, "multiprocessors": 108}
+MIG = DEVICE | {"name": "NVIDIA H200 MIG 1g.18gb", "multiprocessors": 16, "multicast": False,
+                "fabric_problem": "NVML does not know the device: Not Found (6)"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("machine", "variables", "lines"),
+    [
+        ({"devices": [DEVICE, DEVICE | {"ordinal": 1, "name": "NVIDIA GH200", "multiprocessors": 78}]}, {},
+         ["note: of several kinds: a group of them all launches for 78 multiprocessors, the fewest"]),
+        ({"devices": [DEVICE, OLDER | {"ordinal": 1}]}, {},
+         ["bad: CUDA tensors can't be served: device 1: sm_80, and the kernels need sm_90 or newer",
+          "warn: Leave this GPU out with CUDA_VISIBLE_DEVICES, or use CPU tensors: device 1: sm_80"]),
+        ({"devices": [DEVICE | {"fabric_problem": "NVML can't be loaded: gone"}], "nvml_problem": "gone"}, {},
+         ["warn: NVML can't be asked: gone",
+          "note: groups stay on this host: device 0: NVML can't be loaded: gone"]),
+        ({"devices": [IN_FABRIC]}, {},
+         ["warn: groups stay on this host: no IMEX channel in /dev/nvidia-caps-imex-channels",
+          "warn: For groups over several hosts, have an IMEX channel made for this process"]),
+        ({"devices": [MIG]}, {},
+         ["warn: device 0: a MIG instance, whose memory only ranks on the same instance can share",
+          "warn: Switch MIG off for groups of several GPUs: device 0: NVIDIA H200 MIG 1g.18gb is an instance",
+          "note: plain stores to each peer: device 0: no multicast support"]),
+        ({"devices": [DEVICE, DEVICE | {"ordinal": 1}]}, {"visible": "3,1"},
+         ["note: numbered as CUDA_VISIBLE_DEVICES=3,1 orders them; ranks are told apart by uuid"]),
+        ({"devices": [DEVICE]}, {},
+         ["note: one GPU: ranks that share it take bootstrap='store' and plain stores, no multicast"]),
+    ],
+    ids=["two kinds", "older than 9.0", "no NVML", "no IMEX channel", "MIG", "permuted", "one GPU"],
+)  # fmt: skip
+def test_odd_hardware_has_its_line(machine, variables, lines):
+    text = text_of(report(machine=machine, variables=ALLOWED | variables))
+    for line in lines:
+        assert line in text, text
+
+
+def test_ordinary_hardware_has_none_of_these_lines():
+    text = text_of(report(machine={"devices": [DEVICE, DEVICE | {"ordinal": 1}]}))
+    for words in ("of several kinds", "MIG", "CUDA_VISIBLE_DEVICES", "one GPU", "NVML", "IMEX"):
+        assert words not in text
+
+
+def test_the_order_of_devices_is_read_from_the_environment(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert examine.examine()["variables"]["visible"] == "1,0"
+
+
 # What it advises.
 
 
@@ -182,6 +229,8 @@ def test_gpus_that_are_alike_share_a_line():
         (report(machine={"devices": [], "driver_problem": "no libcuda"}), "mend the driver: no libcuda"),
         (report(machine={"devices": [DEVICE | {"compute_capability": 80}]}), "sm_80, and the kernels need sm_90"),
         (report(machine={"devices": [DEVICE | {"problem": "lost"}]}), "device 0: lost"),
+        (report(build=BUILD | {"archs": ["100a", "103"]}), "MNNVL_CUDA_ARCHS naming this GPU's architecture too: dev"),
+        (report(machine={"devices": [MIG]}), "Switch MIG off"),
         (report(machine={"devices": [IN_FABRIC]}), "have an IMEX channel made"),
         (report(machine={"devices": [IN_FABRIC], "imex_channels": ["/c"], "nccl_problem": "gone"}), "Install NCCL"),
     ],

@@ -77,9 +77,11 @@ def test_without_multicast_sizes_follow_the_allocation_granularity() -> None:
 
 
 def test_the_slowest_device_counts() -> None:
-    result = succeed(world_size=3, multiprocessors=[132, 78, 148], compute_capabilities=[100, 103, 90])
+    names = ["NVIDIA GB200", "NVIDIA GH200", "NVIDIA GB200"]  # of two kinds
+    result = succeed(
+        world_size=3, multiprocessors=[132, 78, 148], compute_capabilities=[100, 90, 103], device_names=names
+    )
     assert set(result["min_multiprocessors"]) == {78}
-    assert set(result["min_compute_capabilities"]) == {90}
 
 
 # --- Who can share what with whom.
@@ -140,6 +142,29 @@ def test_one_device_for_two_ranks() -> None:
     result = succeed(world_size=3, devices=[4, 5, 4], bootstrap="store")
     assert not any(result["multicast"])  # which wants distinct devices
     assert "cuMulticastCreate" not in result["calls"]
+
+
+def test_an_older_gpu_is_named_and_refused_before_anything_is_allocated() -> None:
+    text = fail_alike(world_size=3, compute_capabilities=[90, 90, 89], device_names=["NVIDIA H200", "", "NVIDIA L40S"])
+    assert re.match(r"finding out what the device can do failed on rank 2 \(host .*, device 2\): ", text)
+    assert "device 2 (NVIDIA L40S) has compute capability 8.9, and mnnvl needs 9.0 or newer on every rank" in text
+    assert "cuMemCreate" not in run(world_size=1, compute_capabilities=[80])["calls"]
+
+
+def test_without_nvml_ranks_stay_on_their_host() -> None:
+    missing = {"world_size": 2, "clusters": ["rack"], "nvml_problems": ["", "NVML can't be loaded: no such file"]}
+    assert set(succeed(**missing)["handle_types"]) == {"fd"}
+    text = fail_alike(**missing, host_ids=["a", "b"])
+    assert "rank 1's device is in no NVLink fabric cluster: NVML can't be loaded: no such file" in text
+
+
+def test_mig_instances_serve_ranks_that_share_one() -> None:
+    name = "NVIDIA H200 MIG 1g.18gb"
+    text = fail_alike(world_size=3, device_names=["NVIDIA H200", name, "NVIDIA H200"])
+    assert text.startswith("mapping the ranks' memory failed on rank 0 (")
+    assert "rank 1's device is a MIG instance, which shares memory with no other device" in text
+    assert not any(succeed(world_size=3, device_names=[name], devices=[4])["multicast"])
+    assert "MIG" not in fail_alike(world_size=2, faults=[(1, "cuMemMap", 1, 2)])
 
 
 def test_an_error_is_of_its_kind() -> None:
