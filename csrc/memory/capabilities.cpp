@@ -73,6 +73,7 @@ CUdevice find_device(const CudaDriver& driver, Capabilities* found) {
 Capabilities find_capabilities(const CudaDriver& driver, const SymmetricBufferOptions& options) {
   Capabilities found;
   found.host = host_identity(options.host_id);
+  check_known(found.host);
   found.device = options.device;
   found.bootstrap = options.bootstrap;
   found.bytes = options.bytes;
