@@ -108,7 +108,8 @@ void FunctionGroup::run(const Request& request) {
 }
 
 bool FunctionGroup::attached() {
-  at_torch_boundary([this] { birthplace_.check("workspace"); });  // before the lock, which a thread that is no more may hold
+  // Before the lock, which a thread that the child lacks may hold.
+  at_torch_boundary([this] { birthplace_.check("workspace"); });
   if (cuda_) return cuda_->transport()->attached();
   std::lock_guard<std::mutex> lock(mutex_);
   return cpu_ ? cpu_->attached() : alone_attached_.load();

@@ -46,7 +46,7 @@ void ProcessGroupMNNVL::check_usable() const {
 }
 
 std::shared_ptr<CpuSetUp> ProcessGroupMNNVL::cpu_set_up(bool waits) {
-  birthplace_.check("process group");  // before any lock, which a thread that is no more may hold
+  birthplace_.check("process group");  // before any lock, which a thread that the child lacks may hold
   const auto find = [&](const std::shared_ptr<CpuSetUp>& begun) {
     std::lock_guard<std::mutex> lock(mutex_);
     check_usable();

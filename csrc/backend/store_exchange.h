@@ -35,8 +35,8 @@
 //   comes to a retry earlier than the one which failed alone would still find that one's word.
 // - After a meeting a peer's nonce must stay until its contribution is there: a peer without both has left, or begun
 //   anew.
-// - A process that has met and ended without its contribution will not make it. One that ended before is like a rank that has
-//   not come: its place may be taken.
+// - A process that has met and ended without its contribution will not make it. One that ended before is like a rank
+//   that has not come: its place may be taken.
 // - A rank that was replaced (its record has another's nonce) fails, and leaves the record alone.
 #pragma once
 

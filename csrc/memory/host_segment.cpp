@@ -40,7 +40,8 @@ class MappedSegment {
     void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (address == MAP_FAILED) fail_errno(errno, "mmap of a segment of ", bytes, " bytes");
     address_ = static_cast<std::byte*>(address);
-    madvise(address, bytes, MADV_DONTFORK);  // a child has no use for it, and would keep it when this process gives it back
+    // A child has no use for it, and would keep it when this process gives it back.
+    madvise(address, bytes, MADV_DONTFORK);
   }
   ~MappedSegment() { munmap(address_, bytes_); }
   MappedSegment(const MappedSegment&) = delete;

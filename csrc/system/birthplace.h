@@ -1,5 +1,5 @@
-// Whether this process is still the one that made something, or a child of it by fork(). A child has its parent's memory and
-// descriptors and none of its threads; a rank it is not.
+// Whether this process is still the one that made something, or a child of it by fork(). A child has its parent's
+// memory and descriptors and none of its threads; a rank it is not.
 #pragma once
 
 #include <unistd.h>

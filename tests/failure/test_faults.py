@@ -7,6 +7,7 @@ MNNVL_TEST_TRIES: how often each (default 1). scripts/faults.sh makes a table of
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import platform
 import re
@@ -18,9 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from double import run_fake_setup
 from failing import NOTICED_WITHIN, works
-from faults import FAULTS, VICTIM, WORLD_SIZE, Fault, Seen
+from faults import FAULTS, Fault
+from faults_of_processes import VICTIM, WORLD_SIZE, Seen
 from launcher import Died, Rank, run_ranks
 
 from mnnvl_backend.tools.soak_growth import Growth
@@ -55,6 +56,7 @@ def body(rank: Rank, number: int, turns: Iterable[int]) -> Report:
     fault = FAULTS[number]
     for warm_up in range(2):
         life(rank, f"warm-up {warm_up}")
+    gc.freeze()  # what is looked through for garbage several times is what came since
     growth = Growth(rank.device)
     growth.sample(warming_up=True)
     seen = []
@@ -67,7 +69,7 @@ def body(rank: Rank, number: int, turns: Iterable[int]) -> Report:
         left = survivors(rank, fault)
         left.meet(f"over {turn}")
         life(left, f"after {turn}")
-        growth.sample(warming_up=False)
+    growth.sample(warming_up=False)
     growth.settle()
     children = Path("/proc/self/task", str(os.getpid()), "children").read_text().split()
     return Report(seen, growth.grown() + [f"children: {children}"] * bool(children))
@@ -174,6 +176,8 @@ def test_fault(device: str, number: int, table: Table) -> None:
 @pytest.mark.parametrize("plan", ["fabric", "descriptors"])
 def test_out_of_memory_at_any_call_of_a_set_up(plan: str, table: Table) -> None:
     """Of the driver, on one rank, over the double: all raise alike, or all go on without what failed (multicast, one kind of handle)."""
+    from double import run_fake_setup  # loaded here alone: each try's processes import this file
+
     config = {"world_size": WORLD_SIZE, "clusters": ["rack" if plan == "fabric" else ""]}
     calls = run_fake_setup(**config)["calls_by_rank"][VICTIM]
     seconds, tried, spared = [], 0, 0
@@ -191,4 +195,6 @@ def test_out_of_memory_at_any_call_of_a_set_up(plan: str, table: Table) -> None:
         seconds += result["seconds"]
     assert 0 < spared < tried
     outcome = f"raise, or all do without ({spared} times)"
-    table.add("cpu", f"out of memory at any call of the driver in set-up, by {plan} (the double)", tried, seconds, outcome)
+    table.add(
+        "cpu", f"out of memory at any call of the driver in set-up, by {plan} (the double)", tried, seconds, outcome
+    )

@@ -5,6 +5,7 @@ MNNVL_TEST_CYCLES: how many (default 25; a quarter of it on GPUs).
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -43,6 +44,7 @@ def cycle(rank: Rank, number: int) -> None:
 def body(rank: Rank, cycles: int) -> dict[str, Change]:
     for number in range(WARM_UP):
         cycle(rank, -1 - number)
+    gc.freeze()  # what is looked through for garbage is what came since
     growth = Growth(rank.device)
     growth.sample(warming_up=True)
     for number in range(cycles):
