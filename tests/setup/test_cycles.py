@@ -21,7 +21,6 @@ CYCLES = int(os.environ.get("MNNVL_TEST_CYCLES", "25"))
 WARM_UP = 8
 SAMPLES = 10
 HEAP_PER_CYCLE = 2048  # bytes, beside 256 KiB that a short run may grow by
-EXACT = ("descriptors", "threads", "segments")
 
 
 def cycle(rank: Rank, number: int) -> None:
@@ -52,7 +51,7 @@ def body(rank: Rank, cycles: int) -> dict[str, Change]:
         if (number + 1) % max(1, cycles // SAMPLES) == 0:
             growth.sample(warming_up=False)
     growth.settle()
-    assert growth.grown() == []
+    assert growth.grown() == []  # no descriptor, thread or segment at all
     return growth.changes()
 
 
@@ -62,5 +61,4 @@ def test_what_comes_and_goes_leaves_nothing(device: str) -> None:
     for rank, changes in enumerate(run_ranks(body, 2, device, backend=None, args=(cycles,), timeout=100 + cycles)):
         differences = {name: change.after - change.before for name, change in changes.items()}
         print(f"rank {rank}, {cycles} cycles: {differences}")  # bytes, but for counts
-        assert {name: differences[name] for name in EXACT} == dict.fromkeys(EXACT, 0)
         assert differences["heap"] < (256 << 10) + HEAP_PER_CYCLE * cycles
