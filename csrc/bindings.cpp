@@ -223,7 +223,7 @@ void bind_function_group(py::module_& m) {
   struct WithoutGil {
     void operator()(FunctionGroup* group) const {
       py::gil_scoped_release no_gil;
-      delete group;
+      if (!group->is_parents()) delete group;
     }
   };
   using Holder = std::unique_ptr<FunctionGroup, WithoutGil>;

@@ -108,12 +108,15 @@ void FunctionGroup::run(const Request& request) {
 }
 
 bool FunctionGroup::attached() {
+  // Before the lock, which a thread that the child lacks may hold.
+  at_torch_boundary([this] { birthplace_.check("workspace"); });
   if (cuda_) return cuda_->transport()->attached();
   std::lock_guard<std::mutex> lock(mutex_);
   return cpu_ ? cpu_->attached() : alone_attached_.load();
 }
 
 void FunctionGroup::check_same_ranks(const Exchange& exchange) const {
+  at_torch_boundary([this] { birthplace_.check("workspace"); });
   TORCH_CHECK_VALUE(exchange.rank() == rank_ && exchange.size() == size_, "comm_backend: expected rank ", rank_, " of ",
                     size_, ", as when the workspace was made, got rank ", exchange.rank(), " of ", exchange.size());
 }
@@ -141,6 +144,7 @@ void FunctionGroup::attach(Exchange& exchange) {
 }
 
 void FunctionGroup::destroy() {
+  if (is_parents()) return;
   if (cuda_) cuda_->close();
   std::lock_guard<std::mutex> lock(mutex_);
   destroyed_ = true;

@@ -10,6 +10,7 @@
 
 #include "backend/cuda_queue.h"
 #include "backend/fused_function.h"
+#include "system/birthplace.h"
 #include "transport/transport.h"
 
 namespace mnnvl {
@@ -31,12 +32,15 @@ class FunctionGroup {
   bool attached();
   // Unmaps; idempotent. Without it a workspace that was used in a capture stays mapped for the process's life.
   void destroy();
+  // In a child by fork(): calls throw, destroy() does nothing, and the destructor may not run.
+  bool is_parents() const { return birthplace_.left(); }
 
  private:
   void run(const Request& request);
   void run_alone(const FusedRequest& request);
   void check_same_ranks(const Exchange& exchange) const;
 
+  const Birthplace birthplace_;
   const at::Device device_;
   const int64_t buffer_bytes_;
   const int64_t timeout_ms_;

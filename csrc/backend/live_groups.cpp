@@ -1,5 +1,6 @@
 #include "backend/live_groups.h"
 
+#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -30,6 +31,26 @@ void write_operations() {
 }
 
 }  // namespace
+
+// A fork finds the list whole: no thread that the child lacks is inside.
+LiveGroups::LiveGroups() {
+  pthread_atfork([] { std::lock(get().coming_and_going_, get().mutex_); },
+                 [] {
+                   get().mutex_.unlock();
+                   get().coming_and_going_.unlock();
+                 },
+                 [] {
+                   get().leave_to_parent();
+                   get().mutex_.unlock();
+                   get().coming_and_going_.unlock();
+                 });
+}
+
+// The child keeps what it can't end: a destructor would wait for threads that it doesn't have.
+void LiveGroups::leave_to_parent() {
+  for (const Live& one : groups_) c10::raw::intrusive_ptr::incref(one.group);
+  groups_.clear();
+}
 
 LiveGroups& LiveGroups::get() {
   static auto* live = new LiveGroups;  // outlives everything

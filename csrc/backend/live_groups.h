@@ -20,7 +20,7 @@ class LiveGroups {
   void add(ProcessGroupMNNVL* group);
   void remove(ProcessGroupMNNVL* group);
 
-  // ProcessGroupMNNVL::finish() of each.
+  // ProcessGroupMNNVL::finish() of each. A child by fork() has none of its parent's.
   void finish(std::chrono::milliseconds grace);
   // Each one's FlightRecorder::table(), under a line that says whose they are; ends with a newline.
   std::string operations();
@@ -28,6 +28,9 @@ class LiveGroups {
   static void write_on_signal(int signum);
 
  private:
+  LiveGroups();
+  void leave_to_parent();
+
   struct Live {
     ProcessGroupMNNVL* group;  // a weak reference would put off the destructor
     std::shared_ptr<FlightRecorder> recorder;

@@ -46,6 +46,7 @@ void ProcessGroupMNNVL::check_usable() const {
 }
 
 std::shared_ptr<CpuSetUp> ProcessGroupMNNVL::cpu_set_up(bool waits) {
+  birthplace_.check("process group");  // before any lock, which a thread that the child lacks may hold
   const auto find = [&](const std::shared_ptr<CpuSetUp>& begun) {
     std::lock_guard<std::mutex> lock(mutex_);
     check_usable();
@@ -81,6 +82,7 @@ CpuSetUp::Make ProcessGroupMNNVL::make_cpu(bool waits) const {
 }
 
 std::shared_ptr<CudaQueue> ProcessGroupMNNVL::cuda_queue(at::Device device) {
+  birthplace_.check("process group");
   const auto existing = [&]() -> std::shared_ptr<CudaQueue> {
     std::lock_guard<std::mutex> lock(mutex_);
     check_usable();
@@ -240,8 +242,9 @@ ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_on_cuda(const Call& call, cons
 }
 
 void ProcessGroupMNNVL::monitoredBarrier(const c10d::BarrierOptions& opts, bool /*wait_all_ranks*/) {
-  const std::lock_guard<std::mutex> lock(monitored_mutex_);
   at_torch_boundary([&] {
+    birthplace_.check("process group");
+    const std::lock_guard<std::mutex> lock(monitored_mutex_);
     check_usable();
     // Zero is a timeout as well: who isn't there now is late.
     const int64_t timeout_ms = opts.timeout.count() >= 0 ? opts.timeout.count() : timeout_ms_.load();
@@ -310,10 +313,13 @@ c10d::ErrorType ProcessGroupMNNVL::getError() {
   return c10d::ErrorType::SUCCESS;
 }
 
-void ProcessGroupMNNVL::abort() { state_->abort(); }
+void ProcessGroupMNNVL::abort() {
+  if (!birthplace_.left()) state_->abort();
+}
 
 void ProcessGroupMNNVL::shutdown() {
   closed_ = true;
+  if (birthplace_.left()) return;
   cpu_queue_.stop();
   std::shared_ptr<CpuSetUp> set_up;
   std::shared_ptr<CudaQueue> cuda;

@@ -21,6 +21,7 @@
 #include "backend/cuda_queue.h"
 #include "backend/group_state.h"
 #include "backend/work.h"
+#include "system/birthplace.h"
 
 namespace mnnvl {
 
@@ -175,6 +176,7 @@ class ProcessGroupMNNVL final : public c10d::Backend {
   void on_set_up(const std::function<void(Transport&, Exchange&)>& on_cpu,
                  const std::function<void(CudaQueue&, Exchange&)>& on_cuda);
 
+  const Birthplace birthplace_;  // in a child of it calls throw, abort() and shutdown() do nothing
   const c10::intrusive_ptr<c10d::Store> store_;
   const c10::intrusive_ptr<Options> options_;
   std::atomic<int64_t> timeout_ms_;

@@ -8,6 +8,7 @@ namespace mnnvl {
 // One meeting in the store for all, of this attempt alone.
 void ProcessGroupMNNVL::on_set_up(const std::function<void(Transport&, Exchange&)>& on_cpu,
                                   const std::function<void(CudaQueue&, Exchange&)>& on_cuda) {
+  at_torch_boundary([this] { birthplace_.check("process group"); });
   const std::lock_guard<std::mutex> sleep_lock(sleep_mutex_);
   std::shared_ptr<CpuSetUp> cpu;
   std::shared_ptr<CudaQueue> cuda;

@@ -35,7 +35,9 @@ std::string list_of(const std::vector<int>& ranks) {
 
 std::string StoreExchange::Record::serialise() const {
   RecordWriter writer;
-  writer.put(count).put(nonce).put(kind).put(word).put(static_cast<uint32_t>(litter.size()));
+  writer.put(count).put(nonce).put(kind).put(word);
+  process.serialise(writer);
+  writer.put(static_cast<uint32_t>(litter.size()));
   for (const std::string& key : litter) writer.put(key);
   return writer.bytes();
 }
@@ -44,7 +46,9 @@ StoreExchange::Record StoreExchange::Record::parse(const std::string& bytes) {
   Record record;
   uint32_t size = 0;
   RecordReader reader(bytes);
-  reader.get(record.count).get(record.nonce).get(record.kind).get(record.word).get(size);
+  reader.get(record.count).get(record.nonce).get(record.kind).get(record.word);
+  record.process = HostIdentity::parse(reader);
+  reader.get(size);
   for (uint32_t i = 0; i < size; ++i) reader.get(record.litter.emplace_back());
   reader.finish();
   return record;
@@ -143,6 +147,7 @@ void StoreExchange::begin() {
   own() = Record();
   own().count = std::max(before.count, static_cast<uint64_t>(owner_) << 32) + 1;
   own().nonce = fresh_nonce();
+  own().process = host_identity("");
   own().litter = std::move(before.litter);
   known_[rank_] = begun_ = true;
 }
@@ -200,6 +205,7 @@ void StoreExchange::meet(Wait& wait, const std::string& first) {
     check_end(wait);
   }
   met_ = tried_;
+  watch_peers();
   // Everybody has left what it did before.
   for (const std::string& old : own().litter) {
     if (old != key(0, rank_)) store_.forget(old);
@@ -218,6 +224,14 @@ void StoreExchange::post(const std::string& mine) {
 }
 
 bool StoreExchange::complete() { return !id_.empty() && store_.have(keys(0)); }
+
+// A record that has changed since is another try's.
+void StoreExchange::watch_peers() {
+  std::vector<HostIdentity> processes;
+  for (const Record& record : records_) processes.push_back(record.process);
+  const std::vector<int> pids = visible_pids(processes, rank_);
+  for (int r = 0; r < size_; ++r) watches_.emplace_back(records_[r].nonce == met_[r] ? pids[r] : -1);
+}
 
 void StoreExchange::listen() {
   const uint64_t highest = highest_present();
@@ -251,15 +265,20 @@ void StoreExchange::run_round(Wait& wait, const std::string& mine) {
 
 void StoreExchange::look_in_round() {
   read_records();
-  std::vector<int> gone;
+  std::vector<int> gone, dead;
   for (int r = 0; r < size_; ++r) {
+    const bool left = records_[r].nonce != met_[r], ended = watches_[r].ended();
     // In this order: a rank that is through with the set-up takes its nonce away after its last contribution.
-    if (records_[r].nonce != met_[r] && !store_.have({key(round_, r)})) gone.push_back(r);
+    if ((left || ended) && !store_.have({key(round_, r)})) (left ? gone : dead).push_back(r);
   }
-  if (gone.empty()) return;
+  if (gone.empty() && dead.empty()) return;
   // The one that it began with has left word; it need not be one that is waited for.
   for (int r = 0; r < size_; ++r) {
     if (records_[r].nonce != met_[r] && !records_[r].word.empty()) hear(records_[r]);
+  }
+  if (!dead.empty()) {
+    fail(ErrorKind::kPeerFailed, "mnnvl set-up: rank ", rank_, " waited for ", list_of(dead), " to reach step ", round_,
+         " of ", store_.prefix(), ", whose process (pid ", watches_[dead[0]].pid(), ") has ended");
   }
   silent_ = true;
   fail(ErrorKind::kPeerFailed, "mnnvl set-up: rank ", rank_, " waited for ", list_of(gone), " to reach step ", round_,

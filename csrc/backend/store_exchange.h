@@ -3,7 +3,7 @@
 //
 // What stands in the store, below the prefix:
 //
-//   here/R          R's record {count, nonce, word, litter}; written by R's present try alone
+//   here/R          R's record {count, nonce, word, process, litter}; written by R's present try alone
 //   tries/R         more than 0 once here/R exists (so that a store without `check` can be asked, by add(…, 0))
 //   ID/ROUND/R      what R contributes to a round of the meeting ID
 //
@@ -35,6 +35,8 @@
 //   comes to a retry earlier than the one which failed alone would still find that one's word.
 // - After a meeting a peer's nonce must stay until its contribution is there: a peer without both has left, or begun
 //   anew.
+// - A process that has met and ended without its contribution will not make it. One that ended before is like a rank
+//   that has not come: its place may be taken.
 // - A rank that was replaced (its record has another's nonce) fails, and leaves the record alone.
 #pragma once
 
@@ -49,6 +51,8 @@
 #include "backend/set_up_store.h"
 #include "bootstrap/exchange.h"
 #include "common/error.h"
+#include "memory/host_identity.h"
+#include "system/peer_watch.h"
 
 namespace mnnvl {
 
@@ -83,6 +87,7 @@ class StoreExchange final : public Exchange {
     uint64_t nonce = 0;  // 0: not present
     ErrorKind kind = ErrorKind::kPeerFailed;
     std::string word;  // why this rank gave up, else empty
+    HostIdentity process;
     std::vector<std::string> litter;  // what this rank may delete once everybody has met again
 
     std::string serialise() const;
@@ -96,6 +101,7 @@ class StoreExchange final : public Exchange {
   void run_round(Wait& wait, const std::string& mine);
   void post(const std::string& mine);
   bool complete();
+  void watch_peers();
   void listen();
   void look_in_round();
   void check_end(const Wait& wait);
@@ -126,6 +132,7 @@ class StoreExchange final : public Exchange {
   std::string id_;  // of the meeting, or of the one that is tried
   std::vector<uint64_t> tried_;  // the nonces of id_, by rank
   std::vector<uint64_t> met_;  // nonces of the meeting, by rank; empty before it
+  std::vector<PeerWatch> watches_;  // of the meeting's processes, by rank
   uint64_t round_ = 0;
   std::optional<Error> failure_;
 };

@@ -84,6 +84,7 @@ int CpuWork::sourceRank() const {
 }
 
 bool CpuWork::wait(std::chrono::milliseconds timeout) {
+  at_torch_boundary([this] { birthplace_.check("work"); });
   const auto limit = std::chrono::milliseconds(clamp_timeout_ms(timeout == kNoTimeout ? INT64_MAX : timeout.count()));
   std::unique_lock<std::mutex> lock(mutex_);
   if (!completed_) {

@@ -13,6 +13,7 @@
 #include "backend/call.h"
 #include "backend/group_state.h"
 #include "protocol/messenger.h"
+#include "system/birthplace.h"
 #include "system/callback_threads.h"
 
 namespace mnnvl {
@@ -34,6 +35,7 @@ class CpuWork final : public c10d::Work {
   int sourceRank() const override;
 
  private:
+  const Birthplace birthplace_;
   const char* const name_;
   const std::vector<at::Tensor> outputs_;
   const std::shared_ptr<CallbackThreads> callbacks_;

@@ -89,6 +89,7 @@ void check_supported(const CudaDriver& driver, int ordinal) {
 Capabilities find_capabilities(const CudaDriver& driver, const SymmetricBufferOptions& options) {
   Capabilities found;
   found.host = host_identity(options.host_id);
+  check_known(found.host);
   found.device = options.device;
   found.bootstrap = options.bootstrap;
   found.bytes = options.bytes;

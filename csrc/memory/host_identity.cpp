@@ -1,9 +1,12 @@
 #include "memory/host_identity.h"
 
+#include <errno.h>
 #include <unistd.h>
 
 #include <fstream>
 #include <set>
+
+#include "common/error.h"
 
 namespace mnnvl {
 namespace {
@@ -20,10 +23,13 @@ std::string host_name() {
   return text;
 }
 
+// Empty where there is no descriptor to read it with, which mustn't pass for another host.
 std::string boot_id() {
   std::string id;
+  errno = 0;
   std::ifstream("/proc/sys/kernel/random/boot_id") >> id;
-  return id.empty() ? "boot of " + host_name() : id;
+  if (!id.empty()) return id;
+  return errno == EMFILE || errno == ENFILE ? "" : "boot of " + host_name();
 }
 
 }  // namespace
@@ -50,6 +56,10 @@ HostIdentity host_identity(const std::string& host_id) {
   identity.pid_namespace = link_target("/proc/self/ns/pid");
   identity.host_id = host_id.empty() ? identity.boot_id + " " + link_target("/proc/thread-self/ns/net") : host_id;
   return identity;
+}
+
+void check_known(const HostIdentity& identity) {
+  if (identity.boot_id.empty()) fail_errno(EMFILE, "reading the kernel's boot id");
 }
 
 std::vector<int> visible_pids(const std::vector<HostIdentity>& identities, int rank) {

@@ -11,7 +11,7 @@ namespace mnnvl {
 
 struct HostIdentity {
   std::string host_id;   // equal: descriptors can be passed between the two ranks
-  std::string boot_id;   // of the kernel
+  std::string boot_id;   // of the kernel; empty: this process is at its limit of open files
   std::string hostname;  // for people
   int pid = 0;
   std::string pid_namespace;
@@ -23,6 +23,9 @@ struct HostIdentity {
 // The calling thread's identity. The host id is the kernel's boot id and the network namespace (abstract sockets end
 // there, so two containers of one machine count as two hosts), unless `host_id` gives another. Never throws.
 HostIdentity host_identity(const std::string& host_id);
+
+// Throws where the identity isn't whole.
+void check_known(const HostIdentity& identity);
 
 // The pids, by rank, that this process can watch: same kernel, host id and pid namespace; -1 for the others and for
 // this process.

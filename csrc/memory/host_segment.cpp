@@ -40,6 +40,8 @@ class MappedSegment {
     void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (address == MAP_FAILED) fail_errno(errno, "mmap of a segment of ", bytes, " bytes");
     address_ = static_cast<std::byte*>(address);
+    // A child has no use for it, and would keep it when this process gives it back.
+    madvise(address, bytes, MADV_DONTFORK);
   }
   ~MappedSegment() { munmap(address_, bytes_); }
   MappedSegment(const MappedSegment&) = delete;
@@ -107,6 +109,7 @@ class HostSegmentsImpl final : public HostSegments {
     // Stage 1. Who is where.
     std::vector<std::string> records = agree_gather(exchange, "comparing hosts", where, [&] {
       if (bytes_ == 0) fail(ErrorKind::kInvalidArgument, "host segments of 0 bytes");
+      check_known(self);
       return RankRecord{self, bytes_}.serialise();
     });
     std::vector<RankRecord> ranks;
