@@ -34,11 +34,11 @@ void HostIdentity::serialise(RecordWriter& writer) const {
 
 HostIdentity HostIdentity::parse(RecordReader& reader) {
   HostIdentity identity;
-  reader.get(identity.host_id)
-      .get(identity.boot_id)
-      .get(identity.hostname)
+  reader.get_text(identity.host_id)
+      .get_text(identity.boot_id)
+      .get_text(identity.hostname)
       .get(identity.pid)
-      .get(identity.pid_namespace);
+      .get_text(identity.pid_namespace);
   return identity;
 }
 

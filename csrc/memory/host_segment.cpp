@@ -60,8 +60,8 @@ struct RankRecord {
     host.serialise(writer);
     return writer.put(bytes).bytes();
   }
-  static RankRecord parse(const std::string& bytes) {
-    RecordReader reader(bytes);
+  static RankRecord parse(const std::string& bytes, int rank) {
+    RecordReader reader(bytes, rank);
     RankRecord record;
     record.host = HostIdentity::parse(reader);
     reader.get(record.bytes).finish();
@@ -112,7 +112,7 @@ class HostSegmentsImpl final : public HostSegments {
     std::vector<RankRecord> ranks;
     std::vector<HostIdentity> hosts;
     for (const std::string& record : records) {
-      ranks.push_back(RankRecord::parse(record));
+      ranks.push_back(RankRecord::parse(record, static_cast<int>(ranks.size())));
       hosts.push_back(ranks.back().host);
     }
     check_ranks(ranks);
