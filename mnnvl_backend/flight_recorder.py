@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
+from mnnvl_backend import arguments
 from mnnvl_backend.compiled import load_compiled
 from mnnvl_backend.groups import compiled_groups
 
@@ -36,8 +37,10 @@ def dump_operations(file: TextIO | None = None) -> None:
         file: an open text stream; None: sys.stderr.
 
     Raises:
-        RuntimeError: the compiled module can't be loaded.
+        TypeError: not a stream. RuntimeError: the compiled module can't be loaded.
     """
+    if file is not None and not callable(getattr(file, "write", None)):
+        raise arguments.wrong_type("file", "an open text stream or None", file)
     print(load_compiled().operations_of_all(), end="", file=sys.stderr if file is None else file, flush=True)
 
 
@@ -56,8 +59,8 @@ def dump_on_signal(signum: int = signal.SIGUSR1) -> None:
         signum: SIGUSR1, SIGUSR2, or a real-time signal.
 
     Raises:
-        ValueError: another signal.
+        TypeError: not an integer. ValueError: another signal.
         RuntimeError: this was called for the signal before, and another handler has taken it since; or the compiled
             module can't be loaded.
     """
-    load_compiled().write_on_signal(int(signum))
+    load_compiled().write_on_signal(arguments.integer("signum", signum, -(2**31), 2**31 - 1))

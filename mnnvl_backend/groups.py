@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mnnvl_backend import arguments
 from mnnvl_backend.compiled import load_compiled
 
 
@@ -17,7 +18,9 @@ def compiled_groups(function: str, group: dist.ProcessGroup | None) -> list[Any]
     """
     group = dist.group.WORLD if group is None else group
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"{function}: group: expected a process group that this rank is in, got {group!r}")
+        raise ValueError(
+            f"{function}: group: expected a process group that this rank is in, got {arguments.shown(group)}"
+        )
     kind = load_compiled().ProcessGroupMNNVL
     backends = [group._get_backend(device) for device in sorted(group._device_types, key=str)]
     served = [backend for backend in dict.fromkeys(backends) if isinstance(backend, kind)]

@@ -1,7 +1,8 @@
 """Checks the house rules (csrc/README.md): who may include what, and how long things may be.
 
 bindings -> backend -> transport -> {kernels/kernels.h, cpu, tuning, memory, bootstrap} -> driver -> system, common
-protocol sees only common; kernels sees protocol; cpu sees protocol and system; tests/native all that is below torch
+protocol sees only common; kernels sees protocol; cpu sees protocol and system; tests/native and tests/fuzz all that is
+below torch
 torch headers in backend/ and bindings.cpp only; <<< in kernels/*.cu and *.cuh only
 no file over 400 lines, no function over 80, no line over 120 columns
 """
@@ -41,7 +42,7 @@ MAY_SEE: dict[str, set[str]] = {
     "transport": BELOW_TRANSPORT,
     "backend": {"transport"} | BELOW_TRANSPORT,
     "bindings": {"backend", "transport"} | BELOW_TRANSPORT,
-    "native": {"transport"} | BELOW_TRANSPORT,
+    "native": {"transport", "fuzz"} | BELOW_TRANSPORT,  # of tests/fuzz too
 }
 
 Problem = tuple[int, str]  # line, what
@@ -157,7 +158,7 @@ def main() -> int:
     cpp = [
         p
         for s in ("*.h", "*.cpp", "*.cu", "*.cuh", "*.inc")
-        for d in ("csrc", "tests/native")
+        for d in ("csrc", "tests/native", "tests/fuzz")
         for p in (ROOT / d).rglob(s)
     ]
     python = [p for s in ("*.py", "*.pyi") for d in ("mnnvl_backend", "tests/native") for p in (ROOT / d).rglob(s)]

@@ -5,7 +5,7 @@ source "$(dirname "$0")/common.sh"
 set_up
 need ruff mypy clang_format rich || die "ruff, mypy, clang-format and rich are needed"
 paths=(mnnvl_backend tests examples scripts setup.py)
-sources=$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | sort)
+sources=$(find csrc tests/native tests/fuzz -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | sort)
 
 if [ "${1:-}" = --fix ]; then
   "$PYTHON" -m ruff check -q --fix "${paths[@]}" || true

@@ -76,7 +76,7 @@ void check_overlaps(const FusedTensors& t, const RowWork& w) {
   add(inputs, "input", &t.input, bytes, true);
   add(inputs, "residual_in", given(t.residual), bytes, true);
   add(inputs, "gamma", &t.gamma, int64_t(t.gamma.nbytes()), false);
-  add(inputs, "scale", given(t.scale), int64_t(sizeof(float)), false);
+  add(inputs, "output_scale", given(t.scale), int64_t(sizeof(float)), false);
   add(outputs, "residual_out", &t.residual_out, bytes, true);
   add(outputs, "output", given(t.output), bytes, true);
   add(outputs, "quant_out", given(t.quantised), w.quantization == Quantization::kNone ? 0 : quantised_bytes(w), false);
@@ -137,8 +137,8 @@ FusedRequest fused_request(const FusedTensors& t, at::Device device) {
     check_room(t.scales, scales_bytes(work), words ? int(sizeof(float)) : 1, device, "scale_out");
   }
   if (t.scale) {
-    check_room(t.scale, int64_t(sizeof(float)), int(sizeof(float)), device, "scale");
-    expect(t.scale->scalar_type() == at::kFloat && t.scale->numel() > 0, "scale", "float32, got ",
+    check_room(t.scale, int64_t(sizeof(float)), int(sizeof(float)), device, "output_scale");
+    expect(t.scale->scalar_type() == at::kFloat && t.scale->numel() > 0, "output_scale", "float32, got ",
            t.scale->scalar_type());
   }
   check_overlaps(t, work);

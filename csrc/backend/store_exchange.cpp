@@ -31,28 +31,13 @@ std::string list_of(const std::vector<int>& ranks) {
   return text;
 }
 
+void check_length(const std::string& record, int rank) {
+  if (record.size() <= kMaxRecordBytes) return;
+  fail(ErrorKind::kSystem, "mnnvl set-up: what rank ", rank, " contributes has ", record.size(), " bytes, and at most ",
+       kMaxRecordBytes, " are taken");
+}
+
 }  // namespace
-
-std::string StoreExchange::Record::serialise() const {
-  RecordWriter writer;
-  writer.put(count).put(nonce).put(kind).put(word);
-  process.serialise(writer);
-  writer.put(static_cast<uint32_t>(litter.size()));
-  for (const std::string& key : litter) writer.put(key);
-  return writer.bytes();
-}
-
-StoreExchange::Record StoreExchange::Record::parse(const std::string& bytes) {
-  Record record;
-  uint32_t size = 0;
-  RecordReader reader(bytes);
-  reader.get(record.count).get(record.nonce).get(record.kind).get(record.word);
-  record.process = HostIdentity::parse(reader);
-  reader.get(size);
-  for (uint32_t i = 0; i < size; ++i) reader.get(record.litter.emplace_back());
-  reader.finish();
-  return record;
-}
 
 // Polls instead of Store::wait(), which nothing but its time-out can end: quickly at first, and without a look at the
 // records, since ranks mostly come within a moment of each other.
@@ -110,6 +95,7 @@ std::vector<std::string> StoreExchange::all_gather(const std::string& mine) {
   if (failure_) throw *failure_;
   if (size_ == 1) return {mine};
   try {
+    check_length(mine, rank_);
     Wait wait(timeout_, size_);
     if (met_.empty()) {
       meet(wait, mine);
@@ -117,6 +103,7 @@ std::vector<std::string> StoreExchange::all_gather(const std::string& mine) {
       run_round(wait, mine);
     }
     std::vector<std::string> all = store_.get(keys(round_));
+    for (int r = 0; r < size_; ++r) check_length(all[r], r);
     // Whoever posted this round has read the last one, so that is no longer needed.
     if (round_ > 0) {
       store_.forget(key(round_ - 1, rank_));
@@ -143,7 +130,7 @@ void StoreExchange::give_up(const std::string& reason) noexcept {
 void StoreExchange::begin() {
   Record before;
   in_store_ = store_.add(tries(rank_), 0) > 0;
-  if (in_store_) before = Record::parse(store_.get({here(rank_)})[0]);
+  if (in_store_) before = Record::parse(store_.get({here(rank_)})[0], rank_);
   own() = Record();
   own().count = std::max(before.count, static_cast<uint64_t>(owner_) << 32) + 1;
   own().nonce = fresh_nonce();
@@ -163,7 +150,7 @@ void StoreExchange::leave(ErrorKind kind, const std::string& word) noexcept {
   try {
     if (!begun_) begin();
     if (published_) {
-      const Record stored = Record::parse(store_.get({here(rank_)})[0]);
+      const Record stored = Record::parse(store_.get({here(rank_)})[0], rank_);
       if (stored.nonce != own().nonce) return;  // another process's by now
     }
     if (!word.empty()) {
@@ -334,7 +321,7 @@ void StoreExchange::read_records() {
   }
   const std::vector<std::string> values = store_.get(names);
   for (size_t i = 0; i < ranks.size(); ++i) {
-    Record record = Record::parse(values[i]);
+    Record record = Record::parse(values[i], ranks[i]);
     if (ranks[i] != rank_) {
       records_[ranks[i]] = std::move(record);
     } else if (record.nonce != own().nonce) {

@@ -50,8 +50,9 @@
 
 #include "backend/set_up_store.h"
 #include "bootstrap/exchange.h"
+#include "bootstrap/host_identity.h"
+#include "bootstrap/presence.h"
 #include "common/error.h"
-#include "memory/host_identity.h"
 #include "system/peer_watch.h"
 
 namespace mnnvl {
@@ -74,7 +75,8 @@ class StoreExchange final : public Exchange {
   int size() const override { return size_; }
   // The first one meets. kTimeout names the ranks that did not come, on every rank that waits; kPeerFailed gives the
   // word of a peer that gave up, or names one that left; kSystem: the store failed, or another process took this rank's
-  // place. A failure ends the try, and later calls repeat it. A group of one never touches the store.
+  // place, or a record does not parse or is longer than kMaxRecordBytes. A failure ends the try, and later calls repeat
+  // it. A group of one never touches the store.
   std::vector<std::string> all_gather(const std::string& mine) override;
 
   // Ends the try with a word for the peers, also before it began: for an error of this rank's own that keeps it from
@@ -82,17 +84,7 @@ class StoreExchange final : public Exchange {
   void give_up(const std::string& reason) noexcept;
 
  private:
-  struct Record {
-    uint64_t count = 0;
-    uint64_t nonce = 0;  // 0: not present
-    ErrorKind kind = ErrorKind::kPeerFailed;
-    std::string word;  // why this rank gave up, else empty
-    HostIdentity process;
-    std::vector<std::string> litter;  // what this rank may delete once everybody has met again
-
-    std::string serialise() const;
-    static Record parse(const std::string& bytes);
-  };
+  using Record = Presence;
   class Wait;
 
   void begin();

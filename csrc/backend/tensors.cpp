@@ -55,12 +55,22 @@ bool overlaps_any(const at::Tensor& tensor, const Tensors& others, int own) {
   return false;
 }
 
+// What was freed by storage.resize_(0), as FSDP does, still has its shape.
+bool has_memory(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  int64_t last = tensor.storage_offset();
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.sizes()[i] - 1) * tensor.strides()[i];
+  return uint64_t(last + 1) * tensor.element_size() <= tensor.storage().nbytes();
+}
+
 }  // namespace
 
 void check_tensor(const at::Tensor& tensor, const char* op, const char* argument) {
   TORCH_CHECK_VALUE(tensor.defined(), "mnnvl ", op, ": ", argument, ": expected a tensor, got an undefined one");
   TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, "mnnvl ", op, ": ", argument,
                     ": expected a dense tensor, got layout ", tensor.layout(), "; use .to_dense()");
+  TORCH_CHECK_VALUE(!tensor.is_nested(), "mnnvl ", op, ": ", argument,
+                    ": expected one tensor, got a nested one; use .values()");
   TORCH_CHECK_VALUE(tensor.is_cpu() || tensor.is_cuda(), "mnnvl ", op, ": ", argument,
                     ": expected a CPU or CUDA tensor, got device ", tensor.device());
   // What moves is the memory, which holds the values before the view's conjugation or sign, and without their scale.
@@ -71,6 +81,8 @@ void check_tensor(const at::Tensor& tensor, const char* op, const char* argument
   TORCH_CHECK_TYPE(!tensor.is_quantized(), "mnnvl ", op, ": ", argument,
                    ": expected a tensor with its values in memory, got a quantized dtype, ", tensor.scalar_type(),
                    "; use .int_repr()");
+  TORCH_CHECK_VALUE(has_memory(tensor), "mnnvl ", op, ": ", argument, ": expected a tensor with its values in memory, ",
+                    "got one whose storage has only ", tensor.storage().nbytes(), " bytes");
 }
 
 void check_dense(const at::Tensor& tensor, const char* op, const char* argument) {

@@ -13,8 +13,8 @@ namespace mnnvl {
 
 using Tensors = std::vector<at::Tensor>;
 
-// One strided tensor of a supported device whose memory holds its values as they are: neither quantised nor a conjugate
-// or negative view. `op` and `argument` are for the error's text.
+// One strided tensor of a supported device whose memory is there and holds its values as they are: neither quantised
+// nor a conjugate or negative view. `op` and `argument` are for the error's text.
 void check_tensor(const at::Tensor& tensor, const char* op, const char* argument);
 // The same, and contiguous or of any other dense, non-overlapping format.
 void check_dense(const at::Tensor& tensor, const char* op, const char* argument);

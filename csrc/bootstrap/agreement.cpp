@@ -12,10 +12,11 @@ struct Outcome {
   std::string payload;  // bytes when ok, else the reason
 
   std::string serialise() const { return RecordWriter().put(ok).put(kind).put(where).put(payload).bytes(); }
-  static Outcome parse(const std::string& bytes) {
+  static Outcome parse(const std::string& bytes, int rank) {
     Outcome outcome;
-    RecordReader reader(bytes);
-    reader.get(outcome.ok).get(outcome.kind).get(outcome.where).get(outcome.payload).finish();
+    RecordReader reader(bytes, rank);
+    reader.get(outcome.ok).get(outcome.kind, ErrorKind::kAborted).get_text(outcome.where).get(outcome.payload).finish();
+    if (!outcome.ok) outcome.payload = readable(outcome.payload);
     return outcome;
   }
   bool own_failure() const { return kind != ErrorKind::kTimeout && kind != ErrorKind::kPeerFailed; }
@@ -64,7 +65,10 @@ std::vector<std::string> agree_gather(Exchange& exchange, const std::string& sta
       fail(error.kind(), stage, ": ", error.what(), own);
     }
     outcomes.clear();
-    for (const std::string& record : records) outcomes.push_back(Outcome::parse(record));
+    MNNVL_ASSERT(static_cast<int>(records.size()) == exchange.size(), records.size(), " records of ", exchange.size(),
+                 " ranks");
+    for (const std::string& record : records)
+      outcomes.push_back(Outcome::parse(record, static_cast<int>(outcomes.size())));
   }
   throw_root_cause(stage, outcomes);
   std::vector<std::string> payloads;

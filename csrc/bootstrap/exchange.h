@@ -14,7 +14,8 @@ class Exchange {
   virtual int size() const = 0;
 
   // Collective; every rank calls in the same order. Returns size() strings, [rank()] being `mine`; lengths may differ
-  // between ranks. Ends by the exchange's own deadline with Error(kTimeout) that names the ranks that did not come.
+  // between ranks. What the peers' ones hold is theirs: it is parsed (bootstrap/record.h), not believed. Ends by the
+  // exchange's own deadline with Error(kTimeout) that names the ranks that did not come.
   virtual std::vector<std::string> all_gather(const std::string& mine) = 0;
 
   // Collective. By default an all_gather of nothing.

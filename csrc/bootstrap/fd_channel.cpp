@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <deque>
 
 #include "bootstrap/fd_message.h"
 #include "common/error.h"
@@ -17,16 +18,30 @@
 namespace mnnvl {
 namespace {
 
-std::string random_name() {
-  unsigned char bits[kSocketNameBytes / 2];
+constexpr char kDigits[] = "0123456789abcdef";
+
+std::string random_token() {
+  unsigned char bits[kTokenBytes / 2];
   if (getrandom(bits, sizeof(bits), 0) != static_cast<ssize_t>(sizeof(bits))) fail_errno(errno, "getrandom");
-  std::string name;
+  std::string token;
   for (unsigned char b : bits) {
-    name += "0123456789abcdef"[b >> 4];
-    name += "0123456789abcdef"[b & 15];
+    token += kDigits[b >> 4];
+    token += kDigits[b & 15];
   }
-  return name;
+  return token;
 }
+
+// What a rank tells its group: the name of its socket, and the token that its messages carry. Everybody on the host can
+// read the name.
+struct Address {
+  std::string name, token;
+
+  static Address parse(const std::string& text, size_t rank) {
+    if (text.size() != 2 * kTokenBytes || text.find_first_not_of(kDigits) != std::string::npos)
+      fail(ErrorKind::kSystem, "what rank ", rank, " gave as its socket's address, ", text.size(), " bytes, is none");
+    return {text.substr(0, kTokenBytes), text.substr(kTokenBytes)};
+  }
+};
 
 // An abstract address: a leading zero byte, then the name, no terminator.
 socklen_t make_address(const std::string& name, sockaddr_un* address) {
@@ -39,10 +54,21 @@ socklen_t make_address(const std::string& name, sockaddr_un* address) {
   return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + full.size());
 }
 
+bool too_many_files(int err) { return err == EMFILE || err == ENFILE; }
+
+UniqueFd try_socket() { return UniqueFd(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)); }
+
 UniqueFd open_socket() {
-  UniqueFd fd(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  UniqueFd fd = try_socket();
   if (!fd) fail_errno(errno, "socket for passing descriptors");
   return fd;
+}
+
+// Takes as long for a token that is nearly right as for any.
+bool same_token(const std::string& one, const std::string& other) {
+  unsigned char difference = one.size() != other.size();
+  for (size_t i = 0; i < std::min(one.size(), other.size()); ++i) difference |= one[i] ^ other[i];
+  return difference == 0;
 }
 
 bool same_user(int fd) {
@@ -53,10 +79,11 @@ bool same_user(int fd) {
 
 // One rank's side of the exchange: one loop that accepts, reads, sends what can be sent, and waits. A rank never stops
 // accepting while it waits to send: strangers may fill its queue of connections (abstract names can be read in /proc),
-// and peers that wait for room in each other's queues would wait for ever. A turn's work is bounded.
+// and peers that wait for room in each other's queues would wait for ever. A turn's work is bounded, and so is the
+// number of connections that say nothing. A peer whose connection was dropped before it could speak comes again.
 class Session {
  public:
-  Session(int rank, const std::vector<std::string>& addresses, int listener, const Deadline& deadline)
+  Session(int rank, const std::vector<Address>& addresses, int listener, const Deadline& deadline)
       : rank_(rank),
         size_(static_cast<int>(addresses.size())),
         addresses_(addresses),
@@ -125,8 +152,13 @@ class Session {
 
   bool send_to(int peer, int fd) {
     sockaddr_un address;
-    const socklen_t length = make_address(addresses_[peer], &address);
-    UniqueFd connection = open_socket();
+    const socklen_t length = make_address(addresses_[peer].name, &address);
+    UniqueFd connection = try_socket();
+    while (!connection && too_many_files(errno) && !incoming_.empty()) {
+      drop_oldest();
+      connection = try_socket();
+    }
+    if (!connection) fail_errno(errno, "socket for passing descriptors");
     int outcome;
     do {
       outcome = connect(connection.get(), reinterpret_cast<sockaddr*>(&address), length);
@@ -141,7 +173,7 @@ class Session {
       fail(ErrorKind::kSystem, "rank ", peer, "'s socket belongs to another user (this rank's uid is ", geteuid(),
            "); descriptors are passed only between processes of one user");
     }
-    if (!send_fd_message(connection.get(), peer, rank_, addresses_[rank_], fd)) return false;
+    if (!send_fd_message(connection.get(), peer, rank_, addresses_[rank_].token, fd)) return false;
     peers_[peer].outgoing = std::move(connection);
     peers_[peer].sent = true;
     return true;
@@ -156,28 +188,51 @@ class Session {
       if (connection) {
         ++accepted_;
         if (same_user(connection.get())) incoming_.push_back(std::move(connection));
+        if (incoming_.size() > kMostSilent) drop_oldest();
         continue;
       }
       drained_ = errno == EAGAIN;
       if (drained_) return;
+      if (too_many_files(errno) && !incoming_.empty()) {
+        drop_oldest();
+        continue;
+      }
       if (errno != EINTR && errno != ECONNABORTED) fail_errno(errno, "accept of a peer's descriptor");
     }
   }
 
   void read_all() {
-    std::vector<UniqueFd> unread;
+    std::deque<UniqueFd> unread;
     for (UniqueFd& connection : incoming_) {
-      FdMessage message;
-      const Received received = receive_fd_message(connection.get(), &message);
-      if (received == Received::kNothingYet) unread.push_back(std::move(connection));
-      if (received == Received::kMessage) take(std::move(message), std::move(connection));
+      if (!read(connection)) unread.push_back(std::move(connection));
     }
     incoming_ = std::move(unread);
   }
 
+  // False while nothing has come.
+  bool read(UniqueFd& connection) {
+    FdMessage message;
+    const Received received = receive_fd_message(
+        connection.get(), [&](int rank, const auto& token) { return expects(rank, token); }, &message);
+    if (received == Received::kMessage) take(std::move(message), std::move(connection));
+    return received != Received::kNothingYet;
+  }
+
+  bool expects(int rank, const std::string& token) const {
+    return rank >= 0 && rank < size_ && !peers_[rank].done && same_token(token, addresses_[rank].token);
+  }
+
+  // The one that has been silent longest. It can send no more before it is read for the last time, so that nothing that
+  // a peer has sent is lost.
+  void drop_oldest() {
+    UniqueFd connection = std::move(incoming_.front());
+    incoming_.pop_front();
+    shutdown(connection.get(), SHUT_RD);
+    read(connection);
+  }
+
   void take(FdMessage message, UniqueFd connection) {
     const int rank = message.rank;
-    if (rank < 0 || rank >= size_ || peers_[rank].done || message.sender != addresses_[rank]) return;
     if (message.has_fd && (message.fds.size() != 1 || message.truncated)) {
       fail(ErrorKind::kSystem, "rank ", rank,
            "'s descriptor was lost on the way: is this process at its limit of open files (ulimit -n)?");
@@ -223,23 +278,25 @@ class Session {
   }
 
   static constexpr int kAcceptsPerTurn = 1024;
+  // A peer sends right after it connects. More would cost this process descriptors that it needs.
+  static constexpr size_t kMostSilent = 16;
 
   const int rank_;
   const int size_;
-  const std::vector<std::string>& addresses_;
+  const std::vector<Address>& addresses_;
   const int listener_;
   const Deadline& deadline_;
   std::vector<Peer> peers_;         // by rank
-  std::vector<UniqueFd> incoming_;  // accepted, not yet read
+  std::deque<UniqueFd> incoming_;   // accepted, nothing read
   int64_t accepted_ = 0;
   bool drained_ = false;            // the last turn's accepts left nothing in the queue
 };
 
 }  // namespace
 
-FdChannel::FdChannel() : listener_(open_socket()), address_(random_name()) {
+FdChannel::FdChannel() : listener_(open_socket()), address_(random_token() + random_token()) {
   sockaddr_un address;
-  socklen_t length = make_address(address_, &address);
+  socklen_t length = make_address(Address::parse(address_, 0).name, &address);
   if (bind(listener_.get(), reinterpret_cast<sockaddr*>(&address), length) != 0) {
     fail_errno(errno, "bind of the socket for passing descriptors");
   }
@@ -252,12 +309,10 @@ std::vector<UniqueFd> FdChannel::exchange(int rank, const std::vector<std::strin
   UniqueFd listener = std::move(listener_);
   MNNVL_ASSERT(listener && rank >= 0 && rank < static_cast<int>(addresses.size()),
                "FdChannel::exchange is called once, by a rank");
-  for (const std::string& address : addresses) {
-    if (address.size() != kSocketNameBytes)
-      fail(ErrorKind::kSystem, "a peer's socket name has ", address.size(), " bytes, not ", kSocketNameBytes);
-  }
+  std::vector<Address> parsed;
+  for (const std::string& address : addresses) parsed.push_back(Address::parse(address, parsed.size()));
   Deadline deadline(timeout_ms);
-  return Session(rank, addresses, listener.get(), deadline).run(fd);
+  return Session(rank, parsed, listener.get(), deadline).run(fd);
 }
 
 }  // namespace mnnvl

@@ -10,13 +10,13 @@
 namespace mnnvl {
 namespace {
 
-constexpr char kMagic[8] = {'m', 'n', 'n', 'v', 'l', 'f', 'd', '1'};
+constexpr char kMagic[8] = {'m', 'n', 'n', 'v', 'l', 'f', 'd', '2'};
 
 struct Wire {
   char magic[8];
   int32_t rank;
   int32_t has_fd;
-  char sender[kSocketNameBytes];
+  char token[kTokenBytes];
 };
 
 // Everything that came is owned at once.
@@ -35,12 +35,12 @@ std::vector<UniqueFd> take_descriptors(msghdr* header) {
 
 }  // namespace
 
-bool send_fd_message(int connection, int peer, int rank, const std::string& sender, int fd) {
+bool send_fd_message(int connection, int peer, int rank, const std::string& token, int fd) {
   Wire wire{};
   std::memcpy(wire.magic, kMagic, sizeof(kMagic));
   wire.rank = rank;
   wire.has_fd = fd >= 0;
-  std::memcpy(wire.sender, sender.data(), kSocketNameBytes);
+  std::memcpy(wire.token, token.data(), kTokenBytes);
   iovec data{&wire, sizeof(wire)};
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
   msghdr header{};
@@ -59,32 +59,33 @@ bool send_fd_message(int connection, int peer, int rank, const std::string& send
   do {
     sent = sendmsg(connection, &header, MSG_NOSIGNAL);
   } while (sent < 0 && errno == EINTR);
-  if (sent < 0 && (errno == EPIPE || errno == ECONNRESET)) {
-    fail(ErrorKind::kPeerFailed, "rank ", peer, " closed its socket early");
-  }
+  if (sent < 0 && (errno == EPIPE || errno == ECONNRESET)) return false;
   // Linux lets a user have as many descriptors on their way as a process may have open; large worlds send more at once.
   if (sent < 0 && errno == ETOOMANYREFS) return false;
   if (sent < 0) fail_errno(errno, "sendmsg of a descriptor to rank ", peer);
   return true;
 }
 
-Received receive_fd_message(int connection, FdMessage* message) {
+Received receive_fd_message(int connection, const Expected& expected, FdMessage* message) {
   Wire wire{};
   iovec data{&wire, sizeof(wire)};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
   msghdr header{};
   header.msg_iov = &data;
   header.msg_iovlen = 1;
+  // No room for descriptors, so the kernel makes none here.
+  const ssize_t seen = recvmsg(connection, &header, MSG_PEEK);
+  if (seen < 0) return errno == EAGAIN || errno == EINTR ? Received::kNothingYet : Received::kRubbish;
+  const bool ours = seen == static_cast<ssize_t>(sizeof(wire)) && (header.msg_flags & MSG_TRUNC) == 0 &&
+                    std::memcmp(wire.magic, kMagic, sizeof(kMagic)) == 0 && (wire.has_fd == 0 || wire.has_fd == 1);
+  if (!ours || !expected(wire.rank, std::string(wire.token, kTokenBytes))) return Received::kRubbish;
+
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
   header.msg_control = control;
   header.msg_controllen = sizeof(control);
   const ssize_t got = recvmsg(connection, &header, MSG_CMSG_CLOEXEC);
   if (got < 0) return errno == EAGAIN || errno == EINTR ? Received::kNothingYet : Received::kRubbish;
   message->fds = take_descriptors(&header);
-  if (got != static_cast<ssize_t>(sizeof(wire)) || std::memcmp(wire.magic, kMagic, sizeof(kMagic)) != 0) {
-    return Received::kRubbish;
-  }
   message->rank = wire.rank;
-  message->sender.assign(wire.sender, kSocketNameBytes);
   message->has_fd = wire.has_fd != 0;
   message->truncated = (header.msg_flags & MSG_CTRUNC) != 0;
   return Received::kMessage;

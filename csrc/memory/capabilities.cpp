@@ -137,19 +137,29 @@ std::string Capabilities::serialise() const {
   return writer.bytes();
 }
 
-Capabilities Capabilities::parse(const std::string& record) {
+Capabilities Capabilities::parse(const std::string& record, int rank) {
   Capabilities c;
-  RecordReader reader(record);
+  RecordReader reader(record, rank);
   c.host = HostIdentity::parse(reader);
-  reader.get(c.device).get(c.device_name).get(c.device_uuid).get(c.multiprocessors).get(c.granularity);
-  reader.get(c.fd_problem)
-      .get(c.fabric_problem)
-      .get(c.cluster_uuid)
+  reader.get(c.device).get_text(c.device_name).get_text(c.device_uuid).get(c.multiprocessors).get(c.granularity);
+  reader.get_text(c.fd_problem)
+      .get_text(c.fabric_problem)
+      .get_text(c.cluster_uuid)
       .get(c.clique)
-      .get(c.cluster_problem)
-      .get(c.multicast_problem);
-  reader.get(c.multicast_forbidden).get(c.bootstrap).get(c.has_nccl).get(c.bytes).get(c.fill).finish();
+      .get_text(c.cluster_problem)
+      .get_text(c.multicast_problem);
+  reader.get_text(c.multicast_forbidden).get(c.bootstrap, Bootstrap::kAuto).get(c.has_nccl).get(c.bytes).get(c.fill);
+  reader.finish();
+  check_granularity(c.granularity, rank);
+  if (c.multiprocessors < 1)
+    fail(ErrorKind::kSystem, "rank ", rank, " says that its device has ", c.multiprocessors, " multiprocessors");
   return c;
+}
+
+void check_granularity(uint64_t granularity, int rank) {
+  constexpr uint64_t kLargest = uint64_t{1} << 32;  // of memory; what is computed from it stays far from overflow
+  if (granularity > 0 && granularity <= kLargest) return;
+  fail(ErrorKind::kSystem, "rank ", rank, " says that its driver's granularity is ", granularity, " bytes");
 }
 
 std::string Capabilities::where() const {

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "driver/cuda_driver.h"
-#include "memory/host_identity.h"
+#include "bootstrap/host_identity.h"
 #include "memory/options.h"
 
 namespace mnnvl {
@@ -34,7 +34,7 @@ struct Capabilities {
   uint32_t fill = 0;
 
   std::string serialise() const;
-  static Capabilities parse(const std::string& bytes);
+  static Capabilities parse(const std::string& bytes, int rank);
   std::string where() const;  // "host a, device 0 NVIDIA H100 GPU-…"
 };
 
@@ -56,6 +56,9 @@ void check_supported(const CudaDriver& driver, int device);
 // fabric. Never creates or probes multicast: its support is an attribute. Throws Error when the device can't be used
 // at all, or when its context is not current.
 Capabilities find_capabilities(const CudaDriver& driver, const SymmetricBufferOptions& options);
+
+// That sizes can be rounded up to what a rank said. Throws Error(kSystem) that names it.
+void check_granularity(uint64_t granularity, int rank);
 
 // Pure: the same plan, or the same Error, on every rank. kUnsupported with a table of all ranks when no handle type
 // serves them all; kInvalidArgument when ranks ask for different buffers.

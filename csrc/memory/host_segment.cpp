@@ -10,7 +10,7 @@
 
 #include "bootstrap/agreement.h"
 #include "bootstrap/fd_channel.h"
-#include "memory/host_identity.h"
+#include "bootstrap/host_identity.h"
 
 namespace mnnvl {
 namespace {
@@ -62,8 +62,8 @@ struct RankRecord {
     host.serialise(writer);
     return writer.put(bytes).bytes();
   }
-  static RankRecord parse(const std::string& bytes) {
-    RecordReader reader(bytes);
+  static RankRecord parse(const std::string& bytes, int rank) {
+    RecordReader reader(bytes, rank);
     RankRecord record;
     record.host = HostIdentity::parse(reader);
     reader.get(record.bytes).finish();
@@ -115,7 +115,7 @@ class HostSegmentsImpl final : public HostSegments {
     std::vector<RankRecord> ranks;
     std::vector<HostIdentity> hosts;
     for (const std::string& record : records) {
-      ranks.push_back(RankRecord::parse(record));
+      ranks.push_back(RankRecord::parse(record, static_cast<int>(ranks.size())));
       hosts.push_back(ranks.back().host);
     }
     check_ranks(ranks);

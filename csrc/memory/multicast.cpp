@@ -29,12 +29,14 @@ size_t multicast_granularity(const SetupContext& context, size_t size) {
         size_t granularity = 0;
         check(context.driver, context.driver.multicast_get_granularity(&granularity, &prop, kGranularityMinimum),
               "cuMulticastGetGranularity");
+        check_granularity(granularity, context.rank());
         return RecordWriter().put(static_cast<uint64_t>(granularity)).bytes();
       });
   uint64_t largest = 1;
-  for (const std::string& answer : answers) {
+  for (int rank = 0; rank < context.size(); ++rank) {
     uint64_t granularity = 0;
-    RecordReader(answer).get(granularity).finish();
+    RecordReader(answers[rank], rank).get(granularity).finish();
+    check_granularity(granularity, rank);
     largest = std::max(largest, granularity);
   }
   return largest;

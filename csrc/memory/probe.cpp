@@ -7,7 +7,7 @@
 #include "driver/cuda_driver.h"
 #include "driver/nccl.h"
 #include "driver/nvml.h"
-#include "memory/host_identity.h"
+#include "bootstrap/host_identity.h"
 
 namespace mnnvl {
 namespace {

@@ -74,7 +74,7 @@ class SymmetricBufferImpl final : public SymmetricBuffer {
     std::vector<Capabilities> ranks;
     std::vector<HostIdentity> hosts;
     for (const std::string& record : records) {
-      ranks.push_back(Capabilities::parse(record));
+      ranks.push_back(Capabilities::parse(record, static_cast<int>(ranks.size())));
       hosts.push_back(ranks.back().host);
       wheres_.push_back(ranks.back().where());
     }

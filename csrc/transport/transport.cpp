@@ -1,6 +1,7 @@
 #include "transport/transport.h"
 
 #include "bootstrap/agreement.h"
+#include "bootstrap/record.h"
 #include "cpu/fused_rows.h"
 #include "kernels/kernels.h"
 #include "transport/cuda_launch.h"
@@ -33,7 +34,7 @@ void agree_on_options(Exchange& exchange, const TransportOptions& options) {
   for (int r = 1; r < exchange.size(); ++r) {
     if (all[r] != all[0]) {
       fail(ErrorKind::kInvalidArgument, "mnnvl: the ranks' options differ: rank 0 has ", all[0], "; rank ", r, " has ",
-           all[r]);
+           readable(all[r]));
     }
   }
 }

@@ -33,6 +33,8 @@ def _fake(input: torch.Tensor, output: torch.Tensor, workspace: int, strategy: i
 
 _library.impl("trtllm_allreduce", _run, "CPU")
 _library.impl("trtllm_allreduce", _run, "CUDA")
+for _view in ("Conjugate", "Negative"):  # refused by name, where torch would make copies
+    _library.impl("trtllm_allreduce", torch.library.fallthrough_kernel, _view)
 torch.library.register_fake("mnnvl::trtllm_allreduce", _fake, lib=_library)
 
 

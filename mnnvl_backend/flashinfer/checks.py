@@ -33,7 +33,15 @@ def check_device(name: str, tensor: torch.Tensor, input: torch.Tensor) -> None:
         refuse(name, f"input's device {input.device}", tensor.device)
 
 
+def check_plain(name: str, tensor: torch.Tensor) -> None:
+    """That it has sizes, strides and values in memory: what other checks, and what follows, may ask it for."""
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
+        kind = "a nested one" if tensor.is_nested else f"{tensor.layout}, {tensor.dtype}"
+        refuse(name, "one dense tensor", kind)
+
+
 def check_input(input: torch.Tensor) -> None:
+    check_plain("input", input)
     check_matrix("input", input)
     if input.dtype not in DTYPES:
         refuse("input", "dtype float32, float16 or bfloat16", input.dtype)
@@ -42,17 +50,21 @@ def check_input(input: torch.Tensor) -> None:
 
 def check_like(name: str, tensor: torch.Tensor, input: torch.Tensor) -> None:
     """A tensor of input's shape, dtype and device, and contiguous. In one expression, for the sake of good calls."""
-    if not (
-        isinstance(tensor, torch.Tensor)
-        and tensor.shape == input.shape
-        and tensor.dtype is input.dtype
-        and tensor.device == input.device
-        and tensor.is_contiguous()
-    ):
+    try:
+        alike = (
+            isinstance(tensor, torch.Tensor)
+            and tensor.shape == input.shape
+            and tensor.dtype is input.dtype
+            and tensor.device == input.device
+            and tensor.is_contiguous()
+        )
+    except RuntimeError:  # a nested or sparse one
+        alike = False
+    if not alike:
         _refuse_unlike(name, tensor, input)
 
 
-def _refuse_unlike(name: str, tensor: object, input: torch.Tensor) -> None:
+def _refuse_unlike(name: str, tensor: torch.Tensor, input: torch.Tensor) -> None:
     check_optional_tensor(name, tensor)
     assert isinstance(tensor, torch.Tensor)
     check_matrix(name, tensor)
@@ -64,9 +76,10 @@ def _refuse_unlike(name: str, tensor: object, input: torch.Tensor) -> None:
     check_contiguous(name, tensor)
 
 
-def check_optional_tensor(name: str, tensor: object) -> None:
+def check_optional_tensor(name: str, tensor: torch.Tensor | None) -> None:
     if tensor is not None:
         arguments.instance(name, tensor, torch.Tensor, "a torch.Tensor or None")
+        check_plain(name, tensor)
 
 
 def check_workspace(

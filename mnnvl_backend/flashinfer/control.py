@@ -3,7 +3,6 @@ the adapter that the compiled module calls."""
 
 from __future__ import annotations
 
-import pickle
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 
-from mnnvl_backend import arguments, config
+from mnnvl_backend import arguments, config, wire
 from mnnvl_backend.compiled import load_compiled
 
 if TYPE_CHECKING:
@@ -61,18 +60,22 @@ class StoreComm:
         return self._size
 
     def allgather(self, data: Any) -> list[Any]:
-        """Every rank's object, in rank order.
+        """Every rank's object, in rank order: numbers, text, bytes, and tuples, lists and dicts of them.
 
         Raises:
+            TypeError: another object.
             TimeoutError: naming the ranks that did not come.
-            RuntimeError: another rank gave up, with its reason, or the store failed.
+            RuntimeError: another rank gave up, with its reason, the store failed, or what a rank said is no such
+                object.
         """
+        mine = wire.dumps(data)
         if self._failed:
             self._exchange, self._failed = None, False
         self._failed = True
-        everybody = self._opened().all_gather(pickle.dumps(data))
+        everybody = self._opened().all_gather(mine)
+        objects = [_object_of(rank, item) for rank, item in enumerate(everybody)]
         self._failed = False
-        return [pickle.loads(item) for item in everybody]
+        return objects
 
     def bcast(self, data: Any, root: int) -> Any:
         return self.allgather(data if self._rank == root else None)[root]
@@ -104,6 +107,13 @@ class StoreComm:
             timeout_ms = config.milliseconds(self._timeout)
             self._exchange = exchange(self._store, self._prefix, self._rank, self._size, timeout_ms)
         return self._exchange
+
+
+def _object_of(rank: int, item: bytes) -> Any:
+    try:
+        return wire.loads(item)
+    except ValueError as error:
+        raise RuntimeError(f"mnnvl set-up: what rank {rank} said, {len(item)} bytes, is malformed: {error}") from None
 
 
 class telling_peers:

@@ -21,6 +21,7 @@ from mnnvl_backend.flashinfer.checks import (
     check_input,
     check_like,
     check_optional_tensor,
+    check_plain,
     check_workspace,
     refuse,
 )
@@ -76,6 +77,8 @@ def _fake(*arguments: object) -> None:
 
 _library.impl("trtllm_fused_allreduce", _run, "CPU")
 _library.impl("trtllm_fused_allreduce", _run, "CUDA")
+for _view in ("Conjugate", "Negative"):  # refused by name, where torch would make copies, and not of absent tensors
+    _library.impl("trtllm_fused_allreduce", torch.library.fallthrough_kernel, _view)
 torch.library.register_fake("mnnvl::trtllm_fused_allreduce", _fake, lib=_library)
 
 
@@ -168,7 +171,7 @@ def trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant(
     Raises:
         TypeError, ValueError, RuntimeError: as trtllm_mnnvl_allreduce. The tensors are checked before the workspace.
     """
-    check_quantization(quant_type, layout_code)
+    quant_type, layout_code = check_quantization(quant_type, layout_code)
     return fused_quantized(
         input, residual_in, gamma, workspace, epsilon, output, residual_out, quant_out, scale_out, output_scale,
         layout_code, quant_type, None, launch_with_pdl, strategy, weight_bias,
@@ -225,6 +228,7 @@ def _check_inputs(input: torch.Tensor, residual_in: torch.Tensor | None, gamma: 
         check_like("residual_in", residual_in, input)
     if not isinstance(gamma, torch.Tensor):
         raise arguments.wrong_type("gamma", "a torch.Tensor", gamma)
+    check_plain("gamma", gamma)
     if gamma.dim() != 1 or gamma.shape[0] != hidden_dim:
         refuse("gamma", f"shape ({hidden_dim},)", tuple(gamma.shape))
     if gamma.dtype is not input.dtype and gamma.dtype is not torch.float32:
@@ -252,23 +256,19 @@ def _scale_of(
     if output_scale is None or quantization not in (MNNVLQuantType.FP8, MNNVLQuantType.NVFP4):
         return None, 1.0
     if not isinstance(output_scale, torch.Tensor):
-        _check_number("output_scale", output_scale, "a number, a torch.Tensor or None")
-        return None, float(output_scale)
+        return None, arguments.number("output_scale", output_scale, "a number, a torch.Tensor or None")
+    check_plain("output_scale", output_scale)
     if output_scale.numel() < 1:
         refuse("output_scale", "at least one element", f"shape {tuple(output_scale.shape)}")
+    if output_scale.is_meta:
+        refuse("output_scale", "a tensor with values", "one on meta")
     return output_scale.to(device=input.device, dtype=torch.float32), 1.0
 
 
 def _checked_numbers(input: torch.Tensor, epsilon: float | None, weight_bias: float, launch_with_pdl: bool) -> float:
     """The epsilon."""
-    _check_number("weight_bias", weight_bias, "a number")
+    arguments.number("weight_bias", weight_bias, "a number")
     arguments.instance("launch_with_pdl", launch_with_pdl, bool, "a bool")
     if epsilon is None:
         return torch.finfo(input.dtype).eps
-    _check_number("epsilon", epsilon, "a number or None")
-    return epsilon
-
-
-def _check_number(name: str, value: object, expected: str) -> None:
-    if not isinstance(value, (float, int)) or isinstance(value, bool):
-        raise arguments.wrong_type(name, expected, value)
+    return arguments.number("epsilon", epsilon, "a number or None")

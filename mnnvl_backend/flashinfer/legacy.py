@@ -10,7 +10,7 @@ import torch
 
 from mnnvl_backend import arguments
 from mnnvl_backend.flashinfer.allreduce import trtllm_mnnvl_allreduce
-from mnnvl_backend.flashinfer.checks import check_matrix, refuse
+from mnnvl_backend.flashinfer.checks import check_matrix, check_plain, refuse
 from mnnvl_backend.flashinfer.fusion import trtllm_mnnvl_fused_allreduce_add_rmsnorm
 from mnnvl_backend.flashinfer.quantization import round_up
 from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy
@@ -140,6 +140,7 @@ def _warn(name: str, successor: str) -> None:
 
 def _check_tokens(name: str, tensor: torch.Tensor, buffer_M: int) -> None:
     arguments.instance(name, tensor, torch.Tensor, "a torch.Tensor")
+    check_plain(name, tensor)
     check_matrix(name, tensor)
     most = arguments.integer("buffer_M", buffer_M, 0)
     if tensor.shape[0] > most:
@@ -153,6 +154,7 @@ def _workspace(tokens: dict[str, int], nranks: int, rank: int) -> MNNVLAllReduce
     for name, other in others:
         if workspace_at(name, other) is not workspace:
             refuse(name, f"the workspace of {first} ({token})", other)
-    if (nranks, rank) != (workspace.tp_size, workspace.rank):
-        refuse("nranks, rank", f"the workspace's {workspace.tp_size}, {workspace.rank}", f"{nranks}, {rank}")
+    place = arguments.integer("nranks", nranks, 1), arguments.integer("rank", rank, 0)
+    if place != (workspace.tp_size, workspace.rank):
+        refuse("nranks, rank", f"the workspace's {workspace.tp_size}, {workspace.rank}", f"{place[0]}, {place[1]}")
     return workspace

@@ -6,6 +6,8 @@ from typing import Any
 
 from mnnvl_backend import arguments
 
+MOST = 1 << 20  # ranks, layers, experts: more than any job has, and lists of them are still made at once
+
 
 class Mapping:
     """The place of one rank in a world of pp_size * cp_size * tp_size ranks, tensor parallelism innermost:
@@ -87,6 +89,7 @@ class Mapping:
 
     def _check_sizes(self) -> None:
         tp_size, pp_size, cp_size, clusters = self.tp_size, self.pp_size, self.cp_size, self.moe_cluster_size
+        arguments.at_most("world_size", self.world_size, MOST)
         if self.attn_cp_size != 1:
             raise ValueError(f"attn_cp_size: must be 1, got {self.attn_cp_size} (attn_tp_size {self.attn_tp_size})")
         if self.auto_parallel and (tp_size, pp_size, cp_size) != (1, 1, 1):
@@ -241,14 +244,14 @@ class Mapping:
 
     def pp_layers(self, num_layers: int) -> list[int]:
         """This pipeline rank's layers; the first num_layers % pp_size ranks hold one more than the others."""
-        num_layers = arguments.integer("num_layers", num_layers, 0)
+        num_layers = arguments.at_most("num_layers", arguments.integer("num_layers", num_layers, 0), MOST)
         least, extra = divmod(num_layers, self.pp_size)
         start = self.pp_rank * least + min(self.pp_rank, extra)
         return list(range(start, start + least + (self.pp_rank < extra)))
 
     def ep_experts(self, num_experts: int) -> list[int]:
         """This expert-parallel rank's experts: num_experts // moe_ep_size of them, in order."""
-        num_experts = arguments.integer("num_experts", num_experts, 0)
+        num_experts = arguments.at_most("num_experts", arguments.integer("num_experts", num_experts, 0), MOST)
         if self.cp_size != 1:
             raise NotImplementedError(f"ep_experts with cp_size {self.cp_size} > 1")
         count = num_experts // self.moe_ep_size

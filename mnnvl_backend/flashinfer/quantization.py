@@ -59,23 +59,29 @@ QUANTIZATION_NAMES = {
 
 
 def compute_fp4_swizzled_layout_sf_size(total_row: int, total_column: int) -> int:
-    """Scales in the layout SWIZZLED_128x4 of [total_row, total_column] scales, padding included."""
-    return round_up(total_row, 128) * round_up(total_column, 4)
+    """Scales in the layout SWIZZLED_128x4 of [total_row, total_column] scales, padding included.
 
-
-def check_quantization(quant_type: object, layout_code: object) -> None:
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
+    rows = arguments.integer("total_row", total_row, 0)
+    return round_up(rows, 128) * round_up(arguments.integer("total_column", total_column, 0), 4)
+
+
+def check_quantization(quant_type: object, layout_code: object) -> tuple[int, int]:
+    """Both as ints.
+
     Raises:
         ValueError: naming the argument; not a member of MNNVLQuantType or QuantizationSFLayout, or not supported.
     """
-    if quant_type not in (MNNVLQuantType.FP8, MNNVLQuantType.NVFP4, MNNVLQuantType.DYNAMIC_FP8):
-        raise arguments.wrong_value("quant_type", "FP8 (1), NVFP4 (2) or DYNAMIC_FP8 (3)", quant_type)
-    check_layout(layout_code)
+    kinds = (MNNVLQuantType.FP8, MNNVLQuantType.NVFP4, MNNVLQuantType.DYNAMIC_FP8)
+    kind = arguments.code("quant_type", quant_type, kinds, "FP8 (1), NVFP4 (2) or DYNAMIC_FP8 (3)")
+    return kind, check_layout(layout_code)
 
 
-def check_layout(layout_code: object) -> None:
-    if layout_code not in (QuantizationSFLayout.SWIZZLED_128x4, QuantizationSFLayout.LINEAR):
-        raise arguments.wrong_value("layout_code", "SWIZZLED_128x4 (0) or LINEAR (2)", layout_code)
+def check_layout(layout_code: object) -> int:
+    layouts = (QuantizationSFLayout.SWIZZLED_128x4, QuantizationSFLayout.LINEAR)
+    return arguments.code("layout_code", layout_code, layouts, "SWIZZLED_128x4 (0) or LINEAR (2)")
 
 
 def check_quantizable(input: torch.Tensor, quantization: int, group_size: object) -> int:

@@ -20,7 +20,7 @@ from mnnvl_backend.flashinfer.quantization import (
     check_layout,
 )
 from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy, required_bytes, strategy_of
-from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace
+from mnnvl_backend.flashinfer.workspace import MAX_WORLD_SIZE, MNNVLAllReduceFusionWorkspace
 from mnnvl_backend.flashinfer.workspace_base import AllReduceFusionWorkspace
 from mnnvl_backend.options import Options
 
@@ -69,18 +69,22 @@ def create_allreduce_fusion_workspace(
         RuntimeError: another backend, or set-up failed.
         TypeError, ValueError: as MNNVLAllReduceFusionWorkspace.
     """
-    if backend not in ("auto", "mnnvl"):
+    if not isinstance(backend, str) or backend not in ("auto", "mnnvl"):
         raise RuntimeError(
-            f"backend: expected 'auto' or 'mnnvl', got {backend!r}; this package has one kind of workspace, for every "
-            "machine, and not FlashInfer's others"
+            f"backend: expected 'auto' or 'mnnvl', got {arguments.represented(backend)}; this package has one kind of "
+            "workspace, for every machine, and not FlashInfer's others"
         )
-    size = arguments.integer("world_size", world_size, 1)
+    size = arguments.at_most("world_size", arguments.integer("world_size", world_size, 1), MAX_WORLD_SIZE)
     place = arguments.integer("rank", rank, 0, size - 1)
-    mapping = Mapping(size, place, gpus_per_node or min(torch.cuda.device_count(), size) or size, tp_size=size)
+    if gpus_per_node is None:
+        gpus_per_node = min(torch.cuda.device_count(), size) or size
+    mapping = Mapping(size, place, gpus_per_node, tp_size=size)
     arguments.instance("force_oneshot_support", force_oneshot_support, bool, "a bool")
     buffer_size = _any_strategy_bytes(size, max_token_num, hidden_dim, dtype) if force_oneshot_support else None
     if options is not None:
         arguments.instance("options", options, Options, "mnnvl_backend.Options or None")
+    if group is not None:
+        arguments.instance("group", group, dist.ProcessGroup, "a process group that this rank is in, or None")
     if comm_backend is None and group is not None:
         settings = config.merge(options or Options(), config.read_environment())
         comm_backend = StoreComm.of_group(group, timedelta(milliseconds=settings.timeout_ms))
@@ -154,6 +158,7 @@ def allreduce_fusion(
     """
     if not isinstance(workspace, MNNVLAllReduceFusionWorkspace):
         raise arguments.wrong_type("workspace", "an MNNVLAllReduceFusionWorkspace", workspace)
+    pattern = arguments.integer("pattern", pattern, -(2**31), 2**31)  # below: whether it is served
     strategy = strategy_of(use_oneshot)
     if pattern == _Pattern.kAllReduce:
         return trtllm_mnnvl_allreduce(input, workspace, launch_with_pdl, output, strategy)
@@ -199,7 +204,7 @@ def _quantized(
     if quantization in (MNNVLQuantType.DYNAMIC_FP8, PACKED_GROUP_FP8):
         _given("scale_out", scale_out, pattern)
     layout = QuantizationSFLayout.SWIZZLED_128x4 if layout_code is None else layout_code
-    check_layout(layout)
+    layout = check_layout(layout)
     if not writes_norm:
         norm_out = None
     elif norm_out is None:

@@ -3,9 +3,12 @@
     python tests/native/build.py module                      the test double as the Python module mnnvl_native
     python tests/native/build.py tests                       the native tests, an executable
     python tests/native/build.py tests --sanitizer thread    the same under a sanitizer (thread, address)
+    python tests/native/build.py fuzz                        the harnesses of tests/fuzz, to replay their corpora
+    python tests/native/build.py fuzz --engine libfuzzer     the same, to fuzz (CXX=clang++)
 
-Prints the path of what it built. CXX names the compiler, MAX_JOBS the number of compilers at once. Needs ninja, and
-for the module the headers of Python and of pybind11, which torch brings along; nothing here includes or links torch.
+Prints the path of what it built, of harnesses their folder. CXX names the compiler, MAX_JOBS the number of compilers
+at once. Needs ninja, and for the module the headers of Python and of pybind11, which torch brings along; nothing here
+includes or links torch.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tests" / "native"
+FUZZ = ROOT / "tests" / "fuzz"
 # The layers below torch. Of kernels/ this is what stands in where no nvcc is.
 LAYERS = ("common", "system", "protocol", "driver", "bootstrap", "memory", "kernels", "cpu", "tuning", "transport")
+PARSERS = ("system", "driver", "bootstrap", "memory")  # those of them that read what comes from outside
 WARNINGS = [
     "-std=c++17",
     "-ffp-contract=off",
@@ -41,6 +45,17 @@ SANITIZERS = {
     "thread": ["-O1", "-g", "-fsanitize=thread"],
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
 }
+
+
+# Compiled with, linked with. Replaying shares its objects with the tests under AddressSanitizer.
+ENGINES = {
+    "replay": (SANITIZERS["address"], ["-fsanitize=address,undefined"]),
+    "libfuzzer": (
+        ["-O1", "-g", "-fsanitize=fuzzer-no-link,address,undefined", "-fno-sanitize-recover=all"],
+        ["-fsanitize=fuzzer,address,undefined"],
+    ),
+}
+Targets = dict[str, list[Path]]  # what is linked, and its sources
 
 
 class BuildError(RuntimeError):
@@ -79,7 +94,7 @@ def escaped(text: str | Path) -> str:
     return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def write_ninja(folder: Path, target: str, sources: Iterable[Path], compile_flags: list[str], link: list[str]) -> None:
+def write_ninja(folder: Path, targets: Targets, compile_flags: list[str], link: list[str]) -> None:
     cxx = shlex.join(compiler())
     # Where a kernel's source is compiled for the CPU, what it includes of CUDA is found in emulation/.
     flags = shlex.join(
@@ -96,30 +111,34 @@ def write_ninja(folder: Path, target: str, sources: Iterable[Path], compile_flag
         "  depfile = $out.d\n  deps = gcc\n  description = $in",
         f"rule link\n  command = {cxx} $in -o $out {shlex.join(link).replace('$', '$$')}\n  description = $out",
     ]
-    objects = []
-    for source in sources:
-        relative = source.relative_to(ROOT)
-        objects.append(escaped(str(relative.with_suffix(".o")).replace("/", "_")))
-        lines.append(f"build {objects[-1]}: compile {escaped(source)}")
-    lines.append(f"build {escaped(target)}: link {' '.join(objects)}\ndefault {escaped(target)}\n")
+    objects = {
+        source: escaped(str(source.relative_to(ROOT).with_suffix(".o")).replace("/", "_"))
+        for sources in targets.values()
+        for source in sources
+    }
+    lines += [f"build {name}: compile {escaped(source)}" for source, name in objects.items()]
+    for target, sources in targets.items():
+        linked = " ".join(objects[source] for source in sources)
+        lines.append(f"build {escaped(target)}: link {linked}\ndefault {escaped(target)}\n")
     text = "\n".join(lines)
     path = folder / "build.ninja"
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
 
-def build(name: str, target: str, sources: Iterable[Path], compile_flags: list[str], link: list[str]) -> Path:
-    """Brings build/native/<name>/<target> up to date. Processes that ask for the same one wait for each other."""
+def build(name: str, targets: Targets, compile_flags: list[str], link: list[str]) -> Path:
+    """Brings the targets in the folder build/native/<name> up to date. Processes that ask for the same wait for each
+    other."""
     folder = ROOT / "build" / "native" / name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        write_ninja(folder, target, sources, compile_flags, link)
+        write_ninja(folder, targets, compile_flags, link)
         jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
         done = subprocess.run([find_ninja(), "-C", str(folder), "-j", jobs], capture_output=True, text=True)
     if done.returncode != 0:
-        raise BuildError(f"building {folder / target} failed:\n{done.stdout}{done.stderr}")
-    return folder / target
+        raise BuildError(f"building {folder} failed:\n{done.stdout}{done.stderr}")
+    return folder
 
 
 def build_module() -> Path:
@@ -132,8 +151,8 @@ def build_module() -> Path:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     # As in setup.py: a C++ runtime that some compilers link statically must not meet that of the process.
     link = ["-shared", "-Wl,--exclude-libs,ALL", "-ldl", "-lpthread"]
-    return build(f"module{suffix.removesuffix('.so')}", f"mnnvl_native{suffix}",
-                 sources(of_tests=False, emulation=False), flags, link)  # fmt: skip
+    targets = {f"mnnvl_native{suffix}": sources(of_tests=False, emulation=False)}
+    return build(f"module{suffix.removesuffix('.so')}", targets, flags, link) / f"mnnvl_native{suffix}"
 
 
 def build_tests(sanitizer: str = "none", name: str | None = None, static: bool = False) -> Path:
@@ -143,18 +162,33 @@ def build_tests(sanitizer: str = "none", name: str | None = None, static: bool =
         link.append("-static")
     # A static one is for an emulated processor, where fibers that spin take minutes.
     what = sources(of_tests=True, emulation=sanitizer == "none" and not static)
-    return build(name or f"tests-{sanitizer}", "native_tests", what, flags, link)
+    return build(name or f"tests-{sanitizer}", {"native_tests": what}, flags, link) / "native_tests"
+
+
+def build_fuzz(engine: str) -> Path:
+    """Each harness of tests/fuzz is an executable, of its name."""
+    layers = [source for layer in PARSERS for source in sorted((ROOT / "csrc" / layer).rglob("*.cpp"))]
+    replay = FUZZ / "replay.cpp"
+    layers += [replay] if engine == "replay" else []
+    targets = {harness.stem: [harness, *layers] for harness in sorted(FUZZ.glob("*.cpp")) if harness != replay}
+    compile_flags, link = ENGINES[engine]
+    folder = "tests-address" if engine == "replay" else f"fuzz-{engine}"
+    return build(folder, targets, [*WARNINGS, *compile_flags], [*link, "-ldl", "-lpthread"])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Builds the test double or the native tests.")
-    parser.add_argument("what", choices=["module", "tests"])
+    parser = argparse.ArgumentParser(description="Builds the test double, the native tests, or the fuzzers' harnesses.")
+    parser.add_argument("what", choices=["module", "tests", "fuzz"])
     parser.add_argument("--sanitizer", choices=sorted(SANITIZERS), default="none")
     parser.add_argument("--name", help="folder below build/native/, for another compiler (tests only)")
     parser.add_argument("--static", action="store_true", help="link statically (tests only)")
+    parser.add_argument("--engine", choices=sorted(ENGINES), default="replay", help="who feeds a harness (fuzz only)")
     asked = parser.parse_args()
     try:
-        print(build_module() if asked.what == "module" else build_tests(asked.sanitizer, asked.name, asked.static))
+        if asked.what == "tests":
+            print(build_tests(asked.sanitizer, asked.name, asked.static))
+        else:
+            print(build_module() if asked.what == "module" else build_fuzz(asked.engine))
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

@@ -16,6 +16,7 @@
 #include <thread>
 
 #include "bootstrap/fd_channel.h"
+#include "bootstrap/fd_message.h"
 #include "memory/allocation.h"
 #include "memory/host_segment.h"
 #include "memory/symmetric_buffer.h"
@@ -279,8 +280,9 @@ void set_up_segments(const FakeSetupConfig& config, int rank, Exchange& exchange
 
 // --- Descriptors.
 
-// Connects as nobody of the group would, with rubbish and a descriptor.
-void disturb(const std::string& name) {
+// Connects as nobody of the group would, with rubbish and descriptors, to a name that everybody can read.
+void disturb(const std::string& address_of_rank) {
+  const std::string name = address_of_rank.substr(0, kTokenBytes);
   UniqueFd connection(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
   sockaddr_un address{};
   address.sun_family = AF_UNIX;

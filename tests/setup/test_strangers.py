@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import resource
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,16 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank, run_ranks
+from strangers import Held, as_root, become_nobody, names, processes
 
-NOBODY = 65534
 STRANGERS = 4
-
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be a stranger to itself (another uid)")
-
-
-def names() -> list[str]:
-    with open("/proc/net/unix") as table:
-        return [line.partition("@mnnvl-")[2].strip() for line in table if "@mnnvl-" in line]
 
 
 def fill(name: str, connections: list[socket.socket]) -> int:
@@ -47,9 +37,7 @@ def flood(port: int) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    os.setgroups([])
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
+    become_nobody()
     held: dict[str, list[socket.socket]] = {}
     store.add("strangers", 1)
     while True:
@@ -68,54 +56,10 @@ def flood(port: int) -> None:
                 store.set(f"full {name}", "1")
 
 
-class Held(dist.Store):
-    """The ranks' store: it lets nobody learn the address of a socket before the strangers have filled its queue."""
-
-    def __init__(self, inner: dist.Store, strangers: dist.Store) -> None:
-        super().__init__()
-        self.inner, self.strangers, self.released = inner, strangers, 0.0
-
-    def set(self, key: str, value: bytes) -> None:
-        for name in names():
-            if name.encode() in bytes(value):
-                self.strangers.wait([f"full {name}"], timedelta(seconds=20))
-                self.released = time.monotonic()
-        self.inner.set(key, value)
-
-    def get(self, key: str) -> bytes:
-        return self.inner.get(key)
-
-    def add(self, key: str, value: int) -> int:
-        return self.inner.add(key, value)
-
-    def check(self, keys: list[str]) -> bool:
-        return self.inner.check(keys)
-
-    def wait(self, keys: list[str], timeout: timedelta = timedelta(seconds=30)) -> None:
-        self.inner.wait(keys, timeout)
-
-    def deleteKey(self, key: str) -> bool:
-        return self.inner.delete_key(key)
-
-
 @pytest.fixture
 def strangers() -> Iterator[int]:
-    """The port of the store in which strangers tell what they have filled."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, str(store.port)]
-    processes = [subprocess.Popen(command, env=env, start_new_session=True) for _ in range(STRANGERS)]
-    try:
-        end = time.monotonic() + 60
-        while store.add("strangers", 0) < STRANGERS:
-            assert time.monotonic() < end, "the strangers did not come"
-            assert all(process.poll() is None for process in processes), "a stranger has ended"
-            time.sleep(0.05)
+    with processes([[__file__]] * STRANGERS) as store:
         yield store.port
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
 
 
 def set_up_body(rank: Rank, port: int) -> float:

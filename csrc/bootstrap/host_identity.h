@@ -17,7 +17,7 @@ struct HostIdentity {
   std::string pid_namespace;
 
   void serialise(RecordWriter& writer) const;
-  static HostIdentity parse(RecordReader& reader);
+  static HostIdentity parse(RecordReader& reader);  // texts made readable
 };
 
 // The calling thread's identity. The host id is the kernel's boot id and the network namespace (abstract sockets end

@@ -1,4 +1,4 @@
-#include "memory/host_identity.h"
+#include "bootstrap/host_identity.h"
 
 #include <errno.h>
 #include <unistd.h>
@@ -40,11 +40,11 @@ void HostIdentity::serialise(RecordWriter& writer) const {
 
 HostIdentity HostIdentity::parse(RecordReader& reader) {
   HostIdentity identity;
-  reader.get(identity.host_id)
-      .get(identity.boot_id)
-      .get(identity.hostname)
+  reader.get_text(identity.host_id)
+      .get_text(identity.boot_id)
+      .get_text(identity.hostname)
       .get(identity.pid)
-      .get(identity.pid_namespace);
+      .get_text(identity.pid_namespace);
   return identity;
 }
 
