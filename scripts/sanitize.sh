@@ -32,13 +32,14 @@ declare -A TESTS=(
 declare -A CASES=([fused]=6 [operations]=60) # MNNVL_TEST_CASES; of the operations a quarter on GPUs
 SECTIONS=(lamport channels fused graphs operations)
 
-# racecheck sees hazards in shared memory alone, so only the kernels that use it; these and the Lamport kernels meet at
-# barriers. initcheck sees one process: what a peer writes looks like nothing to it. It still means something here, since
+# racecheck sees hazards in shared memory alone, so only the kernels that use it, and of these only the fused ones: the
+# channels' warps tell each other what is done by words that are stored with release and loaded with acquire, and each
+# such pair is a race to it (that load and that store are all it reports). initcheck sees one process: what a peer writes looks like nothing to it. It still means something here, since
 # kernels read no memory but their own rank's, every word of which set-up has filled; what it finds is an input or a slot
 # beyond that. It must see torch's kernels too, which make the inputs: no filter by kernel there.
 declare -A TOOLS=(
   [memcheck]="lamport channels fused graphs operations"
-  [racecheck]="channels fused"
+  [racecheck]="fused"
   [synccheck]="lamport channels fused"
   [initcheck]="lamport channels fused"
 )
