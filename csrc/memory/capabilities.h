@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "driver/cuda_driver.h"
 #include "bootstrap/host_identity.h"
+#include "driver/cuda_driver.h"
 #include "memory/options.h"
 
 namespace mnnvl {

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 
+#include "bootstrap/host_identity.h"
 #include "driver/cuda_driver.h"
 #include "driver/nccl.h"
 #include "driver/nvml.h"
-#include "bootstrap/host_identity.h"
 
 namespace mnnvl {
 namespace {

@@ -42,7 +42,7 @@ def sanitize(folder: Path, stand_in: str, *arguments: str, seconds: int = 60) ->
 
 def test_every_kernel_and_tool() -> None:
     sources = {str(f.relative_to(KERNELS)): f.read_text() for f in KERNELS.rglob("*.cu") if f.parent.name != "host"}
-    for tool in ("memcheck", "synccheck", "initcheck"):
+    for tool in ("memcheck", "synccheck"):
         assert listed("kernel", tool) == set(sources)
     assert listed("kernel", "racecheck") == {
         name for name, text in sources.items() if "__shared__" in text and not name.startswith("channel/")
@@ -61,7 +61,7 @@ def test_all_is_well(tmp_path: Path) -> None:
     code, out = sanitize(tmp_path, CLEAN, "--record", str(record))
     assert code == 0, out
     rows = re.findall(r"^\| (\w+check) +\| (\w+) +\| 3 passed +\| +0 \| +\d+ s \| ok \|$", record.read_text(), re.M)
-    assert {tool for tool, _ in rows} == {"memcheck", "racecheck", "synccheck", "initcheck"}
+    assert {tool for tool, _ in rows} == {"memcheck", "racecheck", "synccheck"}
     assert rows == re.findall(r"^\| (\w+check) +\| (\w+) +\| 3 passed", out, re.M)
 
 
@@ -89,7 +89,7 @@ def test_no_failure_passes(tmp_path: Path, stand_in: str, row: str) -> None:
 def test_arguments(tmp_path: Path) -> None:
     code, out = sanitize(tmp_path, CLEAN, "--tool", "leakcheck")
     assert code == 1
-    assert "--tool: expected one of memcheck racecheck synccheck initcheck, got 'leakcheck'" in out
+    assert "--tool: expected one of memcheck racecheck synccheck, got 'leakcheck'" in out
     code, out = sanitize(tmp_path, CLEAN, "--tool", "racecheck", "--section", "graphs")
     assert code == 1
     assert "none of these tools runs any of these sections" in out

@@ -11,40 +11,18 @@
 // its warp's sum is then one that no arithmetic makes; so all threads of the cluster leave a failed call behind the
 // same row.
 //
-// The kernels are bound by the latency of their instructions, so the usual rows have code of their own (Rows).
+// The kernels are bound by the latency of their instructions, so the usual rows have code of their own (rows.cuh). Of
+// many rows each is a team's, some of a block's warps, so that a multiprocessor has the loads of several under way; a
+// warp sums the squares of 32 neighbouring packs there, as one of a cluster does.
 #pragma once
 
 #include "kernels/device/cluster.cuh"
 #include "kernels/device/pack.cuh"
+#include "kernels/device/rows.cuh"
 #include "kernels/epilogue/quantise.cuh"
 #include "protocol/fused_row.h"
 
 namespace mnnvl::kernels {
-
-enum class Rows {
-  kAny,
-  kPacked,  // every row of every matrix is whole packs, and aligned
-  kOnePack,  // that, no thread has more than one, and no cluster more than one row
-  kUnscaled,  // that, and no scales are written
-  kTwoPacks,  // the same for at most two packs a thread, of groups of one and two
-  kTeams,  // many packed rows, without scales, of whole warps' packs, of each lane one: by a few warps of a block each
-};
-
-// For which instances there are such kernels.
-constexpr bool has_two_packs(int instance) { return instance == 1 || instance == 2; }
-constexpr bool has_teams(int instance) { return instance == 1 || instance == 2 || instance == 4 || instance == 8; }
-
-inline bool fits_teams(const FusedParams& params) {
-  return params.packed && params.team_shift != 0 && !writes_scales(params.work.quantization) &&
-         params.packs % 32 == 0 && params.packs <= fused::kRowLanes;
-}
-
-// Of float32, which engines don't have between their layers, there is the loop for worlds of any size alone: each
-// instance costs every build a second or two.
-template <typename T>
-constexpr int fused_instance(int instance) {
-  return sizeof(T) == 4 ? 0 : instance;
-}
 
 template <typename T, int kWorld, Rows kRows>
 class FusedRow {
@@ -71,9 +49,10 @@ class FusedRow {
         shared_(shared),
         blocks_(kTeams ? 1 : 1 << params.cluster_shift),
         step_(kTeams ? 1 << params.team_shift : int(blockDim.x) << params.cluster_shift),
-        first_pack_(kTeams ? int(threadIdx.x) & (step_ - 1)
-                           : ((int(threadIdx.x) >> 5 << params.cluster_shift) + (int(blockIdx.x) & (blocks_ - 1))) * 32 +
-                                 int(threadIdx.x) % 32),
+        first_pack_(kTeams
+                        ? int(threadIdx.x) & (step_ - 1)
+                        : ((int(threadIdx.x) >> 5 << params.cluster_shift) + (int(blockIdx.x) & (blocks_ - 1))) * 32 +
+                              int(threadIdx.x) % 32),
         quantiser_(params) {}
 
   // The rows of this block's cluster, or of this team: first, first + step, ... A row is the same block's either way.

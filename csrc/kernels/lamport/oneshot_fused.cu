@@ -109,18 +109,17 @@ Rows rows_of(const FusedParams& params, const Launch& shape) {
 template <typename T, int kWorld, Rows kRows>
 constexpr auto kernel_of() {
   if constexpr (kWorld == 1) {
-    return fused_alone<T, sizeof(T) == 4 && kRows == Rows::kTeams ? Rows::kPacked : kRows>;
+    return fused_alone < T, sizeof(T) == 4 && kRows == Rows::kTeams ? Rows::kPacked : kRows > ;
   } else {
     constexpr int kInstance = kRows == Rows::kAny ? 0 : fused_instance<T>(kWorld);
     // Larger worlds send many rows by two shots.
     constexpr bool kHasNone = kRows >= Rows::kTwoPacks && !has_two_packs(kInstance);
-    return oneshot_lamport_fused<T, kInstance, kHasNone ? Rows::kPacked : kRows>;
+    return oneshot_lamport_fused < T, kInstance, kHasNone ? Rows::kPacked : kRows > ;
   }
 }
 
 void launch_instance(const FusedParams& params, const Launch& shape) {
-  const auto launch_rows = [&](auto any, auto packed, auto one_pack, auto unscaled, auto two_packs,
-                               auto teams) {
+  const auto launch_rows = [&](auto any, auto packed, auto one_pack, auto unscaled, auto two_packs, auto teams) {
     switch (rows_of(params, shape)) {
       case Rows::kAny: return launch(any, params, params.blocks, shape);
       case Rows::kPacked: return launch(packed, params, params.blocks, shape);
