@@ -39,9 +39,10 @@ class Report:
 
 
 def life(rank: Rank, name: str) -> None:
-    """A group, from nothing to nothing."""
+    """A group, from nothing to nothing, with all that torch makes at a first use."""
     rank.init(prefix=name)
     works(rank)
+    dist.all_reduce(torch.ones(5, device=rank.device), async_op=True).get_future().then(lambda future: None).wait()
     dist.destroy_process_group()
 
 
