@@ -271,6 +271,7 @@ def interrupted(rank: Rank, turn: int) -> None:
     rank.meet(f"ready {turn}")
     x = torch.ones(3, device=rank.device)
     if rank.rank == VICTIM:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         later(moment(turn), lambda: os.kill(os.getpid(), signal.SIGINT))
         later(moment(turn) + 0.2, lambda: rank.store.set(f"interrupted {turn}", ""))
         try:

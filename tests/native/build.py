@@ -40,10 +40,10 @@ WARNINGS = [
     "-Werror",
 ]
 SANITIZERS = {
-    "none": ["-O1", "-g"],
+    "none": ["-O1", "-g1"],
     # TSan can't follow atomic_thread_fence; GCC says so at each one, and so it is an error.
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
 }
 
 
@@ -51,7 +51,7 @@ SANITIZERS = {
 ENGINES = {
     "replay": (SANITIZERS["address"], ["-fsanitize=address,undefined"]),
     "libfuzzer": (
-        ["-O1", "-g", "-fsanitize=fuzzer-no-link,address,undefined", "-fno-sanitize-recover=all"],
+        ["-O1", "-g1", "-fsanitize=fuzzer-no-link,address,undefined", "-fno-sanitize-recover=all"],
         ["-fsanitize=fuzzer,address,undefined"],
     ),
 }

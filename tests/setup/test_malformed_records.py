@@ -63,7 +63,8 @@ def test_a_word_that_is_no_text_is_shown() -> None:
     record = (5).to_bytes(8, "little") + bytes(8) + (2).to_bytes(4, "little")
     word = b"caf\xc3\xa9 \xff\x00\x1b[31m"
     time.sleep(0.05)
-    store.set(f"{PREFIX}/here/1", record + len(word).to_bytes(4, "little") + word + bytes(4))
+    process, litter = bytes(5 * 4), bytes(4)  # four empty texts and a pid; none
+    store.set(f"{PREFIX}/here/1", record + len(word).to_bytes(4, "little") + word + process + litter)
     store.add(f"{PREFIX}/tries/1", 1)
     error, _ = threads.join()["waits"]
     assert isinstance(error, dist.DistBackendError)
