@@ -40,7 +40,7 @@ WARNINGS = [
     "-Werror",
 ]
 SANITIZERS = {
-    "none": ["-O1", "-g1"],
+    "none": ["-O1", "-g1", "-U_FORTIFY_SOURCE"],  # which forbids longjmp() between stacks
     # TSan can't follow atomic_thread_fence; GCC says so at each one, and so it is an error.
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
     "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],

@@ -3,6 +3,7 @@
 // not for their speed or their order of memory accesses, which is that of this CPU.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <array>
@@ -58,7 +59,6 @@ class Block {
       getcontext(&fiber->context);
       fiber->context.uc_stack.ss_sp = fiber->stack.get();
       fiber->context.uc_stack.ss_size = kStackBytes;
-      fiber->context.uc_link = &scheduler_;
       makecontext(&fiber->context, reinterpret_cast<void (*)()>(&Block::enter), 0);
     }
     for (bool left = true; left;) {
@@ -66,7 +66,7 @@ class Block {
       for (running_ = 0; running_ < fibers_.size(); ++running_) {
         if (fibers_[running_]->ended) continue;
         left = true;
-        swapcontext(&scheduler_, &fibers_[running_]->context);
+        resume(*fibers_[running_]);
       }
       std::this_thread::yield();
     }
@@ -77,7 +77,10 @@ class Block {
     static thread_local Block* block = nullptr;
     return block;
   }
-  void yield() { swapcontext(&fibers_[running_]->context, &scheduler_); }
+  // By jumps: swapcontext() asks the system for the signal mask each time.
+  __attribute__((noinline)) void yield() {
+    if (_setjmp(fibers_[running_]->place) == 0) _longjmp(scheduler_, 1);
+  }
   unsigned thread() const { return static_cast<unsigned>(running_); }
   unsigned threads() const { return static_cast<unsigned>(fibers_.size()); }
   unsigned index() const { return index_; }
@@ -104,7 +107,9 @@ class Block {
  private:
   static constexpr size_t kStackBytes = 64 << 10;
   struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // to begin in
+    jmp_buf place;
+    bool begun = false;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     bool ended = false;
     uint64_t barriers = 0;  // of the cluster, so far
@@ -128,10 +133,17 @@ class Block {
     }
     while (meeting.round == round) yield();
   }
+  __attribute__((noinline)) void resume(Fiber& fiber) {
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+  }
   static void enter() {
     Block* block = current();
     (*block->kernel_)();
     block->fibers_[block->running_]->ended = true;
+    _longjmp(block->scheduler_, 1);
   }
 
   const unsigned index_, blocks_;
@@ -142,7 +154,7 @@ class Block {
   Meeting all_;
   std::array<Meeting, 16> teams_;
   const std::function<void()>* kernel_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
 };
 
 inline Index thread_index() { return {Block::current()->thread()}; }
