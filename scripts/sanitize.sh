@@ -24,7 +24,8 @@ declare -A TESTS=(
   [channels]="tests/collectives/test_point_to_point.py::test_every_dtype[cuda-2]
     tests/collectives/test_point_to_point.py::test_layouts[cuda]
     tests/collectives/test_reductions.py::test_every_reduction[cuda-1001]"
-  [fused]="tests/function/test_fused.py::test_random_cases[cuda-2]"
+  [fused]="tests/function/test_fused.py::test_random_cases[cuda-2]
+    tests/function/test_fused.py::test_many_rows[cuda-2]"
   [graphs]="tests/collectives/test_graphs.py::test_sizes_replayed_between_eager_calls[2-oneshot]
     tests/collectives/test_graphs.py::test_sizes_replayed_between_eager_calls[2-twoshot]"
   [operations]="tests/collectives/test_every_operation.py::test_every_operation[cuda-2]"

@@ -96,6 +96,7 @@ void launch_alone(const FusedRequest& request, void* stream) {
   static_cast<FusedShape&>(choice) =
       choose_fused_shape(request.work.rows, row_packs(request.work), GroupShape{}.multiprocessors);
   choice.blocks = int(min64(request.work.rows, kMaxAloneRows)) * choice.cluster;
+  if (request.work.rows <= choice.blocks) choice.team = 0;  // a row a block
   DeviceGroup group{};
   group.world_size = 1;
   launch_rows(kernels::table().oneshot_fused, group, request, choice, stream);

@@ -59,7 +59,7 @@ class Case:
         divisors = [d for d in range(1, min(hidden, 512) + 1) if hidden % d == 0]
         return Case(
             seed=seed,
-            rows=r.choice([1, 2, 3, 5, 16, 33, 130]) if hidden <= 8200 else r.choice([1, 2, 5]),
+            rows=r.choice([1, 2, 3, 5, 16, 33, 130, 300]) if hidden <= 8200 else r.choice([1, 2, 5]),
             hidden=hidden,
             dtype=dtype,
             strategy=r.choice([Strategy.ONESHOT, Strategy.TWOSHOT]),
@@ -208,6 +208,27 @@ def test_random_cases(ranks, device, world_size):
         world_size = min(world_size, 9 * torch.cuda.device_count())  # a GPU has contexts for few more processes
     cases = [Case.random(FIRST_SEED + i) for i in range(CASES)]
     ranks(cases_body, world_size, device, args=(cases,), timeout=50 + CASES)
+
+
+def many_rows_body(rank: Rank) -> None:
+    """More than a GPU has multiprocessors, in one launch and by each strategy: teams of a block's warps take them."""
+    base = Case.random(0)
+    with workspace_of(rank, buffer_size_in_bytes=64 << 20) as workspace:
+        for seed, (rows, hidden) in enumerate([(150, 5120), (301, 1024), (301 * rank.world_size, 4096)]):
+            for strategy in (Strategy.ONESHOT, Strategy.TWOSHOT):
+                for kind, in_place in ((NONE, "norm"), (FP8, "")):
+                    case = replace(
+                        base, seed=seed, rows=rows, hidden=hidden, dtype=torch.bfloat16, strategy=strategy,
+                        residual=True, quantization=kind, writes_norm=True, in_place=in_place,
+                    )  # fmt: skip
+                    run_case(rank, workspace, case)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_many_rows(ranks, device, world_size):
+    if device == "cpu" and world_size != 2:
+        pytest.skip("on the CPU rows are rows")
+    ranks(many_rows_body, world_size, device, timeout=60)
 
 
 def edge_cases(dtype: torch.dtype, hidden: int, rows: int) -> list[Case]:

@@ -96,6 +96,20 @@ struct Problem {
     work.weight_bias = random.below(2) == 0 ? 0.0f : 1.0f;
     work.scale_value = 0.037f;
     strategy = random.below(2) == 0 ? Strategy::kOneShot : Strategy::kTwoShot;
+    fill(random, world_size);
+  }
+
+  // Another shape, with elements of its own.
+  void take_rows(int64_t rows, int64_t hidden) {
+    Random random(uint64_t(rows + hidden));
+    work.rows = rows;
+    work.hidden = hidden;
+    const int world_size = int(inputs.size());
+    inputs.clear();
+    fill(random, world_size);
+  }
+
+  void fill(Random& random, int world_size) {
     for (int r = 0; r < world_size; ++r) inputs.push_back(elements(random, work.dtype, work.rows * work.hidden));
     residual = elements(random, work.dtype, work.rows * work.hidden);
     gamma = elements(random, work.gamma_is_float32 ? Dtype::kFloat32 : work.dtype, work.hidden);
@@ -160,6 +174,7 @@ TEST(fused_rows_on_the_device_are_those_of_the_cpu) {
     run_cases(world_size, 160 << 10, 4, 100 * uint64_t(world_size) + 40, iterations(12));  // several launches
   }
   run_cases(2, 1 << 20, 2, 600, iterations(8), /*usual=*/true);  // teams of half a block, and of a quarter
+  run_cases(2, 160 << 10, 2, 620, iterations(4), /*usual=*/true);
 }
 
 // By the loops for worlds without an instance of their own: most ranks own no row of the two-shot.
@@ -206,6 +221,42 @@ TEST(fused_rows_alone) {
     check_same(outputs.norm, expected.norm, "norm", seed);
     check_same(outputs.quantised, expected.quantised, "quantised", seed);
     check_same(outputs.scales, expected.scales, "scales", seed);
+  }
+}
+
+// More rows than blocks, for teams of several rows and of none.
+TEST(fused_rows_alone_by_teams) {
+  for (const int rows : {140, 300, 600}) {
+    Problem problem(uint64_t(rows), 1, /*usual=*/true);
+    problem.take_rows(rows, 1024);
+    Outputs expected(problem.work), outputs(problem.work);
+    problem.expect(expected);
+    FusedRequest request;
+    request.in = problem.inputs[0].data();
+    request.work = outputs.work_on(problem.work);
+    launch_alone(request, nullptr);
+    check_same(outputs.residual, expected.residual, "residual_out", uint64_t(rows));
+    check_same(outputs.norm, expected.norm, "norm", uint64_t(rows));
+    check_same(outputs.quantised, expected.quantised, "quantised", uint64_t(rows));
+  }
+}
+
+// Teams without a peer's rows leave one by one, and the block ends.
+TEST(fused_teams_without_a_rank_end_at_the_deadline) {
+  for (const Strategy strategy : {Strategy::kOneShot, Strategy::kTwoShot}) {
+    const Group group(2, 1 << 20, /*multiprocessors=*/2, /*timeout_ms=*/300);
+    run_threads(2, [&](int rank) {
+      if (rank == 1) return;
+      Problem problem(1, 2, /*usual=*/true);
+      problem.take_rows(12, 5120);
+      Outputs outputs(problem.work);
+      FusedRequest request;
+      request.in = problem.inputs[0].data();
+      request.work = outputs.work_on(problem.work);
+      request.strategy = strategy;
+      for (int call = 0; call < 2; ++call) group.run(rank, request);
+      CHECK(group.record(rank).valid == 1 && group.record(rank).peer == 1, "names ", group.record(rank).peer);
+    });
   }
 }
 
