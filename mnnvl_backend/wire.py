@@ -4,6 +4,7 @@ code in the ranks that read it."""
 from __future__ import annotations
 
 import json
+import numbers
 from typing import Any
 
 
@@ -37,6 +38,8 @@ def _tagged(value: Any) -> Any:
         return {"dict": [[key, _tagged(item)] for key, item in value.items()]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, numbers.Integral):  # numpy's
+        return int(value)
     raise TypeError(f"allgather: expected numbers, text, bytes, or tuples, lists and dicts of them, got {value!r}")
 
 

@@ -72,6 +72,12 @@ def test_a_word_that_is_no_text_is_shown() -> None:
     del peer
 
 
+def test_numpy_integers_are_numbers() -> None:
+    """As in a mapping's ranks, which may be numpy's everywhere else."""
+    numpy = pytest.importorskip("numpy")
+    assert wire.loads(wire.dumps((numpy.int64(3), [numpy.uint8(7)]))) == (3, [7])
+
+
 def contribution(data: bytes) -> tuple[object, object]:
     """What two ranks get of a round in which rank 1 contributes `data`."""
     store, threads = dist.HashStore(), Threads()
