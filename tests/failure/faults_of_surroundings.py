@@ -6,8 +6,10 @@ import ctypes
 import os
 import resource
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -33,18 +35,38 @@ def limited(limit: int, value: int) -> Iterator[None]:
         resource.setrlimit(limit, before)
 
 
-def address_space() -> int:
+def limited_memory(free: int) -> AbstractContextManager[None]:
     with open("/proc/self/statm") as text:
-        return int(text.read().split()[0]) * resource.getpagesize()
+        return limited(resource.RLIMIT_AS, int(text.read().split()[0]) * resource.getpagesize() + free)
 
 
-def free_descriptors(count: int) -> int:
+@contextmanager
+def no_thread() -> Iterator[None]:
+    """No memory for a thread's stack, and none of an ended thread's either, which the C library keeps for new ones."""
+    over, started = threading.Event(), []
+    with limited_memory(4 << 20):
+        for _ in range(2):  # a thread that was ending may leave its stack after the first time
+            with suppress(RuntimeError):
+                while True:
+                    thread = threading.Thread(target=over.wait)
+                    thread.start()
+                    started.append(thread)
+            time.sleep(0.05)
+        try:
+            yield
+        finally:
+            over.set()
+            for thread in started:
+                thread.join()
+
+
+def limited_files(free: int) -> AbstractContextManager[None]:
     taken = {int(name) for name in os.listdir("/proc/self/fd")}
-    return [fd for fd in range(max(taken) + count + 2) if fd not in taken][count]
+    return limited(resource.RLIMIT_NOFILE, [fd for fd in range(max(taken) + free + 2) if fd not in taken][free])
 
 
-def limits(limit: int, value: Callable[[int], int], during: str) -> Callable[[Rank, int], Seen | None]:
-    """During "set-up", or "calls" after it, that are made by the caller's thread, or "async" calls, which need another."""
+def limits(at_limit: Callable[[int], AbstractContextManager[None]], during: str) -> Callable[[Rank, int], Seen | None]:
+    """During "set-up", or "async" calls after it, which need a thread of their own."""
 
     def body(rank: Rank, turn: int) -> Seen | None:
         def calls() -> None:
@@ -58,7 +80,7 @@ def limits(limit: int, value: Callable[[int], int], during: str) -> Callable[[Ra
         if rank.rank != VICTIM:
             rank.store.wait([f"fault {turn}"], rank.group_timeout)
             return goes_on(rank, turn, calls)
-        with limited(limit, value(turn)):
+        with at_limit(turn):
             tell(rank, turn)
             return goes_on(rank, turn, calls)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import time
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from failing import SHORT, call, new_default_group_works, works
+from faults_of_surroundings import limited_memory
 from launcher import Rank, run_ranks
 
 
@@ -94,11 +94,6 @@ def test_abort_says_where_it_was_called(device):
     assert re.search(r"rank 0\b.*abort\(\) was called", told[0])
 
 
-def address_space() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[0]) * resource.getpagesize()
-
-
 def out_of_memory_body(rank: Rank) -> None:
     """Rank 0 has no memory left for what a call needs beside its tensors. It hears before anything is sent; when there
     is memory again, it calls again and meets rank 1, which has been waiting."""
@@ -113,13 +108,8 @@ def out_of_memory_body(rank: Rank) -> None:
     }.items():
         rank.meet(name)
         if rank.rank == 0:
-            before = resource.getrlimit(resource.RLIMIT_AS)
-            resource.setrlimit(resource.RLIMIT_AS, (address_space() + (4 << 20), before[1]))
-            try:
-                with pytest.raises(RuntimeError, match="allocate") as raised:
-                    collective()
-            finally:
-                resource.setrlimit(resource.RLIMIT_AS, before)
+            with limited_memory(4 << 20), pytest.raises(RuntimeError, match="allocate") as raised:
+                collective()
             assert not isinstance(raised.value, dist.DistBackendError), raised.value
         collective()
         works(rank)
