@@ -11,7 +11,7 @@ from typing import Any
 def dumps(value: Any) -> bytes:
     """
     Raises:
-        TypeError: neither None, bool, int, float, str, bytes, nor tuples, lists or dicts (of str) of them.
+        TypeError: neither None, bool, int (or numpy's), float, str, bytes, nor tuples, lists or dicts (of str) of them.
     """
     return json.dumps(_tagged(value)).encode()
 

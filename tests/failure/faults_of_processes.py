@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from failing import call, works
 from launcher import Rank
+from stores import WithCheck
 
 from mnnvl_backend import Mapping, MNNVLAllReduceFusionWorkspace, trtllm_mnnvl_fused_allreduce_add_rmsnorm
 
@@ -157,12 +158,12 @@ def kills(make: Callable[[Rank], Callable[[], None]], signum: int) -> Callable[[
     return body
 
 
-class Deadly(dist.Store):
+class Deadly(WithCheck):
     """The victim's: it dies when it would post its contribution to a round of the set-up, or (-1) come to it."""
 
     def __init__(self, rank: Rank, turn: int, at: int) -> None:
-        super().__init__()
-        self.inner, self.rank, self.turn = dist.PrefixStore(f"turn{turn}", rank.store), rank, turn
+        super().__init__(dist.PrefixStore(f"turn{turn}", rank.store))
+        self.rank, self.turn = rank, turn
         self.key = f"/{at}/{rank.rank}" if at >= 0 else f"/here/{rank.rank}"
 
     def set(self, key: str, value: bytes) -> None:
@@ -170,18 +171,6 @@ class Deadly(dist.Store):
             tell(self.rank, self.turn)
             os.kill(os.getpid(), signal.SIGKILL)
         self.inner.set(key, value)
-
-    def get(self, key: str) -> bytes:
-        return self.inner.get(key)
-
-    def add(self, key: str, value: int) -> int:
-        return self.inner.add(key, value)
-
-    def check(self, keys: list[str]) -> bool:
-        return self.inner.check(keys)
-
-    def wait(self, keys: list[str], timeout: timedelta = timedelta(seconds=30)) -> None:
-        self.inner.wait(keys, timeout)
 
 
 def killed_in_set_up(rank: Rank, turn: int, at: int, timeout: float) -> Seen:

@@ -139,6 +139,13 @@ void check_same(const Bytes& got, const Bytes& wanted, const char* what, uint64_
   }
 }
 
+void check_same(const Outputs& got, const Outputs& wanted, uint64_t seed) {
+  check_same(got.residual, wanted.residual, "residual_out", seed);
+  check_same(got.norm, wanted.norm, "norm", seed);
+  check_same(got.quantised, wanted.quantised, "quantised", seed);
+  check_same(got.scales, wanted.scales, "scales", seed);
+}
+
 // Many multiprocessors give rows clusters of as many blocks as they can use, few give them one; a small stage takes
 // several launches.
 void run_cases(int world_size, int64_t stage_bytes, int multiprocessors, uint64_t first, int count,
@@ -158,10 +165,7 @@ void run_cases(int world_size, int64_t stage_bytes, int multiprocessors, uint64_
       request.work = outputs.work_on(problem.work);
       request.strategy = problem.strategy;
       group.run(rank, request);
-      check_same(outputs.residual, expected.residual, "residual_out", seed);
-      check_same(outputs.norm, expected.norm, "norm", seed);
-      check_same(outputs.quantised, expected.quantised, "quantised", seed);
-      check_same(outputs.scales, expected.scales, "scales", seed);
+      check_same(outputs, expected, seed);
     }
   });
   group.check_clear();
@@ -208,20 +212,18 @@ TEST(fused_means_are_quotients) {
   check_means<double>(2);
 }
 
+void check_alone(const Problem& problem, uint64_t seed) {
+  Outputs expected(problem.work), outputs(problem.work);
+  problem.expect(expected);
+  FusedRequest request;
+  request.in = problem.inputs[0].data();
+  request.work = outputs.work_on(problem.work);
+  launch_alone(request, nullptr);
+  check_same(outputs, expected, seed);
+}
+
 TEST(fused_rows_alone) {
-  for (uint64_t seed = 1; seed <= uint64_t(iterations(20)); ++seed) {
-    const Problem problem(seed, 1);
-    Outputs expected(problem.work), outputs(problem.work);
-    problem.expect(expected);
-    FusedRequest request;
-    request.in = problem.inputs[0].data();
-    request.work = outputs.work_on(problem.work);
-    launch_alone(request, nullptr);
-    check_same(outputs.residual, expected.residual, "residual_out", seed);
-    check_same(outputs.norm, expected.norm, "norm", seed);
-    check_same(outputs.quantised, expected.quantised, "quantised", seed);
-    check_same(outputs.scales, expected.scales, "scales", seed);
-  }
+  for (uint64_t seed = 1; seed <= uint64_t(iterations(20)); ++seed) check_alone(Problem(seed, 1), seed);
 }
 
 // More rows than blocks, for teams of several rows and of none.
@@ -229,15 +231,7 @@ TEST(fused_rows_alone_by_teams) {
   for (const int rows : {140, 300, 600}) {
     Problem problem(uint64_t(rows), 1, /*usual=*/true);
     problem.take_rows(rows, 1024);
-    Outputs expected(problem.work), outputs(problem.work);
-    problem.expect(expected);
-    FusedRequest request;
-    request.in = problem.inputs[0].data();
-    request.work = outputs.work_on(problem.work);
-    launch_alone(request, nullptr);
-    check_same(outputs.residual, expected.residual, "residual_out", uint64_t(rows));
-    check_same(outputs.norm, expected.norm, "norm", uint64_t(rows));
-    check_same(outputs.quantised, expected.quantised, "quantised", uint64_t(rows));
+    check_alone(problem, uint64_t(rows));
   }
 }
 

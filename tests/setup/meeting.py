@@ -5,42 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from stores import Minimal, WithCheck
 
 from mnnvl_backend import _C
 
 PREFIX = "mnnvl/test"
 SIZES = [2, 3, 5]
 AT_ONCE = 1.0  # seconds; time-outs that would end a wait otherwise are longer
-
-
-class Minimal(dist.Store):
-    """Somebody's own store, with what torch's groups need and no more."""
-
-    def __init__(self, inner: dist.Store) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def set(self, key: str, value: bytes) -> None:
-        self.inner.set(key, value)
-
-    def get(self, key: str) -> bytes:
-        return self.inner.get(key)
-
-    def add(self, key: str, value: int) -> int:
-        return self.inner.add(key, value)
-
-    def wait(self, keys: list[str], timeout: timedelta = timedelta(seconds=30)) -> None:
-        self.inner.wait(keys, timeout)
-
-
-class WithCheck(Minimal):
-    def check(self, keys: list[str]) -> bool:
-        return self.inner.check(keys)
 
 
 class Failing(WithCheck):

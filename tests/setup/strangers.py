@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from stores import WithCheck
 
 NOBODY = 65534
 
@@ -30,12 +31,12 @@ def become_nobody() -> None:
     os.setuid(NOBODY)
 
 
-class Held(dist.Store):
+class Held(WithCheck):
     """The ranks' store: it lets nobody learn the address of a socket before the strangers have dealt with it."""
 
     def __init__(self, inner: dist.Store, strangers: dist.Store) -> None:
-        super().__init__()
-        self.inner, self.strangers, self.released = inner, strangers, 0.0
+        super().__init__(inner)
+        self.strangers, self.released = strangers, 0.0
 
     def set(self, key: str, value: bytes) -> None:
         for name in names():
@@ -43,18 +44,6 @@ class Held(dist.Store):
                 self.strangers.wait([f"full {name}"], timedelta(seconds=20))
                 self.released = time.monotonic()
         self.inner.set(key, value)
-
-    def get(self, key: str) -> bytes:
-        return self.inner.get(key)
-
-    def add(self, key: str, value: int) -> int:
-        return self.inner.add(key, value)
-
-    def check(self, keys: list[str]) -> bool:
-        return self.inner.check(keys)
-
-    def wait(self, keys: list[str], timeout: timedelta = timedelta(seconds=30)) -> None:
-        self.inner.wait(keys, timeout)
 
     def deleteKey(self, key: str) -> bool:
         return self.inner.delete_key(key)

@@ -1,5 +1,5 @@
-// Kinds of rows for which the fused kernels have code of their own, and which instances have it. What there is none for
-// takes the code of the kind before: kPacked, or kAny.
+// Kinds of rows for which the fused kernels have code of their own, and which instances have it: one that has none of a
+// kind takes kPacked's.
 #pragma once
 
 #include "kernels/epilogue/quantise.cuh"
@@ -15,9 +15,9 @@ enum class Rows {
   kTeams,  // many, of whole warps' packs, of which no lane (fused_row.h) has two: each by a team of a block's warps
 };
 
-// For which instances there are such kernels.
-constexpr bool has_two_packs(int instance) { return instance == 1 || instance == 2; }
-constexpr bool has_teams(int instance) { return instance == 1 || instance == 2 || instance == 4 || instance == 8; }
+// Of the all-reduces.
+constexpr bool has_two_packs(int instance) { return instance == 2; }
+constexpr bool has_teams(int instance) { return instance == 2 || instance == 4 || instance == 8; }
 
 inline bool fits_teams(const FusedParams& params) {
   return params.packed && params.team_shift != 0 && !writes_scales(params.work.quantization) &&

@@ -109,12 +109,15 @@ Rows rows_of(const FusedParams& params, const Launch& shape) {
 template <typename T, int kWorld, Rows kRows>
 constexpr auto kernel_of() {
   if constexpr (kWorld == 1) {
-    return fused_alone < T, sizeof(T) == 4 && kRows == Rows::kTeams ? Rows::kPacked : kRows > ;
+    constexpr bool kHasNone = sizeof(T) == 4 && kRows == Rows::kTeams;
+    constexpr Rows kKind = kHasNone ? Rows::kPacked : kRows;
+    return fused_alone<T, kKind>;
   } else {
     constexpr int kInstance = kRows == Rows::kAny ? 0 : fused_instance<T>(kWorld);
     // Larger worlds send many rows by two shots.
     constexpr bool kHasNone = kRows >= Rows::kTwoPacks && !has_two_packs(kInstance);
-    return oneshot_lamport_fused < T, kInstance, kHasNone ? Rows::kPacked : kRows > ;
+    constexpr Rows kKind = kHasNone ? Rows::kPacked : kRows;
+    return oneshot_lamport_fused<T, kInstance, kKind>;
   }
 }
 

@@ -92,7 +92,8 @@ template <typename T, int kWorld, Rows kRows>
 constexpr auto kernel_of() {
   constexpr int kInstance = kRows == Rows::kAny ? 0 : fused_instance<T>(kWorld);
   constexpr bool kHasNone = kRows == Rows::kTeams && !has_teams(kInstance);
-  return twoshot_lamport_fused < T, kInstance, kHasNone ? Rows::kPacked : kRows > ;
+  constexpr Rows kKind = kHasNone ? Rows::kPacked : kRows;
+  return twoshot_lamport_fused<T, kInstance, kKind>;
 }
 
 void launch_instance(const FusedParams& params, const Launch& shape) {
