@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <new>
 #include <sstream>
 
 #include "backend/process_group.h"
@@ -32,17 +33,14 @@ void write_operations() {
 
 }  // namespace
 
-// A fork finds the list whole: no thread that the child lacks is inside.
+// A fork finds the list whole, as the child needs it. The other lock may be held through a wait, perhaps for a callback
+// that forks; nobody in the child holds it.
 LiveGroups::LiveGroups() {
-  pthread_atfork([] { std::lock(get().coming_and_going_, get().mutex_); },
-                 [] {
-                   get().mutex_.unlock();
-                   get().coming_and_going_.unlock();
-                 },
+  pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); },
                  [] {
                    get().leave_to_parent();
                    get().mutex_.unlock();
-                   get().coming_and_going_.unlock();
+                   new (&get().coming_and_going_) std::mutex;
                  });
 }
 

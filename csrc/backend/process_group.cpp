@@ -263,6 +263,7 @@ void ProcessGroupMNNVL::monitoredBarrier(const c10d::BarrierOptions& opts, bool 
 
 std::optional<at::Device> ProcessGroupMNNVL::bound_device() {
   if (getBoundDeviceId()) return *getBoundDeviceId();
+  at_torch_boundary([this] { birthplace_.check("process group"); });
   std::lock_guard<std::mutex> lock(mutex_);
   return cuda_ ? std::optional<at::Device>(cuda_->device()) : std::nullopt;
 }
@@ -300,6 +301,7 @@ void ProcessGroupMNNVL::setTimeout(std::chrono::milliseconds timeout) {
 }
 
 c10d::ErrorType ProcessGroupMNNVL::getError() {
+  if (birthplace_.left()) return c10d::ErrorType::COMM_ERROR;  // what would tell more isn't mapped
   std::lock_guard<std::mutex> lock(mutex_);
   try {
     state_->check();

@@ -84,7 +84,7 @@ StoreExchange::StoreExchange(c10::intrusive_ptr<c10d::Store> store, std::string 
       records_(size) {}
 
 StoreExchange::~StoreExchange() {
-  if (published_ && !failure_) leave(ErrorKind::kPeerFailed, /*word=*/"");
+  if (published_ && !failure_ && !birthplace_.left()) leave(ErrorKind::kPeerFailed, /*word=*/"");
 }
 
 int64_t StoreExchange::new_owner(c10::intrusive_ptr<c10d::Store> store, const std::string& prefix, int rank) {
@@ -94,6 +94,7 @@ int64_t StoreExchange::new_owner(c10::intrusive_ptr<c10d::Store> store, const st
 std::vector<std::string> StoreExchange::all_gather(const std::string& mine) {
   if (failure_) throw *failure_;
   if (size_ == 1) return {mine};
+  birthplace_.check("set-up");
   try {
     check_length(mine, rank_);
     Wait wait(timeout_, size_);
@@ -119,7 +120,7 @@ std::vector<std::string> StoreExchange::all_gather(const std::string& mine) {
 }
 
 void StoreExchange::give_up(const std::string& reason) noexcept {
-  if (failure_ || size_ == 1) return;
+  if (failure_ || size_ == 1 || birthplace_.left()) return;
   failure_ = Error(ErrorKind::kSystem, str("mnnvl set-up: rank ", rank_, " gave it up: ", reason));
   leave(ErrorKind::kPeerFailed, failure_->what());
 }
@@ -160,7 +161,7 @@ void StoreExchange::leave(ErrorKind kind, const std::string& word) noexcept {
     }
     own().nonce = 0;
     own().kind = kind;
-    own().word = word;
+    own().word = readable(word);  // as long as the others read it
     publish();
   } catch (const std::exception&) {  // whoever waits for this rank has a deadline
   }
@@ -335,8 +336,10 @@ void StoreExchange::read_records() {
 
 uint64_t StoreExchange::highest_present() const {
   uint64_t highest = records_[rank_].count;
-  for (const Record& record : records_) {
-    if (record.nonce != 0) highest = std::max(highest, record.count);
+  for (int r = 0; r < size_; ++r) {
+    // What came in the place of one that was met is another try, which this one's word isn't meant for.
+    const bool present = met_.empty() ? records_[r].nonce != 0 : records_[r].nonce == met_[r];
+    if (present) highest = std::max(highest, records_[r].count);
   }
   return highest;
 }

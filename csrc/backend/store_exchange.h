@@ -53,11 +53,12 @@
 #include "bootstrap/host_identity.h"
 #include "bootstrap/presence.h"
 #include "common/error.h"
+#include "system/birthplace.h"
 #include "system/peer_watch.h"
 
 namespace mnnvl {
 
-// One try. One thread at a time, and one exchange at a time per rank and prefix.
+// One try. One thread at a time, and one exchange at a time per rank and prefix. A child by fork() takes no part in it.
 class StoreExchange final : public Exchange {
  public:
   // `prefix` names what is set up (two things that ranks may set up in different order have different prefixes); it
@@ -76,11 +77,11 @@ class StoreExchange final : public Exchange {
   // The first one meets. kTimeout names the ranks that did not come, on every rank that waits; kPeerFailed gives the
   // word of a peer that gave up, or names one that left; kSystem: the store failed, or another process took this rank's
   // place, or a record does not parse or is longer than kMaxRecordBytes. A failure ends the try, and later calls repeat
-  // it. A group of one never touches the store.
+  // it. A group of one never touches the store. In a child: kSystem, and nothing else happens.
   std::vector<std::string> all_gather(const std::string& mine) override;
 
   // Ends the try with a word for the peers, also before it began: for an error of this rank's own that keeps it from
-  // calling all_gather(). Nothing if the try has failed already. Never throws.
+  // calling all_gather(). Nothing if the try has failed already, or in a child. Never throws.
   void give_up(const std::string& reason) noexcept;
 
  private:
@@ -103,7 +104,7 @@ class StoreExchange final : public Exchange {
   void learn_who_is_here();
   void read_records();
   Record& own() { return records_[rank_]; }
-  uint64_t highest_present() const;
+  uint64_t highest_present() const;  // of those it has met, after the meeting
   bool all_known() const;
   bool all_present() const;
   std::string meeting_id() const;
@@ -111,6 +112,7 @@ class StoreExchange final : public Exchange {
   std::vector<std::string> keys(uint64_t round) const;
   std::vector<int> missing();
 
+  const Birthplace birthplace_;
   SetUpStore store_;
   const int rank_, size_;
   const std::chrono::milliseconds timeout_;

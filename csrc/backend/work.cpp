@@ -131,9 +131,14 @@ CudaWork::CudaWork(const Call& call, Place place, std::shared_ptr<GroupState> st
   }
 }
 
-// Nobody has waited: the allocator must know of the stream that the memory is used on.
 CudaWork::~CudaWork() {
+  if (birthplace_.left()) {
+    // Perhaps the last to hold it. Its end would wait for a thread that a child doesn't have.
+    new std::shared_ptr<Transport>(transport_);
+    return;
+  }
   if (kept_.empty()) return;
+  // Nobody has waited: the allocator must know of the stream that the memory is used on.
   try {
     record_memory(kept_);
   } catch (const std::exception& error) {

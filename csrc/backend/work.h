@@ -59,7 +59,7 @@ class CudaWork final : public c10d::Work {
 
   // Made right after the launch, under a guard of the stream. `transport` is null for a call with nothing to send.
   CudaWork(const Call& call, Place place, std::shared_ptr<GroupState> state, std::shared_ptr<Transport> transport);
-  ~CudaWork() override;
+  ~CudaWork() override;  // in a child by fork() it leaves everything to the parent
   bool isCompleted() override;
   bool isSuccess() const override;
   std::exception_ptr exception() const override;
@@ -76,6 +76,7 @@ class CudaWork final : public c10d::Work {
   void record_memory(const std::vector<at::Tensor>& tensors) const;
   void wait_on_host(std::chrono::milliseconds timeout);
 
+  const Birthplace birthplace_;
   const char* const name_;
   const std::vector<at::Tensor> outputs_;
   const Place place_;

@@ -30,9 +30,9 @@ Outcome run(const std::string& where, const std::function<std::string()>& local)
     return outcome;
   } catch (const Error& error) {
     outcome.kind = error.kind();
-    outcome.payload = error.what();
+    outcome.payload = readable(error.what());  // so long that a record can hold it
   } catch (const std::exception& error) {
-    outcome.payload = error.what();
+    outcome.payload = readable(error.what());
   }
   outcome.where = where;
   return outcome;

@@ -11,10 +11,12 @@
 namespace mnnvl {
 namespace {
 
+constexpr const char* kUnknown = "?";
+
 std::string link_target(const char* path) {
   char text[256];
   ssize_t length = readlink(path, text, sizeof(text));
-  return length > 0 ? std::string(text, length) : "?";
+  return length > 0 ? std::string(text, length) : kUnknown;
 }
 
 std::string host_name() {
@@ -64,9 +66,10 @@ void check_known(const HostIdentity& identity) {
 
 std::vector<int> visible_pids(const std::vector<HostIdentity>& identities, int rank) {
   const HostIdentity& self = identities[rank];
+  const bool known = !self.boot_id.empty() && self.pid_namespace != kUnknown;
   std::vector<int> pids;
   for (const HostIdentity& peer : identities) {
-    bool visible = peer.host_id == self.host_id && peer.boot_id == self.boot_id &&
+    bool visible = known && peer.host_id == self.host_id && peer.boot_id == self.boot_id &&
                    peer.pid_namespace == self.pid_namespace && peer.pid != self.pid;
     pids.push_back(visible ? peer.pid : -1);
   }

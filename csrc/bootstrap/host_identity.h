@@ -27,8 +27,8 @@ HostIdentity host_identity(const std::string& host_id);
 // Throws where the identity isn't whole.
 void check_known(const HostIdentity& identity);
 
-// The pids, by rank, that this process can watch: same kernel, host id and pid namespace; -1 for the others and for
-// this process.
+// The pids, by rank, that this process can watch: same kernel, host id and pid namespace, of which it knows its own; -1
+// for the others and for this process.
 std::vector<int> visible_pids(const std::vector<HostIdentity>& identities, int rank);
 
 // How many different host ids there are.

@@ -319,7 +319,12 @@ def child_ends(rank: Rank) -> None:
 
 def child_uses(rank: Rank) -> None:
     x = torch.ones(3, device="cpu")
-    for calls in (lambda: dist.all_reduce(x), lambda: dist.all_reduce(x, async_op=True), lambda: dist.send(x, 0)):
+    for calls in (
+        lambda: dist.all_reduce(x),
+        lambda: dist.all_reduce(x, async_op=True),
+        lambda: dist.send(x, 0),
+        lambda: dist.barrier(),
+    ):
         try:
             calls()
             os._exit(2)

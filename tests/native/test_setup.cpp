@@ -1,5 +1,6 @@
 // The set-up over the test double, for the sanitizers: every kind of plan, every driver call failing once, descriptors
 // with good and bad company. What errors say is tested from Python.
+#include "bootstrap/host_identity.h"
 #include "native/setup_checks.h"
 
 namespace mnnvl::test {
@@ -125,6 +126,19 @@ TEST(setup_of_host_segments) {
   config.repeats = 3;
   config.timeout_ms = 20000;
   check_works(run_host_setup(config), "segments");
+}
+
+TEST(setup_watches_processes_of_known_hosts_alone) {
+  HostIdentity self = host_identity("h"), peer = self;
+  peer.pid = self.pid + 1;
+  const auto watched = [&] { return visible_pids({self, peer}, 0)[1]; };
+  CHECK(watched() == peer.pid);
+  self.boot_id = peer.boot_id = "";  // out of descriptors, perhaps on two hosts
+  CHECK(watched() == -1);
+  self = host_identity("h");
+  peer.boot_id = self.boot_id;
+  self.pid_namespace = peer.pid_namespace = "?";
+  CHECK(watched() == -1);
 }
 
 TEST(setup_descriptors) {

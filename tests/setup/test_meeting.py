@@ -220,6 +220,60 @@ def test_a_process_killed_in_mid_set_up_is_replaced(tmp_path: Path) -> None:
     assert results["again"][0] is True
 
 
+def test_word_of_a_rank_that_died_is_not_meant_for_the_one_that_took_its_place(tmp_path: Path) -> None:
+    stores = make_stores("hash", 2, tmp_path)
+    first = [exchange(store, rank, 2) for rank, store in enumerate(stores)]
+    threads = Threads()
+    for rank in range(2):
+        threads.start(("met", rank), lambda rank=rank: first[rank].all_gather(b"") == [b"", b""])
+    assert_all_work(threads.join())
+    before = wait_until_present(stores[0], 1)
+    threads.start("in its place", lambda: set_up(stores[1], 1, 2))
+    wait_until_present(stores[0], 1, before)
+    first[0].give_up("rank 1 has died")
+    time.sleep(0.3)  # it looks at the records every 100 ms
+    threads.start("again", lambda: set_up(stores[0], 0, 2))
+    assert_all_work(threads.join())
+
+
+def test_a_reason_too_long_for_a_record_is_cut(tmp_path: Path) -> None:
+    stores = make_stores("hash", 2, tmp_path)
+    exchange(stores[1], 1, 2).give_up("too long " * (1 << 18))
+    with pytest.raises(dist.DistBackendError, match=r"rank 1 gave it up: (too long )+.*\.\.\. \(\d+ bytes\)"):
+        set_up(stores[0], 0, 2)
+    assert_all_work(all_set_up(stores))
+
+
+def test_a_forked_child_says_nothing_in_its_parents_name(tmp_path: Path) -> None:
+    stores = make_stores("file", 2, tmp_path)
+    threads = Threads()
+    child_is_gone = threading.Event()
+
+    def peer() -> bool:
+        ranks = exchange(stores[0], 0, 2)
+        ranks.all_gather(b"")
+        child_is_gone.wait(20)
+        return ranks.all_gather(b"peer") == [b"peer", b"parent"]
+
+    threads.start("peer", peer)
+    ranks = exchange(stores[1], 1, 2)
+    ranks.all_gather(b"")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with pytest.raises(dist.DistBackendError, match=f"belongs to process {os.getppid()}, "):
+                ranks.all_gather(b"child")
+            ranks.give_up("a child's reason")
+            del ranks
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    child_is_gone.set()
+    assert ranks.all_gather(b"parent") == [b"peer", b"parent"]
+    assert_all_work(threads.join())
+
+
 def test_two_processes_of_one_rank(tmp_path: Path) -> None:
     """The later one has the place; the earlier one says so and doesn't disturb."""
     stores = make_stores("hash", 2, tmp_path)
