@@ -71,6 +71,8 @@ class Fields {
     read("timeout_ms", options.timeout_ms);
     read("workspace_bytes", options.workspace_bytes);
     read_enum("strategy", options.strategy);
+    read("cpu_oneshot_bytes", options.cpu_oneshot_bytes);
+    read("cuda_oneshot_bytes", options.cuda_oneshot_bytes);
     read("multicast", options.multicast);
     read("multicast_forbidden", options.multicast_forbidden);
     read_enum("bootstrap", options.bootstrap);
@@ -236,6 +238,8 @@ void bind_function_group(py::module_& m) {
              // A process group's: here the buffer's size says it all, and every call brings its strategy.
              options.workspace_bytes = 0;
              options.strategy = Strategy::kAuto;
+             options.cpu_oneshot_bytes.clear();
+             options.cuda_oneshot_bytes.clear();
              PythonExchange exchange(std::move(comm), rank, size);
              py::gil_scoped_release no_gil;
              return Holder(new FunctionGroup(exchange, device, buffer_size_bytes, std::move(options)));

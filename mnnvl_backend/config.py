@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from mnnvl_backend import tuning as tuning_files
 from mnnvl_backend.compiled import nccl_path
 from mnnvl_backend.flashinfer.strategy import STRATEGY_NAMES, MNNVLAllreduceFusionStrategy
 from mnnvl_backend.options import MAX_WORKSPACE_BYTES, MIN_WORKSPACE_BYTES, Options
 
 BOOTSTRAP_CODES = {"nccl": 0, "store": 1, "auto": 2}  # mnnvl::Bootstrap
 DEFAULT_TIMEOUT_MS = 30 * 60 * 1000  # c10d's default, for workspaces, which have no group to take one from
+NO_TUNING = tuning_files.Tuning()
 # A hundred years, for whoever means "for ever": as nanoseconds still an int64, also when added to a clock.
 MAX_TIMEOUT_MS = 100 * 365 * 24 * 60 * 60 * 1000
 
@@ -64,6 +66,8 @@ class Variable:
 VARIABLES = [
     Variable("MNNVL_STRATEGY", "oneshot, twoshot or auto", "auto",
              "forces the all-reduce algorithm of process groups", _choice(**STRATEGY_NAMES)),
+    Variable("MNNVL_TUNING", "a file that `mnnvl tune` wrote", "shipped tables",
+             "up to which sizes process groups choose one shot", tuning_files.read),
     Variable("MNNVL_MULTICAST", "0, 1 or auto", "auto",
              "0 forbids multicast objects; otherwise used where supported and no other switch forbids them",
              _choice(**{"0": False, "1": True, "auto": "auto"})),
@@ -96,6 +100,7 @@ class Config:
     blocking_wait: bool | None = None
     dump_signal: signal.Signals | None = None
     multicast_forbidden_by: tuple[str, ...] = ()
+    tuning: tuning_files.Tuning = NO_TUNING
 
 
 def multicast_switches(environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -132,6 +137,8 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Config:
             continue
         try:
             values[variable.name.removeprefix("MNNVL_").lower()] = variable.parse(text)
+        except tuning_files.BadFile as error:
+            raise ValueError(f"{variable.name}: expected {variable.expected}: {error}") from None
         except (KeyError, ValueError):
             raise ValueError(f"{variable.name}: expected {variable.expected}, got {text!r}") from None
     return Config(**values, multicast_forbidden_by=multicast_switches(environ))
@@ -149,6 +156,7 @@ class Settings:
     blocking_wait: bool
     timeout_ms: int
     multicast_forbidden: str = ""  # the variables that forbid it, as "NCCL_NVLS_ENABLE=0"; empty: none does
+    tuning: tuning_files.Tuning = NO_TUNING
 
     def fields(self) -> dict[str, Any]:
         """The keyword arguments that every group of the compiled module takes."""
@@ -156,6 +164,8 @@ class Settings:
             "timeout_ms": self.timeout_ms,
             "workspace_bytes": self.workspace_bytes,
             "strategy": self.strategy.value,
+            "cpu_oneshot_bytes": self.tuning.oneshot_bytes.get("cpu", {}),
+            "cuda_oneshot_bytes": self.tuning.oneshot_bytes.get("cuda", {}),
             "multicast": self.multicast,
             "multicast_forbidden": self.multicast_forbidden,
             "bootstrap": BOOTSTRAP_CODES[self.bootstrap],
@@ -180,4 +190,5 @@ def merge(options: Options, config: Config, timeout_ms: int = DEFAULT_TIMEOUT_MS
         blocking_wait=bool(config.blocking_wait),
         timeout_ms=timeout_ms if options.timeout is None else milliseconds(options.timeout),
         multicast_forbidden=", ".join(config.multicast_forbidden_by),
+        tuning=config.tuning,
     )

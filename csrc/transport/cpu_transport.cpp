@@ -47,8 +47,11 @@ struct Attached {
 class CpuTransport final : public Transport {
  public:
   CpuTransport(Exchange& exchange, const TransportOptions& options)
-      : options_(options), rank_(exchange.rank()), world_size_(exchange.size()) {
-    agree_on_options(exchange, options);
+      : options_(options),
+        rank_(exchange.rank()),
+        world_size_(exchange.size()),
+        oneshot_bytes_(tuned(options.cpu_oneshot_bytes, exchange.size())) {
+    agree_on_options(exchange, options, oneshot_bytes_);
     here_ = std::make_shared<Attached>(exchange, options_);
   }
 
@@ -117,7 +120,8 @@ class CpuTransport final : public Transport {
 
  private:
   Strategy choose(Strategy asked, int64_t bytes) const {
-    return choose_cpu_strategy(asked == Strategy::kAuto ? options_.strategy : asked, bytes, world_size_);
+    return choose_cpu_strategy(asked == Strategy::kAuto ? options_.strategy : asked, bytes, world_size_,
+                               oneshot_bytes_);
   }
 
   std::shared_ptr<Attached> now() const {
@@ -134,6 +138,7 @@ class CpuTransport final : public Transport {
   const TransportOptions options_;
   const int rank_;
   const int world_size_;
+  const int64_t oneshot_bytes_;
   std::atomic<bool> aborted_{false};
   mutable std::mutex mutex_;
   std::shared_ptr<Attached> here_;  // under mutex_; null while detached

@@ -54,7 +54,8 @@ class CudaTransport final : public Transport {
     context_.strategy = options.strategy;
     context_.counters = counters_.get();
     timeout_ms_ = options.timeout_ms;
-    agree_on_options(exchange, options);
+    context_.shape.oneshot_bytes = tuned(options.cuda_oneshot_bytes, exchange.size());
+    agree_on_options(exchange, options, context_.shape.oneshot_bytes);
     const NcclLibrary* nccl = nullptr;
     // Every kernel is loaded now: a lazy load later could wait for a peer's spinning kernel.
     agree(exchange, "loading the CUDA driver and kernels", where_, [&] {

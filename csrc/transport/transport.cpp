@@ -27,9 +27,15 @@ void fail_detached() {
        "before the next call");
 }
 
-void agree_on_options(Exchange& exchange, const TransportOptions& options) {
-  const std::string mine = str("strategy ", int(options.strategy), ", workspace_bytes ", options.workspace_bytes,
-                               ", buffer_size_in_bytes ", 2 * options.stage_bytes);
+int64_t tuned(const std::map<int, int64_t>& oneshot_bytes, int world_size) {
+  const auto row = oneshot_bytes.find(world_size);
+  return row == oneshot_bytes.end() ? -1 : row->second;
+}
+
+void agree_on_options(Exchange& exchange, const TransportOptions& options, int64_t oneshot_bytes) {
+  const std::string mine =
+      str("strategy ", int(options.strategy), ", workspace_bytes ", options.workspace_bytes, ", buffer_size_in_bytes ",
+          2 * options.stage_bytes, oneshot_bytes < 0 ? "" : str(", MNNVL_TUNING with oneshot_bytes ", oneshot_bytes));
   const std::vector<std::string> all = exchange.all_gather(mine);
   for (int r = 1; r < exchange.size(); ++r) {
     if (all[r] != all[0]) {

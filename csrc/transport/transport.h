@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 
@@ -21,6 +22,8 @@ struct TransportOptions {
   int64_t workspace_bytes = 0;  // all of a rank's workspace; 0: the default
   int64_t stage_bytes = 0;  // nonzero: a Lamport-only workspace whose generations hold this (the standalone function)
   Strategy strategy = Strategy::kAuto;  // for calls that ask for kAuto
+  // By world size, where somebody has measured it: up to how many bytes kAuto takes one shot. Goes before the tables.
+  std::map<int, int64_t> cpu_oneshot_bytes, cuda_oneshot_bytes;
   bool multicast = true;  // allowed; used where every rank can
   std::string multicast_forbidden;  // the switches that forbid multicast objects, "NAME=value"; empty: none
   Bootstrap bootstrap = Bootstrap::kAuto;
@@ -83,7 +86,9 @@ inline void check_attached(const Transport& transport) {
 
 // Collective: what must be the same on every rank and isn't looked at elsewhere. Error(kInvalidArgument) naming two
 // ranks.
-void agree_on_options(Exchange& exchange, const TransportOptions& options);
+void agree_on_options(Exchange& exchange, const TransportOptions& options, int64_t oneshot_bytes);
+// Of cpu_oneshot_bytes or cuda_oneshot_bytes; -1: nobody has measured it.
+int64_t tuned(const std::map<int, int64_t>& oneshot_bytes, int world_size);
 
 // A group of one has no transport, and exchanges nothing. On a GPU it is prepared once, which loads kernels.
 void prepare_alone(int device);

@@ -13,6 +13,10 @@ constexpr Crossover kCrossovers[] = {
 };
 static_assert(complete(kCrossovers));
 
+int64_t oneshot_bytes(const GroupShape& group) {
+  return group.oneshot_bytes >= 0 ? group.oneshot_bytes : oneshot_limit(kCrossovers, group.world_size);
+}
+
 // One thread a pack. Few packs go to as few threads a block as still give every multiprocessor work (the more blocks,
 // the sooner the first packs leave); of a two-shot's middle sizes full blocks on half the multiprocessors are faster.
 // From one full block a multiprocessor on, threads take several packs.
@@ -33,9 +37,8 @@ AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype 
   const int world = group.world_size, element = element_size(dtype);
   const int64_t bytes = numel * element, packs = ceil_div(bytes, kPackBytes);
   const int64_t oneshot_elements = group.layout.oneshot_capacity(world, element);
-  const bool oneshot =
-      strategy == Strategy::kOneShot ||
-      (strategy == Strategy::kAuto && bytes <= oneshot_limit(kCrossovers, world) && numel <= oneshot_elements);
+  const bool oneshot = strategy == Strategy::kOneShot ||
+                       (strategy == Strategy::kAuto && bytes <= oneshot_bytes(group) && numel <= oneshot_elements);
   AllReduceChoice choice;
   if (oneshot) {
     choice.algorithm = Algorithm::kOneShotLamport;
@@ -78,10 +81,9 @@ FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_pack
   const int64_t row_bytes = row_packs * kPackBytes;
   const int64_t oneshot_rows = group.layout.generation_bytes / (world * row_bytes);
   const int64_t twoshot_rows = group.layout.generation_bytes / 2 / (world * row_bytes) * world;
-  const bool oneshot =
-      strategy == Strategy::kOneShot ||
-      (strategy == Strategy::kAuto &&
-       ((rows * row_bytes <= oneshot_limit(kCrossovers, world) && rows <= oneshot_rows) || twoshot_rows == 0));
+  const bool oneshot = strategy == Strategy::kOneShot ||
+                       (strategy == Strategy::kAuto &&
+                        ((rows * row_bytes <= oneshot_bytes(group) && rows <= oneshot_rows) || twoshot_rows == 0));
   FusedChoice choice;
   choice.algorithm = oneshot ? Algorithm::kOneShotLamport : Algorithm::kTwoShotLamport;
   choice.launch_rows = oneshot ? oneshot_rows : twoshot_rows;

@@ -16,6 +16,7 @@ struct GroupShape {
   int world_size = 1;
   int multiprocessors = 132;  // smallest of the group
   WorkspaceLayout layout{};
+  int64_t oneshot_bytes = -1;  // AUTO takes one shot up to so many bytes of the tensor; -1: what the table says
 };
 
 struct LamportShape {

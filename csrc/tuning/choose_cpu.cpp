@@ -12,9 +12,10 @@ static_assert(complete(kCrossovers));
 
 }  // namespace
 
-Strategy choose_cpu_strategy(Strategy asked, int64_t bytes, int world_size) {
+Strategy choose_cpu_strategy(Strategy asked, int64_t bytes, int world_size, int64_t oneshot_bytes) {
   if (asked != Strategy::kAuto) return asked;
-  return bytes <= oneshot_limit(kCrossovers, world_size) ? Strategy::kOneShot : Strategy::kTwoShot;
+  const int64_t limit = oneshot_bytes >= 0 ? oneshot_bytes : oneshot_limit(kCrossovers, world_size);
+  return bytes <= limit ? Strategy::kOneShot : Strategy::kTwoShot;
 }
 
 }  // namespace mnnvl

@@ -6,6 +6,7 @@ the user's tensor has to live in a registered pool.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -237,10 +238,12 @@ class Mpi:
 
     name = "mpi4py"
 
-    def __init__(self) -> None:
+    def __init__(self, notes: dict[str, str]) -> None:
+        """Notes which MPI it is."""
         from mpi4py import MPI
 
         self._mpi = MPI
+        notes[self.name] = re.split(r"[,\s]*\n|, package", MPI.Get_library_version())[0]
         if MPI.COMM_WORLD.Get_size() != dist.get_world_size():
             raise RuntimeError(f"MPI's world has {MPI.COMM_WORLD.Get_size()} ranks; start with mpirun")
 
@@ -275,7 +278,7 @@ def peers_of(
                 makers[name] = (sums, partial(SymmetricMemory, name, two_shot))
     else:
         makers["gloo"] = (every, lambda: Group("gloo", "gloo", place))
-        makers["mpi4py"] = (sums, Mpi)
+        makers["mpi4py"] = (sums, partial(Mpi, notes))
     unknown = set(only or ()) - set(makers)
     if unknown:
         raise SystemExit(f"--only: unknown here: {', '.join(sorted(unknown))}; known: {', '.join(makers)}")

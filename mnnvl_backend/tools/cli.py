@@ -1,4 +1,4 @@
-"""The command line: mnnvl doctor | demo | bench | soak, also as python -m mnnvl_backend."""
+"""The command line: mnnvl doctor | demo | bench | tune | soak, also as python -m mnnvl_backend."""
 
 from __future__ import annotations
 
@@ -93,6 +93,15 @@ def parser() -> argparse.ArgumentParser:
         "--smoke", action="store_true", help="whether everything runs: every operation, 1K and 2K, 5 samples"
     )
 
+    tune = commands.add_parser(
+        "tune", help="at which size two shots begin to win over one, for MNNVL_TUNING; run under torchrun"
+    )
+    tune.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    tune.add_argument("--min-bytes", type=_size, help="default 1K")
+    tune.add_argument("--max-bytes", type=_size, help="default 4M; on CUDA 16M")
+    tune.add_argument("--replays", type=int, default=31, help="samples per size and strategy")
+    tune.add_argument("--output", metavar="FILE", help="where the result goes, beside those that stand there")
+
     soak = commands.add_parser(
         "soak", help="random programs of everything, every byte and all growth watched; run under torchrun"
     )
@@ -119,6 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mnnvl_backend.tools import soak
 
         return soak.run(arguments)
+    if arguments.command == "tune":
+        from mnnvl_backend.tools import tune
+
+        return tune.run(arguments)
     if arguments.fused:
         from mnnvl_backend.tools import bench_fused
 

@@ -10,6 +10,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's
+# Under mpirun, to bench beside MPI: Open MPI's and MPICH's.
+MPI_NAMES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -43,11 +50,11 @@ def start(device: str) -> Iterator[Place]:
     Raises:
         SystemExit: not run under torchrun, or a device that isn't here.
     """
-    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" in os.environ:  # mpirun, to bench beside MPI
-        for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"):
-            os.environ[name.replace("SIZE", "WORLD_SIZE")] = os.environ[f"OMPI_COMM_WORLD_{name}"]
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
+    for theirs in MPI_NAMES:
+        if "RANK" not in os.environ and theirs[0] in os.environ:
+            os.environ.update(zip(NAMES, (os.environ[name] for name in theirs), strict=True))
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", "29500")
     if "RANK" not in os.environ:
         raise SystemExit("run under torchrun, e.g.: torchrun --nproc-per-node 4 -m mnnvl_backend demo")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

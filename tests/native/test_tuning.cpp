@@ -139,6 +139,20 @@ TEST(tuning_one_crossover_for_each_world_size) {
   });
 }
 
+TEST(tuning_what_was_measured_goes_before_the_table) {
+  for (int64_t limit : {int64_t{0}, int64_t{4096}, int64_t{8} << 20}) {
+    GroupShape group = group_of(2);
+    group.oneshot_bytes = limit;
+    for (int64_t bytes : {int64_t{4}, int64_t{4096}, int64_t{4100}, int64_t{8} << 20, int64_t{8} << 21}) {
+      const bool oneshot = bytes <= limit;
+      CHECK((choose_cpu_strategy(Strategy::kAuto, bytes, 2, limit) == Strategy::kOneShot) == oneshot);
+      const bool has_room = bytes / 4 <= group.layout.oneshot_capacity(2, 4);
+      const auto algorithm = choose_all_reduce(group, bytes / 4, Dtype::kFloat32, Strategy::kAuto).algorithm;
+      CHECK((algorithm == Algorithm::kOneShotLamport) == (oneshot && has_room));
+    }
+  }
+}
+
 TEST(tuning_a_wish_is_followed) {
   for (int64_t bytes : {int64_t{4}, int64_t{1} << 30}) {
     for (Strategy wish : {Strategy::kOneShot, Strategy::kTwoShot}) CHECK(choose_cpu_strategy(wish, bytes, 3) == wish);

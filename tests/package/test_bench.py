@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from launcher import Rank
 
-from mnnvl_backend.tools import bench, bench_picture, cli
+from mnnvl_backend.tools import bench, bench_picture, cli, launch
 from mnnvl_backend.tools.bench_operations import OPERATIONS
 from mnnvl_backend.tools.bench_peers import Group, Prepared
 from mnnvl_backend.tools.bench_results import Point, Results
@@ -75,6 +75,21 @@ def test_all_reduce_is_what_it_times_unless_told_otherwise(tmp_path):
     assert json.loads(file.read_text())["operation"] == "all_reduce"
     pictures = [".png", ".svg"] if PICTURES else []
     assert sorted(f.suffix for f in tmp_path.iterdir()) == [".json", ".md", *pictures]
+
+
+@pytest.mark.parametrize("theirs", launch.MPI_NAMES)
+def test_a_place_under_mpirun(theirs, monkeypatch):
+    for name in (*launch.NAMES, *(name for names in launch.MPI_NAMES for name in names)):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in zip(theirs, "5816", strict=True):
+        monkeypatch.setenv(name, value)
+    for name in (*launch.NAMES, "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that they go at the end
+        monkeypatch.delenv(name)
+    with launch.start("cpu") as place:
+        assert (place.rank, place.world_size) == (5, 8)
+        assert [os.environ[name] for name in launch.NAMES] == ["5", "8", "1", "6"]
+        assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
 def test_unknown_operations_and_peers_are_named(capsys):

@@ -154,6 +154,8 @@ def test_fields_are_what_the_compiled_module_takes(monkeypatch):
         "timeout_ms": 2000,
         "workspace_bytes": 2 << 20,
         "strategy": 1,
+        "cpu_oneshot_bytes": {},
+        "cuda_oneshot_bytes": {},
         "multicast": False,
         "multicast_forbidden": "MNNVL_MULTICAST=0",
         "bootstrap": 0,
@@ -164,7 +166,8 @@ def test_fields_are_what_the_compiled_module_takes(monkeypatch):
     defaults = config.merge(Options(), config.Config()).fields()
     assert (defaults["workspace_bytes"], defaults["strategy"], defaults["bootstrap"]) == (0, 99, 2)
     assert {name: type(value) for name, value in defaults.items()} == {
-        "timeout_ms": int, "workspace_bytes": int, "strategy": int, "multicast": bool, "multicast_forbidden": str,
+        "timeout_ms": int, "workspace_bytes": int, "strategy": int, "cpu_oneshot_bytes": dict,
+        "cuda_oneshot_bytes": dict, "multicast": bool, "multicast_forbidden": str,
         "bootstrap": int, "host_id": str, "nccl_path": str, "blocking_wait": bool,
     }  # fmt: skip
 
