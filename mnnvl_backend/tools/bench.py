@@ -1,8 +1,8 @@
 """`mnnvl bench` under torchrun: operations beside their peers in one run; each is verified, then timed.
 
-CUDA: bf16, 40, 10 or 3 calls in a CUDA graph by size; a sample is one replay right behind another one, so that
-the GPUs start together. CPU: float32, eager calls. Reported is the median over samples of the slowest rank's time, in
-microseconds per call.
+CUDA: bf16 unless told otherwise, 40, 10 or 3 calls in a CUDA graph by size; a sample is one replay right behind another
+one, so that the GPUs start together; or, on request, eager calls, up to the end of the last one. CPU: float32, eager
+calls. Reported is the median over samples of the slowest rank's time, in microseconds per call.
 
 No multicast object is made by anybody unless --multicast is given: some hosts must not make any.
 """
@@ -24,7 +24,8 @@ import torch.distributed as dist
 
 from mnnvl_backend.tools.bench_operations import OPERATIONS, Operation
 from mnnvl_backend.tools.bench_peers import Peer, Prepared, peers_of
-from mnnvl_backend.tools.bench_results import Point, Results, describe, human
+from mnnvl_backend.tools.bench_results import Point, Results, describe, human, usual_dtype
+from mnnvl_backend.tools.demo import Report
 from mnnvl_backend.tools.launch import Place, start
 
 NO_MULTICAST = {"MNNVL_MULTICAST": "0", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
@@ -134,17 +135,21 @@ def times_of(
     return statistics.median(slowest), min(slowest), max(slowest), count
 
 
-def measure(place: Place, peer: Peer, operation: Operation, size: int, dtype: torch.dtype, replays: int) -> Point:
+def measure(
+    place: Place, peer: Peer, operation: Operation, size: int, dtype: torch.dtype, replays: int, captured: bool = True
+) -> Point:
     # Random values (zeros can be faster than any real data), anew before each sample and so small that they stay finite
-    # however often they are summed in place within it.
+    # however often they are summed in place within it, but for float16, which has no such small numbers.
     numel = size // dtype.itemsize
     if operation.divided:
         numel -= numel % place.world_size
-    values = (torch.randn(numel, device=place.device) * 2.0**-100).to(dtype)
+    small = 2.0 ** (-10 if dtype is torch.float16 else -100)
+    values = (torch.randn(numel, device=place.device) * small).to(dtype)
     prepared = peer.prepare(operation, values)
     verify(place, peer, operation, prepared)
+    captured = captured and operation.captured
     times = times_of(
-        place, prepared.call, lambda: prepared.source.copy_(values), size, replays, operation.captured, operation.steps
+        place, prepared.call, lambda: prepared.source.copy_(values), size, replays, captured, operation.steps
     )
     return Point(peer.name, size, *times)
 
@@ -166,18 +171,29 @@ def bench_operation(place: Place, results: Results, peers: list[Peer], sizes: li
     """All peers at all sizes, into `results`; a peer that fails is left out from there on."""
     operation = OPERATIONS[results.operation]
     dtype: torch.dtype = getattr(torch, results.machine["dtype"])
+    captured = results.machine["calls"] == "captured"
     remaining = list(peers)
-    for size in sizes:
-        for peer in list(remaining):
-            try:
-                point = measure(place, peer, operation, size, dtype, replays)
-            except Exception as error:  # noted, and the others go on; who fails alone ends in the timeout
-                results.notes[peer.name] = f"stopped at {human(size)}: {error}"
-                remaining.remove(peer)
-                continue
-            results.points.append(point)
-            if place.rank == 0:
-                print(f"{operation.name:<14} {human(size):>8}  {peer.name:<24} {point.median:10.1f} µs", flush=True)
+    with Report(place.rank).steps(operation.name, len(sizes) * len(peers)) as step:
+        for size in sizes:
+            for peer in list(remaining):
+                try:
+                    point = measure(place, peer, operation, size, dtype, replays, captured)
+                except Exception as error:  # noted, and the others go on; who fails alone ends in the timeout
+                    results.notes[peer.name] = f"stopped at {human(size)}: {error}"
+                    remaining.remove(peer)
+                    continue
+                results.points.append(point)
+                step(f"{human(size):>8}  {peer.name:<24} {point.median:10.1f} µs")
+
+
+def check_alike(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """
+    Raises:
+        SystemExit: other things were timed then.
+    """
+    for key in ("dtype", "calls"):  # the latter is younger than the oldest results
+        if before.get(key, now[key]) != now[key]:
+            raise SystemExit(f"--compare: expected results of {key} {now[key]}, got {before[key]}")
 
 
 def earlier_results(files: Sequence[str]) -> dict[str, Any]:
@@ -219,7 +235,10 @@ def run(arguments: argparse.Namespace) -> int:
         for name in operations:
             operation = OPERATIONS[name]
             results = Results(describe(place, NO_MULTICAST), name)
-            results.machine["dtype"] = "bfloat16" if on_gpu else "float32"
+            results.machine["dtype"] = arguments.dtype or usual_dtype(place)
+            results.machine["calls"] = "captured" if on_gpu and not arguments.eager else "eager"
+            if name in earlier:
+                check_alike(results.machine, earlier[name]["machine"])
             results.machine["operation"] = operation.meaning
             sizes = sizes_of(operation, on_gpu, min_bytes, max_bytes)
             peers = peers_of(place, operation, sizes[-1], only, results.notes)

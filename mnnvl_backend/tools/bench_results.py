@@ -72,9 +72,15 @@ class Results:
         return "\n".join([title, "", *lines, ""]), slower
 
     def write(self, folder: Path, place: Place, limit: float | None = None) -> None:
-        """The file's name has the operation, but for all_reduce's, whose files were here first."""
+        """The file's name has what isn't usual: the operation but for all_reduce, the dtype, eager calls on a GPU."""
         folder.mkdir(parents=True, exist_ok=True)
-        suffix = "" if self.operation == "all_reduce" else f"-{self.operation}"
+        on_gpu = place.device.type == "cuda"
+        unusual = [
+            self.operation if self.operation != "all_reduce" else "",
+            self.machine["dtype"] if self.machine["dtype"] != usual_dtype(place) else "",
+            self.machine["calls"] if on_gpu and self.machine["calls"] != "captured" else "",
+        ]
+        suffix = "".join(f"-{part}" for part in unusual if part)
         stem = folder / f"{self.machine['date']}-{place.device.type}-{place.world_size}{suffix}"
         stem.with_suffix(".md").write_text(self.markdown())
         stem.with_suffix(".json").write_text(json.dumps(asdict(self), indent=1))
@@ -87,6 +93,10 @@ class Results:
             except ImportError:
                 print("no picture: pip install matplotlib")
         print(f"written: {', '.join(map(str, written))}")
+
+
+def usual_dtype(place: Place) -> str:
+    return "bfloat16" if place.device.type == "cuda" else "float32"
 
 
 def report(title: str, machine: dict[str, Any], table: str, notes: dict[str, str]) -> str:

@@ -78,6 +78,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--min-bytes", type=_size, help="of what a rank puts in; default 1K, of all_reduce on CUDA 2K")
     bench.add_argument("--max-bytes", type=_size, help="default 64M; on CUDA 256M, but of all_reduce")
     bench.add_argument("--replays", type=int, default=31, help="samples per size and peer")
+    bench.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16", "float64"], help="default float32, on CUDA bfloat16"
+    )
+    bench.add_argument("--eager", action="store_true", help="on CUDA: without graphs, so host time counts")
     bench.add_argument("--only", help="comma-separated peers, e.g. mnnvl,nccl; of --fused columns")
     bench.add_argument("--multicast", action="store_true", help="let mnnvl and its peers make multicast objects")
     bench.add_argument("--output", help="folder for the dated results: markdown, JSON and, with matplotlib, pictures")

@@ -173,6 +173,26 @@ def test_an_earlier_run_of_something_else(tmp_path):
         cli.main(["bench", "--compare", str(file)])
 
 
+@pytest.mark.parametrize(("key", "value"), [("dtype", "float16"), ("calls", "captured")])
+def test_an_earlier_run_of_other_calls(key, value):
+    now = {"dtype": "float32", "calls": "eager"}
+    bench.check_alike(now, {"dtype": "float32"})  # of a time when nobody wrote how calls were made
+    with pytest.raises(SystemExit, match=f"--compare: expected results of {key} {now[key]}, got {value}"):
+        bench.check_alike(now, {**now, key: value})
+
+
+def test_another_dtype_has_a_file_of_its_own(tmp_path):
+    done = run_bench(2, "--device", "cpu", "--dtype", "float16", "--only", "mnnvl", "--operation", "all_reduce,reduce",
+                     "--max-bytes", "1K", "--replays", "5", "--output", str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    files = sorted(tmp_path.glob("*.json"))
+    assert [re.sub(r"^[\d-]+", "", file.stem) for file in files] == ["cpu-2-float16", "cpu-2-reduce-float16"]
+    for file in files:
+        machine = json.loads(file.read_text())["machine"]
+        assert (machine["dtype"], machine["calls"]) == ("float16", "eager")
+    assert "all_reduce 1/1     1 KiB  mnnvl" in done.stdout
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_smoke(ranks):
     done = run_bench(ranks, "--device", "cpu", "--smoke", "--only", "mnnvl")
