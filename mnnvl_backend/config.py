@@ -138,7 +138,7 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Config:
         try:
             values[variable.name.removeprefix("MNNVL_").lower()] = variable.parse(text)
         except tuning_files.BadFile as error:
-            raise ValueError(f"{variable.name}: expected {variable.expected}: {error}") from None
+            raise ValueError(f"{variable.name}: expected {variable.expected}, got {text!r}: {error}") from None
         except (KeyError, ValueError):
             raise ValueError(f"{variable.name}: expected {variable.expected}, got {text!r}") from None
     return Config(**values, multicast_forbidden_by=multicast_switches(environ))

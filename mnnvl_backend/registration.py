@@ -6,6 +6,7 @@ import atexit
 import functools
 import inspect
 import os
+import sys
 import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,18 @@ def _dump_on_signal(compiled: ModuleType, signum: int) -> None:
         warnings.warn(f"MNNVL_DUMP_SIGNAL: {error}", RuntimeWarning, stacklevel=3)
 
 
-os.register_at_fork(after_in_child=_dump_on_signal.cache_clear)
+# Of a child by fork(), of any backend: their ranks are its parent's.
+inherited_groups: set[ProcessGroup] = set()
+
+
+def _in_child() -> None:
+    _dump_on_signal.cache_clear()
+    c10d = sys.modules.get("torch.distributed.distributed_c10d")
+    if c10d is not None and torch.distributed.is_available():
+        inherited_groups.update(c10d._world.pg_map)
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def register() -> None:

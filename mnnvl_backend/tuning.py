@@ -3,6 +3,7 @@ names. It goes before the tables of the compiled module, for the device types an
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ MAX_WORLD_SIZE = 72
 
 
 class BadFile(ValueError):
-    """Names the file, and what is wrong with it."""
+    """What is wrong with a file."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def read(path: str | os.PathLike[str]) -> Tuning:
     try:
         content = json.loads(Path(path).read_text())
         if content["format"] != FORMAT:
-            raise BadFile(f"{path}: expected the format {FORMAT!r}, got {content['format']!r}")
+            raise BadFile(f"of the format {content['format']!r}, not {FORMAT!r}")
         return Tuning(
             {device: {_world_size(n): _bytes(b) for n, b in rows.items()}
              for device, rows in content["oneshot_bytes"].items() if _is_device(device)},
@@ -48,9 +49,26 @@ def read(path: str | os.PathLike[str]) -> Tuning:
     except BadFile:
         raise
     except OSError as error:
-        raise BadFile(f"{path}: {error.strerror}") from None
+        raise BadFile(str(error.strerror)) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadFile(f"{path}: not a file that mnnvl tune wrote: {type(error).__name__}: {error}") from None
+        raise BadFile(f"{type(error).__name__}: {error}") from None
+
+
+def add(path: str | os.PathLike[str], device: str, world_size: int, oneshot_bytes: int, measured: Any) -> None:
+    """A row beside those that stand there by now, also of runs at the same time.
+
+    Raises:
+        BadFile: what stands there isn't one. OSError: as open() and replace() do.
+    """
+    folder = os.open(Path(path).parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        tuning = read(path) if Path(path).exists() else Tuning()
+        tuning.oneshot_bytes.setdefault(device, {})[world_size] = oneshot_bytes
+        tuning.measured.setdefault(device, {})[world_size] = measured
+        write(path, tuning)
+    finally:
+        os.close(folder)
 
 
 def write(path: str | os.PathLike[str], tuning: Tuning) -> None:
@@ -67,17 +85,17 @@ def write(path: str | os.PathLike[str], tuning: Tuning) -> None:
 
 def _is_device(name: str) -> bool:
     if name not in DEVICE_TYPES:
-        raise ValueError(f"device type {name!r}")
+        raise ValueError(f"device type: expected {' or '.join(DEVICE_TYPES)}, got {name!r}")
     return True
 
 
 def _world_size(text: str) -> int:
-    if not 2 <= int(text) <= MAX_WORLD_SIZE:
-        raise ValueError(f"world size {text}")
+    if text not in map(str, range(2, MAX_WORLD_SIZE + 1)):
+        raise ValueError(f"world size: expected an integer from 2 to {MAX_WORLD_SIZE}, got {text!r}")
     return int(text)
 
 
 def _bytes(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 40:
-        raise ValueError(f"oneshot_bytes {value!r}")
+        raise ValueError(f"oneshot_bytes: expected an integer from 0 to {(1 << 40) - 1}, got {value!r}")
     return value

@@ -14,6 +14,8 @@ namespace {
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
+constexpr size_t kMaxLitter = 1000;  // keys that a record has room for
+
 std::string here(int rank) { return str("here/", rank); }
 std::string tries(int rank) { return str("tries/", rank); }
 
@@ -84,7 +86,7 @@ StoreExchange::StoreExchange(c10::intrusive_ptr<c10d::Store> store, std::string 
       records_(size) {}
 
 StoreExchange::~StoreExchange() {
-  if (published_ && !failure_ && !birthplace_.left()) leave(ErrorKind::kPeerFailed, /*word=*/"");
+  if (published_ && !failure_ && !birthplace_.left()) leave(ErrorKind::kPeerFailed, /*word=*/"", /*for_all=*/false);
 }
 
 int64_t StoreExchange::new_owner(c10::intrusive_ptr<c10d::Store> store, const std::string& prefix, int rank) {
@@ -114,7 +116,7 @@ std::vector<std::string> StoreExchange::all_gather(const std::string& mine) {
     return all;
   } catch (const Error& error) {
     failure_ = error;
-    leave(error.kind(), silent_ ? "" : error.what());
+    leave(error.kind(), silent_ ? "" : error.what(), /*for_all=*/error.kind() == ErrorKind::kAborted);
     throw;
   }
 }
@@ -122,7 +124,7 @@ std::vector<std::string> StoreExchange::all_gather(const std::string& mine) {
 void StoreExchange::give_up(const std::string& reason) noexcept {
   if (failure_ || size_ == 1 || birthplace_.left()) return;
   failure_ = Error(ErrorKind::kSystem, str("mnnvl set-up: rank ", rank_, " gave it up: ", reason));
-  leave(ErrorKind::kPeerFailed, failure_->what());
+  leave(ErrorKind::kPeerFailed, failure_->what(), /*for_all=*/true);
 }
 
 // --- The own record.
@@ -147,7 +149,7 @@ void StoreExchange::publish() {
   in_store_ = published_ = true;
 }
 
-void StoreExchange::leave(ErrorKind kind, const std::string& word) noexcept {
+void StoreExchange::leave(ErrorKind kind, const std::string& word, bool for_all) noexcept {
   try {
     if (!begun_) begin();
     if (published_) {
@@ -157,7 +159,7 @@ void StoreExchange::leave(ErrorKind kind, const std::string& word) noexcept {
     if (!word.empty()) {
       learn_who_is_here();
       read_records();
-      own().count = std::max(own().count, highest_present());
+      own().count = std::max(own().count, highest_present(for_all));
     }
     own().nonce = 0;
     own().kind = kind;
@@ -199,7 +201,7 @@ void StoreExchange::meet(Wait& wait, const std::string& first) {
     if (old != key(0, rank_)) store_.forget(old);
   }
   own().litter = {key(0, rank_)};
-  const uint64_t highest = highest_present();
+  const uint64_t highest = highest_present(/*for_all=*/false);
   if (highest > own().count) {
     own().count = highest;
     publish();
@@ -207,7 +209,9 @@ void StoreExchange::meet(Wait& wait, const std::string& first) {
 }
 
 void StoreExchange::post(const std::string& mine) {
-  own().litter.push_back(key(round_, rank_));
+  std::vector<std::string>& litter = own().litter;
+  if (litter.size() >= kMaxLitter) litter.erase(litter.begin());  // it stays in the store
+  litter.push_back(key(round_, rank_));
   store_.set(key(round_, rank_), mine);
 }
 
@@ -222,7 +226,7 @@ void StoreExchange::watch_peers() {
 }
 
 void StoreExchange::listen() {
-  const uint64_t highest = highest_present();
+  const uint64_t highest = highest_present(/*for_all=*/true);
   const Record* word = nullptr;
   for (const Record& record : records_) {
     const bool meant = !record.word.empty() && record.count >= highest;
@@ -334,11 +338,10 @@ void StoreExchange::read_records() {
   }
 }
 
-uint64_t StoreExchange::highest_present() const {
+uint64_t StoreExchange::highest_present(bool for_all) const {
   uint64_t highest = records_[rank_].count;
   for (int r = 0; r < size_; ++r) {
-    // What came in the place of one that was met is another try, which this one's word isn't meant for.
-    const bool present = met_.empty() ? records_[r].nonce != 0 : records_[r].nonce == met_[r];
+    const bool present = met_.empty() || for_all ? records_[r].nonce != 0 : records_[r].nonce == met_[r];
     if (present) highest = std::max(highest, records_[r].count);
   }
   return highest;

@@ -28,7 +28,8 @@
 // - It doesn't matter how often each rank has tried before: counts take no part in meeting. They only tell an old word
 //   from one that is meant for this try, and they are brought together: whoever looks raises its own to the highest
 //   among those present, whoever leaves a word gives it at least that, and whoever hears a word goes on counting from
-//   there. A word that is wrongly taken for old costs a wait until the deadline, one wrongly taken for new costs a
+//   there. After a meeting only those met count as present for a word that blames a peer (deadline, a dead process): who
+//   has come in its place waits for the next try. That this rank was aborted, or gave up, is meant for all. A word that is wrongly taken for old costs a wait until the deadline, one wrongly taken for new costs a
 //   failure at once; the next try has neither.
 // - `owner` (new_owner()) is the upper half of a count: words of tries that another owner made, say a group that was
 //   since destroyed, are old for the next owner's ranks, however often the former had tried. Without it (0) a rank that
@@ -99,12 +100,12 @@ class StoreExchange final : public Exchange {
   void look_in_round();
   void check_end(const Wait& wait);
   [[noreturn]] void hear(const Record& record);
-  void leave(ErrorKind kind, const std::string& word) noexcept;
+  void leave(ErrorKind kind, const std::string& word, bool for_all) noexcept;
 
   void learn_who_is_here();
   void read_records();
   Record& own() { return records_[rank_]; }
-  uint64_t highest_present() const;  // of those it has met, after the meeting
+  uint64_t highest_present(bool for_all) const;  // not for all: after the meeting, of those it has met
   bool all_known() const;
   bool all_present() const;
   std::string meeting_id() const;

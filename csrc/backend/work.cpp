@@ -133,8 +133,9 @@ CudaWork::CudaWork(const Call& call, Place place, std::shared_ptr<GroupState> st
 
 CudaWork::~CudaWork() {
   if (birthplace_.left()) {
-    // Perhaps the last to hold it. Its end would wait for a thread that a child doesn't have.
+    // Perhaps the last to hold them. Their ends would wait for threads that a child doesn't have.
     new std::shared_ptr<Transport>(transport_);
+    new std::shared_ptr<GroupState>(state_);
     return;
   }
   if (kept_.empty()) return;
@@ -158,9 +159,14 @@ bool CudaWork::isSuccess() const { return exception() == nullptr; }
 // The group's first cause goes before what its transport says, which may be but a consequence.
 void CudaWork::check() const {
   at_torch_boundary([this] {
+    birthplace_.check("work");
     state_->check();
     if (transport_) transport_->check();
   });
+}
+
+void CudaWork::abort() {
+  if (transport_ && !birthplace_.left()) transport_->abort(FailureCause::kLocalAbort);
 }
 
 std::exception_ptr CudaWork::exception() const {
@@ -185,6 +191,7 @@ void CudaWork::synchronize() {
 }
 
 bool CudaWork::wait(std::chrono::milliseconds timeout) {
+  at_torch_boundary([this] { birthplace_.check("work"); });
   synchronize();
   if (place_.capturing) return true;
   if (place_.blocking || timeout != kNoTimeout) wait_on_host(timeout);

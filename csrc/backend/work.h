@@ -44,7 +44,8 @@ class CpuWork final : public c10d::Work {
   bool settled_ = false;  // somebody has undertaken to complete future_; under mutex_
 };
 
-// A call enqueued on a GPU stream; completion is an event there.
+// A call enqueued on a GPU stream; completion is an event there. In a child by fork() wait() throws and abort() does
+// nothing.
 class CudaWork final : public c10d::Work {
  public:
   // Where and how the call was enqueued.
@@ -59,15 +60,13 @@ class CudaWork final : public c10d::Work {
 
   // Made right after the launch, under a guard of the stream. `transport` is null for a call with nothing to send.
   CudaWork(const Call& call, Place place, std::shared_ptr<GroupState> state, std::shared_ptr<Transport> transport);
-  ~CudaWork() override;  // in a child by fork() it leaves everything to the parent
+  ~CudaWork() override;
   bool isCompleted() override;
   bool isSuccess() const override;
   std::exception_ptr exception() const override;
   bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
   void synchronize() override;
-  void abort() override {
-    if (transport_) transport_->abort(FailureCause::kLocalAbort);
-  }
+  void abort() override;
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return future_; }
   std::vector<at::Tensor> result() override { return outputs_; }
 

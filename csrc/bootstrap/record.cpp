@@ -31,8 +31,9 @@ size_t character_at(const std::string& text, size_t at) {
 
 std::string readable(const std::string& text) {
   std::string shown;
+  size_t cut = 0;  // where there is room for what says that it was cut
   for (size_t at = 0; at < text.size();) {
-    if (shown.size() >= kMaxTextBytes) return shown + str("... (", text.size(), " bytes)");
+    if (shown.size() + 40 <= kMaxTextBytes) cut = shown.size();
     const size_t size = character_at(text, at);
     if (size > 0) {
       shown.append(text, at, size);
@@ -41,6 +42,7 @@ std::string readable(const std::string& text) {
       std::snprintf(escape, sizeof(escape), "\\x%02x", static_cast<unsigned>(static_cast<unsigned char>(text[at])));
       shown += escape;
     }
+    if (shown.size() > kMaxTextBytes) return shown.substr(0, cut) + str("... (", text.size(), " bytes)");
     at += size > 0 ? size : 1;
   }
   return shown;

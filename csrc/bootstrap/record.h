@@ -18,7 +18,7 @@ constexpr size_t kMaxRecordBytes = 1 << 20;
 constexpr size_t kMaxTextBytes = 1 << 15;
 
 // Text from outside as errors may show it: valid UTF-8 without control characters but tabs and ends of lines, other
-// bytes as \xNN, cut after kMaxTextBytes. Texts that are fit are not changed.
+// bytes as \xNN, cut to kMaxTextBytes in all. Texts that are fit are not changed, and so is what this gives.
 std::string readable(const std::string& text);
 
 class RecordWriter {

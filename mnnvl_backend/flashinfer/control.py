@@ -3,6 +3,7 @@ the adapter that the compiled module calls."""
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 
-from mnnvl_backend import arguments, config, wire
+from mnnvl_backend import arguments, config, registration, wire
 from mnnvl_backend.compiled import load_compiled
 
 if TYPE_CHECKING:
@@ -45,12 +46,19 @@ class StoreComm:
         self._store, self._rank, self._size, self._timeout, self._prefix = store, rank, size, timeout, prefix
         self._exchange: Any = None  # of the present attempt
         self._failed = False
+        self._pid = os.getpid()
 
     @classmethod
     def of_group(cls, group: ProcessGroup | None, timeout: timedelta) -> StoreComm:
-        """Over the store of a process group; None: the default group."""
+        """Over the store of a process group; None: the default group.
+
+        Raises:
+            RuntimeError: this process is a child by fork() of the one that made the group, in which it has no place.
+        """
         c10d = dist.distributed_c10d
         group = group or c10d._get_default_group()
+        if group in registration.inherited_groups:
+            raise _of_the_parent("process group", os.getppid())
         return cls(c10d._get_process_group_store(group), group.rank(), group.size(), timeout)
 
     def Get_rank(self) -> int:
@@ -102,11 +110,20 @@ class StoreComm:
         self._exchange, self._failed = None, False
 
     def _opened(self) -> Any:
+        if self._pid != os.getpid():
+            raise _of_the_parent("communicator", self._pid)
         if self._exchange is None:
             exchange = load_compiled().StoreExchange
             timeout_ms = config.milliseconds(self._timeout)
             self._exchange = exchange(self._store, self._prefix, self._rank, self._size, timeout_ms)
         return self._exchange
+
+
+def _of_the_parent(made: str, pid: int) -> RuntimeError:
+    return RuntimeError(
+        f"mnnvl: this {made} belongs to process {pid}, of which process {os.getpid()} is a child by fork(): a child "
+        "takes no part in its parent's, and makes its own"
+    )
 
 
 def _object_of(rank: int, item: bytes) -> Any:

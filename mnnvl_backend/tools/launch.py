@@ -51,7 +51,7 @@ def start(device: str) -> Iterator[Place]:
         SystemExit: not run under torchrun, or a device that isn't here.
     """
     for theirs in MPI_NAMES:
-        if "RANK" not in os.environ and theirs[0] in os.environ:
+        if "RANK" not in os.environ and all(name in os.environ for name in theirs):
             os.environ.update(zip(NAMES, (os.environ[name] for name in theirs), strict=True))
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", "29500")

@@ -24,6 +24,7 @@ from mnnvl_backend.tools.bench_results import describe, human, report
 from mnnvl_backend.tools.launch import Place, start
 
 FORCED = ("oneshot", "twoshot")
+LEAST = 1 << 10  # bytes; what is best for them is so for fewer
 
 
 def sizes_between(least: int, most: int) -> list[int]:
@@ -74,6 +75,31 @@ def measure_all(place: Place, sizes: Sequence[int], replays: int) -> dict[str, d
     return times
 
 
+def check_output(path: str | None) -> None:
+    """
+    Raises:
+        SystemExit: nothing could be written there; better now than after minutes.
+    """
+    if path is None:
+        return
+    try:
+        if Path(path).exists():
+            tuning.read(path)
+        elif not os.access(Path(path).parent, os.W_OK):
+            raise SystemExit(f"--output: expected a file in a folder that can be written to, got {path}")
+    except tuning.BadFile as error:
+        raise SystemExit(f"--output: expected a file that mnnvl tune wrote, or none, got {path}: {error}") from None
+
+
+def check_range(limit: int, sizes: Sequence[int]) -> None:
+    """
+    Raises:
+        SystemExit: what is best below the sizes measured is not known.
+    """
+    if limit == 0 and sizes[0] > LEAST:
+        raise SystemExit(f"two shots win from {sizes[0]} bytes on: measure smaller tensors too (--min-bytes)")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Of cli.parser()."""
     if os.environ.get("MNNVL_STRATEGY"):
@@ -83,25 +109,23 @@ def run(arguments: argparse.Namespace) -> int:
         if place.world_size < 2:
             raise SystemExit("a group of one has no strategy: run with two ranks or more")
         on_gpu = place.device.type == "cuda"
-        sizes = sizes_between(arguments.min_bytes or 1 << 10, arguments.max_bytes or (16 << 20 if on_gpu else 4 << 20))
+        least, most = arguments.min_bytes or LEAST, arguments.max_bytes or (16 << 20 if on_gpu else 4 << 20)
+        sizes = sizes_between(least, most)
         if not sizes:
-            raise SystemExit("--min-bytes, --max-bytes: no size between them")
-        written = tuning.Tuning()
-        if arguments.output and Path(arguments.output).exists():
-            written = tuning.read(arguments.output)
+            raise SystemExit(f"--min-bytes, --max-bytes: expected a size between them, got {least} and {most}")
+        check_output(arguments.output)
         dist.init_process_group("gloo")
         with torch.inference_mode(on_gpu):
             times = measure_all(place, sizes, arguments.replays)
         limit = best_limit([(size, times["oneshot"][size], times["twoshot"][size]) for size in sizes])
+        check_range(limit, sizes)
         if place.rank != 0:
             return 0
         machine = describe(place, {**NO_MULTICAST, "MNNVL_TUNING": ""})
         note = {"one shot": f"up to {limit} bytes with {place.world_size} ranks on {place.device.type}"}
         print("\n" + report("One shot or two, µs", machine, table(times, limit), note))
         if arguments.output:
-            device = place.device.type
-            written.oneshot_bytes.setdefault(device, {})[place.world_size] = limit
-            written.measured.setdefault(device, {})[place.world_size] = {"machine": machine, "microseconds": times}
-            tuning.write(arguments.output, written)
+            measured = {"machine": machine, "microseconds": times}
+            tuning.add(arguments.output, place.device.type, place.world_size, limit, measured)
             print(f"written: {arguments.output}; MNNVL_TUNING={arguments.output} makes AUTO follow it")
         return 0

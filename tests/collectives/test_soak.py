@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 from launcher import Rank, run_ranks
+from torchrun import torchrun
 
 from mnnvl_backend.tools import soak_calls, soak_lanes
 from mnnvl_backend.tools.soak import WARM_UP_ROUNDS, Plan, Soak, Summary
@@ -129,9 +128,8 @@ def test_a_rank_that_fails_ends_all():
 def test_the_command(tmp_path):
     """Under torchrun, with its report."""
     path = tmp_path / "soak.json"
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mnnvl_backend", "soak"]
     arguments = ["--minutes", "0.02", "--seed", "3", "--device", "cpu", "--json", str(path)]
-    ran = subprocess.run([sys.executable, "-m", *command, *arguments], capture_output=True, text=True, timeout=100)
+    ran = torchrun(2, "-m", "mnnvl_backend", "soak", *arguments, timeout=75)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "soak: passed: 0 mismatches, no growth" in ran.stdout
     found = json.loads(path.read_text())

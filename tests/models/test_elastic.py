@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from torchrun import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,12 +55,7 @@ dist.destroy_process_group()
 def test_restart_after_a_death(device, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-         str(script), str(tmp_path / "state.pt"), device],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=140,
-    )  # fmt: skip
+    done = torchrun(2, "--max-restarts", "1", str(script), str(tmp_path / "state.pt"), device, timeout=100)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"attempt 1: steps 3 to 5, 2 ranks alike\n", done.stdout), done.stdout
     assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr, done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,27 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from markers import want_gpus
+from torchrun import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(ranks: int, example: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """With the package on the path, installed or not; but one, the examples import nothing of it."""
+def run(ranks: int, example: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """But one, the examples import nothing of the package."""
     # The working directory isn't on torchrun's path, and a tree that isn't installed registers nothing by itself.
     start = (
         "import sys, runpy, mnnvl_backend; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--no-python",
-         sys.executable, "-c", start, str(ROOT / "examples" / example), *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+    program = [sys.executable, "-c", start, str(ROOT / "examples" / example)]
+    return torchrun(ranks, "--no-python", *program, *arguments, timeout=100)
 
 
 def losses(ranks: int, example: str, told: str, *arguments: str) -> list[float]:
     """The first and the last that a training tells, behind every tenth; it has learned."""
-    done = torchrun(ranks, example, *arguments)
+    done = run(ranks, example, *arguments)
     assert done.returncode == 0, done.stderr
     *steps, summary = done.stdout.splitlines()
     assert [line.split(":")[0] for line in steps] == [f"step {i}" for i in range(0, 10 * len(steps), 10)], done.stdout
@@ -49,7 +45,7 @@ def test_ddp(device):
 
 def test_ddp_says_when_nothing_was_learned():
     """Five steps are the first and the last five at once: the examples' own check must be able to fail."""
-    done = torchrun(1, "ddp.py", "--device", "cpu", "--steps", "5")
+    done = run(1, "ddp.py", "--device", "cpu", "--steps", "5")
     assert done.returncode != 0
     assert "the loss did not fall" in done.stderr
 
@@ -84,7 +80,7 @@ def test_tensor_parallel_decode(device):
     want_gpus(device, 2)
     first = []
     for how in (["mnnvl"], ["mnnvl", "--unfused"], [other]):
-        done = torchrun(2, "tensor_parallel_decode.py", "--device", device, "--backend", *how)
+        done = run(2, "tensor_parallel_decode.py", "--device", device, "--backend", *how)
         assert done.returncode == 0, done.stderr
         sequence, summary = done.stdout.splitlines()
         captured = "CUDA graph" if device == "cuda" else "eager"

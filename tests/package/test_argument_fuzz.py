@@ -232,7 +232,7 @@ def test_environment(environ: dict[str, str]) -> None:
         text = str(raised)
     else:
         assert settings.workspace_bytes == 0 or 1 << 20 <= settings.workspace_bytes <= 1 << 40
-        assert all(type(value) in (int, bool, str) for value in settings.fields().values())
+        assert all(type(value) in (int, bool, str, dict) for value in settings.fields().values())
         return
     assert re.match(r"MNNVL_\w+: expected .+, got ", text), environ
 

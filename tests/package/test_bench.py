@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
+from torchrun import torchrun
 
 from mnnvl_backend.tools import bench, bench_picture, cli, launch
 from mnnvl_backend.tools.bench_operations import OPERATIONS
@@ -27,12 +27,7 @@ PICTURES = importlib.util.find_spec("matplotlib") is not None
 
 
 def run_bench(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-         "-m", "mnnvl_backend", "bench", *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=110,
-    )  # fmt: skip
+    return torchrun(ranks, "-m", "mnnvl_backend", "bench", *arguments)
 
 
 def bench_every(tmp_path: Path, device: str, ranks: int, names: list[str], only: str) -> None:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
+from torchrun import torchrun
 
 import mnnvl_backend
 from mnnvl_backend import config, tuning
 from mnnvl_backend.tools import tune
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def file_of(folder: Path, limit: int, world_size: int = 2) -> str:
@@ -27,13 +25,8 @@ def file_of(folder: Path, limit: int, world_size: int = 2) -> str:
 
 
 def run_tune(ranks: int, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-         "-m", "mnnvl_backend", "tune", "--device", "cpu", "--replays", "5", *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}, capture_output=True, text=True,
-        timeout=110,
-    )  # fmt: skip
+    variables = {"MNNVL_STRATEGY": "", "MNNVL_TUNING": "", **variables}
+    return torchrun(ranks, "-m", "mnnvl_backend", "tune", "--device", "cpu", "--replays", "5", *arguments, **variables)
 
 
 def test_runs_add_to_one_file(tmp_path):
@@ -86,12 +79,22 @@ def test_sizes_are_powers_of_two_and_the_middles():
         ("{", "JSONDecodeError"),
         ("[]", "TypeError"),
         ("{}", "KeyError: 'format'"),
-        ('{"format": "mnnvl tuning 9"}', "expected the format 'mnnvl tuning 1', got 'mnnvl tuning 9'"),
+        ('{"format": "mnnvl tuning 9"}', "of the format 'mnnvl tuning 9', not 'mnnvl tuning 1'"),
         ('{"format": "mnnvl tuning 1", "oneshot_bytes": {}}', "KeyError: 'measured'"),
-        ('{"format": "mnnvl tuning 1", "oneshot_bytes": {"tpu": {}}, "measured": {}}', "device type 'tpu'"),
-        ('{"format": "mnnvl tuning 1", "oneshot_bytes": {"cpu": {"73": 1}}, "measured": {}}', "world size 73"),
-        ('{"format": "mnnvl tuning 1", "oneshot_bytes": {"cpu": {"2": -1}}, "measured": {}}', "oneshot_bytes -1"),
-        ('{"format": "mnnvl tuning 1", "oneshot_bytes": {"cpu": {"2": true}}, "measured": {}}', "oneshot_bytes True"),
+        (
+            '{"format": "mnnvl tuning 1", "oneshot_bytes": {"tpu": {}}, "measured": {}}',
+            "device type: expected cpu or cuda, got 'tpu'",
+        ),
+        (
+            '{"format": "mnnvl tuning 1", "oneshot_bytes": {"cpu": {"73": 1}}, "measured": {}}',
+            "world size: expected an integer from 2 to 72, got '73'",
+        ),
+        ('{"format": "mnnvl tuning 1", "oneshot_bytes": {"cpu": {"02": 1}}, "measured": {}}', "got '02'"),
+        (
+            '{"format": "mnnvl tuning 1", "oneshot_bytes": {"cpu": {"2": -1}}, "measured": {}}',
+            "expected an integer from 0 to 1099511627775, got -1",
+        ),
+        ('{"format": "mnnvl tuning 1", "oneshot_bytes": {"cpu": {"2": true}}, "measured": {}}', "got True"),
         ('{"format": "mnnvl tuning 1", "oneshot_bytes": {"cpu": 7}, "measured": {}}', "AttributeError"),
     ],
 )
@@ -99,7 +102,7 @@ def test_bad_files_are_errors(content, why, tmp_path):
     path = tmp_path / "tuning.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValueError, match="MNNVL_TUNING: expected a file that `mnnvl tune` wrote: ") as raised:
+    with pytest.raises(ValueError, match="MNNVL_TUNING: expected a file that `mnnvl tune` wrote, got ") as raised:
         config.read_environment({"MNNVL_TUNING": str(path)})
     assert why in str(raised.value)
     assert str(path) in str(raised.value)
@@ -130,19 +133,51 @@ def test_auto_follows_what_was_measured_with_so_many_ranks(limit, measured_with,
 
 
 def differing_body(rank: Rank, paths: list[str]) -> str:
-    os.environ["MNNVL_TUNING"] = paths[rank.rank]
+    os.environ["MNNVL_TUNING"] = paths[rank.rank]  # empty: as if unset
     with pytest.raises(ValueError, match="options differ") as raised:
         rank.init()
         dist.all_reduce(torch.ones(1))
     return str(raised.value)
 
 
-def test_ranks_with_different_files_hear_of_it(ranks, tmp_path):
-    paths = [file_of(tmp_path, limit) for limit in (1024, 2048)]
+@pytest.mark.parametrize("other", [2048, None])
+def test_ranks_with_different_files_hear_of_it(other, ranks, tmp_path):
+    paths = [file_of(tmp_path, 1024), file_of(tmp_path, other) if other else ""]
     for text in ranks(differing_body, 2, args=(paths,), backend=None):
-        assert "rank 0 has" in text
-        assert "MNNVL_TUNING with oneshot_bytes 1024; rank 1 has" in text
-        assert text.rstrip(".").endswith("MNNVL_TUNING with oneshot_bytes 2048")
+        zeroth, first = text.split("rank 0 has ")[1].split("; rank 1 has ")
+        assert zeroth.endswith("MNNVL_TUNING with oneshot_bytes 1024")
+        assert first.endswith("MNNVL_TUNING with oneshot_bytes 2048") if other else "MNNVL_TUNING" not in first
+
+
+def workspace_body(rank: Rank, paths: list[str]) -> None:
+    os.environ["MNNVL_TUNING"] = paths[rank.rank]
+    rank.init("gloo")
+    workspace = mnnvl_backend.MNNVLAllReduceFusionWorkspace(
+        mnnvl_backend.Mapping(world_size=2, rank=rank.rank, tp_size=2), 8, 1024, torch.float32, device=rank.device
+    )
+    x = torch.full((4, 1024), float(rank.rank + 1))
+    assert bool((mnnvl_backend.trtllm_mnnvl_allreduce(x, workspace, False) == 3).all())
+    workspace.destroy()
+
+
+def test_a_workspace_goes_by_its_own_rule_and_no_file(ranks, tmp_path):
+    ranks(workspace_body, 2, args=([file_of(tmp_path, 0), ""],), backend=None)
+
+
+def test_no_limit_below_what_was_measured():
+    tune.check_range(0, [1024, 1536])
+    tune.check_range(65536, [65536, 98304])
+    with pytest.raises(SystemExit, match="two shots win from 65536 bytes on: measure smaller tensors too"):
+        tune.check_range(0, [65536, 98304])
+
+
+@pytest.mark.parametrize("where", ["no/such/folder/file", "other.json"])
+def test_output_is_looked_at_before_anything_is_measured(where, tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    done = run_tune(2, "--output", str(tmp_path / where))
+    assert done.returncode != 0
+    assert "--output: expected a file" in done.stderr
+    assert str(tmp_path / where) in done.stderr
 
 
 def test_the_file_is_for_people_too(tmp_path):

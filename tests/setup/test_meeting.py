@@ -7,7 +7,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -220,7 +222,49 @@ def test_a_process_killed_in_mid_set_up_is_replaced(tmp_path: Path) -> None:
     assert results["again"][0] is True
 
 
+class Replacing(WithCheck):
+    """Between noticing that rank 1 is dead and leaving word of it, its rank looks at its own record: then `act` runs."""
+
+    def __init__(self, inner: dist.Store, act: Callable[[], Any]) -> None:
+        super().__init__(inner)
+        self.act: Callable[[], Any] | None = act
+        self.noticed = False
+
+    def check(self, keys: list[str]) -> bool:
+        self.noticed = len(keys) == 1 and keys[0].endswith("/1/1")
+        return self.inner.check(keys)
+
+    def get(self, key: str) -> bytes:
+        if key.endswith("/here/0") and self.noticed and self.act:
+            act, self.act = self.act, None
+            act()
+        return self.inner.get(key)
+
+
 def test_word_of_a_rank_that_died_is_not_meant_for_the_one_that_took_its_place(tmp_path: Path) -> None:
+    stores = make_stores("file", 2, tmp_path)
+    threads = Threads()
+
+    def replace() -> None:
+        before = stores[0].get(f"{PREFIX}/here/1")
+        threads.start("in its place", lambda: set_up(stores[1], 1, 2))
+        wait_until_present(stores[0], 1, before)
+
+    pid = forked_rank(tmp_path / "store", 1, 2, rounds=1)
+    store = Replacing(stores[0], replace)
+    ranks = exchange(store, 0, 2)
+    ranks.all_gather(b"")
+    kill(pid)
+    with pytest.raises(dist.DistBackendError, match=f"whose process .pid {pid}. has ended"):
+        ranks.all_gather(b"")
+    assert store.act is None
+    time.sleep(0.3)  # it looks at the records every 100 ms
+    threads.start("again", lambda: set_up(stores[0], 0, 2))
+    assert_all_work(threads.join())
+
+
+def test_a_rank_that_gives_up_tells_who_began_anew(tmp_path: Path) -> None:
+    """It will not try again, and who waits for it has begun another try since they met."""
     stores = make_stores("hash", 2, tmp_path)
     first = [exchange(store, rank, 2) for rank, store in enumerate(stores)]
     threads = Threads()
@@ -228,19 +272,24 @@ def test_word_of_a_rank_that_died_is_not_meant_for_the_one_that_took_its_place(t
         threads.start(("met", rank), lambda rank=rank: first[rank].all_gather(b"") == [b"", b""])
     assert_all_work(threads.join())
     before = wait_until_present(stores[0], 1)
-    threads.start("in its place", lambda: set_up(stores[1], 1, 2))
+    threads.start("anew", lambda: set_up(stores[1], 1, 2))
     wait_until_present(stores[0], 1, before)
-    first[0].give_up("rank 1 has died")
-    time.sleep(0.3)  # it looks at the records every 100 ms
-    threads.start("again", lambda: set_up(stores[0], 0, 2))
-    assert_all_work(threads.join())
+    first[0].give_up("a bad argument")
+    error, seconds = threads.join()["anew"]
+    assert "rank 0 gave it up: a bad argument" in str(error)
+    assert seconds < AT_ONCE
 
 
 def test_a_reason_too_long_for_a_record_is_cut(tmp_path: Path) -> None:
     stores = make_stores("hash", 2, tmp_path)
-    exchange(stores[1], 1, 2).give_up("too long " * (1 << 18))
-    with pytest.raises(dist.DistBackendError, match=r"rank 1 gave it up: (too long )+.*\.\.\. \(\d+ bytes\)"):
+    reason = "too long " * (1 << 18)
+    exchange(stores[1], 1, 2).give_up(reason)
+    with pytest.raises(dist.DistBackendError) as raised:
         set_up(stores[0], 0, 2)
+    told, cut = str(raised.value)[:60], str(raised.value)[-30:]
+    start = "mnnvl set-up: rank 1 gave it up: "
+    assert told.startswith(start + "too long too long")
+    assert cut.endswith(f"... ({len(start + reason)} bytes)")
     assert_all_work(all_set_up(stores))
 
 
@@ -258,6 +307,7 @@ def test_a_forked_child_says_nothing_in_its_parents_name(tmp_path: Path) -> None
     threads.start("peer", peer)
     ranks = exchange(stores[1], 1, 2)
     ranks.all_gather(b"")
+    before = stores[1].get(f"{PREFIX}/here/1")
     pid = os.fork()
     if pid == 0:
         try:
@@ -269,6 +319,7 @@ def test_a_forked_child_says_nothing_in_its_parents_name(tmp_path: Path) -> None
         finally:
             os._exit(1)
     assert os.waitpid(pid, 0)[1] == 0
+    assert stores[1].get(f"{PREFIX}/here/1") == before
     child_is_gone.set()
     assert ranks.all_gather(b"parent") == [b"peer", b"parent"]
     assert_all_work(threads.join())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from launcher import Rank, run_ranks
 
 from mnnvl_backend import Mapping, MNNVLAllReduceFusionWorkspace, trtllm_mnnvl_allreduce
+from mnnvl_backend.flashinfer.control import StoreComm
 
 
 def works(rank: Rank) -> None:
@@ -134,3 +137,34 @@ def workspace_body(rank: Rank, mistake: dict[str, object]) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_mistake_in_making_a_workspace_is_told_to_the_peers(device, world_size, mistake):
     run_ranks(workspace_body, world_size, device, backend="gloo", args=(mistake,))
+
+
+def forked_body(rank: Rank) -> None:
+    """A child of rank 1 makes a mistake, then none, and uses its parent's communicator. Nobody hears of it."""
+    mapping = Mapping(2, rank.rank, tp_size=2)
+    good: dict[str, Any] = {"buffer_size_in_bytes": 4096, "device": rank.device}
+    own = StoreComm.of_group(None, timedelta(seconds=20))
+    own.barrier()  # under way when the child comes
+    pid = os.fork() if rank.rank == 1 else 0
+    if rank.rank == 1 and pid == 0:
+        try:
+            with pytest.raises(ValueError, match="buffer_size_in_bytes"):
+                MNNVLAllReduceFusionWorkspace(mapping, **{**good, "buffer_size_in_bytes": -1})
+            for calls in (lambda: MNNVLAllReduceFusionWorkspace(mapping, **good), own.barrier, own.barrier):
+                with pytest.raises(RuntimeError, match=f"belongs to process {os.getppid()}, .* a child by fork"):
+                    calls()
+            own.leave()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if rank.rank == 1:
+        assert os.waitpid(pid, 0)[1] == 0
+    own.barrier()
+    own.leave()
+    with MNNVLAllReduceFusionWorkspace(mapping, **good) as workspace:
+        x = torch.ones(2, 8, device=rank.device)
+        assert (trtllm_mnnvl_allreduce(x, workspace, False) == 2).all()
+
+
+def test_a_forked_child_has_no_place_in_making_a_workspace():
+    run_ranks(forked_body, 2, backend="gloo")
