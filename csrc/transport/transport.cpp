@@ -39,8 +39,8 @@ void agree_on_options(Exchange& exchange, const TransportOptions& options, int64
   const std::vector<std::string> all = exchange.all_gather(mine);
   for (int r = 1; r < exchange.size(); ++r) {
     if (all[r] != all[0]) {
-      fail(ErrorKind::kInvalidArgument, "mnnvl: the ranks' options differ: rank 0 has ", readable(all[0]), "; rank ", r, " has ",
-           readable(all[r]));
+      fail(ErrorKind::kInvalidArgument, "mnnvl: the ranks' options differ: rank 0 has ", readable(all[0]), "; rank ", r,
+           " has ", readable(all[r]));
     }
   }
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from torchrun import torchrun
 
 import mnnvl_backend
 from mnnvl_backend import config, tuning
-from mnnvl_backend.tools import tune
+from mnnvl_backend.tools import cli, tune
 
 
 def file_of(folder: Path, limit: int, world_size: int = 2) -> str:
@@ -24,15 +23,13 @@ def file_of(folder: Path, limit: int, world_size: int = 2) -> str:
     return str(path)
 
 
-def run_tune(ranks: int, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    variables = {"MNNVL_STRATEGY": "", "MNNVL_TUNING": "", **variables}
-    return torchrun(ranks, "-m", "mnnvl_backend", "tune", "--device", "cpu", "--replays", "5", *arguments, **variables)
-
-
 def test_runs_add_to_one_file(tmp_path):
     path = tmp_path / "tuning.json"
     tuning.write(path, tuning.Tuning({"cuda": {2: 12345}, "cpu": {2: 1}}, {"cuda": {2: "kept"}}))
-    done = run_tune(2, "--min-bytes", "1K", "--max-bytes", "3K", "--output", str(path))
+    done = torchrun(
+        2, "-m", "mnnvl_backend", "tune", "--device", "cpu", "--replays", "5", "--min-bytes", "1K", "--max-bytes", "3K",
+        "--output", str(path), MNNVL_STRATEGY="", MNNVL_TUNING="",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     written = tuning.read(path)
     assert written.oneshot_bytes["cuda"] == {2: 12345}
@@ -47,10 +44,10 @@ def test_runs_add_to_one_file(tmp_path):
     assert config.read_environment({"MNNVL_TUNING": str(path)}).tuning == written
 
 
-def test_a_forced_strategy_leaves_nothing_to_compare():
-    done = run_tune(2, MNNVL_STRATEGY="oneshot")
-    assert done.returncode != 0
-    assert "MNNVL_STRATEGY forces one strategy" in done.stderr
+def test_a_forced_strategy_leaves_nothing_to_compare(monkeypatch):
+    monkeypatch.setenv("MNNVL_STRATEGY", "oneshot")
+    with pytest.raises(SystemExit, match="MNNVL_STRATEGY forces one strategy"):
+        cli.main(["tune", "--device", "cpu"])
 
 
 @pytest.mark.parametrize(
@@ -174,10 +171,11 @@ def test_no_limit_below_what_was_measured():
 @pytest.mark.parametrize("where", ["no/such/folder/file", "other.json"])
 def test_output_is_looked_at_before_anything_is_measured(where, tmp_path):
     (tmp_path / "other.json").write_text("{}")
-    done = run_tune(2, "--output", str(tmp_path / where))
-    assert done.returncode != 0
-    assert "--output: expected a file" in done.stderr
-    assert str(tmp_path / where) in done.stderr
+    tune.check_output(None)
+    tune.check_output(str(tmp_path / "new.json"))
+    with pytest.raises(SystemExit, match="--output: expected a file .*, got ") as raised:
+        tune.check_output(str(tmp_path / where))
+    assert str(tmp_path / where) in str(raised.value)
 
 
 def test_the_file_is_for_people_too(tmp_path):
