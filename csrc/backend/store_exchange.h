@@ -28,7 +28,7 @@
 // - It doesn't matter how often each rank has tried before: counts take no part in meeting. They only tell an old word
 //   from one that is meant for this try, and they are brought together: whoever looks raises its own to the highest
 //   among those present, whoever leaves a word gives it at least that, and whoever hears a word goes on counting from
-//   there. After a meeting only those met count as present for a word that blames a peer (deadline, a dead process): who
+//   there. After a meeting only those met count as present for a word that blames a peer (deadline, dead process): who
 //   has come in its place waits for the next try. That this rank was aborted, or gave up, is meant for all. A word that
 //   is wrongly taken for old costs a wait until the deadline, one wrongly taken for new costs a failure at once; the
 //   next try has neither.
