@@ -106,8 +106,8 @@ std::vector<FlightRecorder::Operation> FlightRecorder::operations() const {
     std::copy_if(ring_.begin(), ring_.end(), std::back_inserter(all), [](const auto& one) { return one.ticket != 0; });
   }
   std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.ticket < b.ticket; });
-  const auto look_at_ends = [&all] {
-    for (Operation& one : all) {
+  const auto look_at_ends = [](void* operations) {
+    for (Operation& one : *static_cast<std::vector<Operation>*>(operations)) {
       if (one.state == State::kEnqueued && one.end && has_ended(*one.end)) one.state = State::kEnded;
       one.end.reset();
     }
@@ -118,7 +118,7 @@ std::vector<FlightRecorder::Operation> FlightRecorder::operations() const {
   if (on_gpu == all.end()) return all;
   try {
     const c10::DeviceGuard there(on_gpu->end->device());
-    kernels::table().host.beside_captures(look_at_ends);
+    kernels::table().host.beside_captures(look_at_ends, &all);
   } catch (const std::exception&) {  // the context is lost, or another process's: then the states stay what they were
   }
   return all;

@@ -1,5 +1,5 @@
 // Kinds of rows for which the fused kernels have code of their own, and which instances have it: one that has none of a
-// kind takes kPacked's.
+// kind takes kPacked's. Each costs every build half a second or more, so the rarer worlds have few.
 #pragma once
 
 #include "kernels/epilogue/quantise.cuh"
@@ -16,6 +16,7 @@ enum class Rows {
 };
 
 // Of the all-reduces.
+constexpr bool has_one_pack(int instance) { return instance == 2 || instance == 4 || instance == 8; }
 constexpr bool has_two_packs(int instance) { return instance == 2; }
 constexpr bool has_teams(int instance) { return instance == 2 || instance == 4 || instance == 8; }
 
@@ -24,8 +25,7 @@ inline bool fits_teams(const FusedParams& params) {
          params.packs % 32 == 0 && params.packs <= fused::kRowLanes;
 }
 
-// Of float32, which engines don't have between their layers, there is the loop for worlds of any size alone: each
-// instance costs every build a second or two.
+// Of float32, which engines don't have between their layers, there is the loop for worlds of any size alone.
 template <typename T>
 constexpr int fused_instance(int instance) {
   return sizeof(T) == 4 ? 0 : instance;

@@ -5,7 +5,6 @@
 
 #include <type_traits>
 
-#include "common/error.h"
 #include "kernels/device/pack.cuh"
 #include "kernels/kernels.h"
 
@@ -17,10 +16,12 @@ namespace mnnvl::kernels {
 
 constexpr int kMinBlocks = 2;  // so that a multiprocessor has room for the kernels of two groups
 
+// runtime.cu: Errors are made there, so that no kernel's file has to compile what makes their texts.
+[[noreturn]] void fail_cuda(cudaError_t result, const char* what);
+[[noreturn]] void fail_no_code();
+
 inline void check(cudaError_t result, const char* what) {
-  if (result == cudaSuccess) return;
-  (void)cudaGetLastError();  // or the next launch would report it again
-  fail(ErrorKind::kSystem, what, ": ", cudaGetErrorString(result));
+  if (result != cudaSuccess) fail_cuda(result, what);
 }
 
 // One instance for each world size up to kMaxFastWorldSize; 0 is the loop for larger ones. `X(T, world)`.
@@ -65,12 +66,7 @@ template <typename Kernel>
 void load(Kernel kernel) {
   cudaFuncAttributes attributes{};
   const cudaError_t result = cudaFuncGetAttributes(&attributes, kernel);
-  if (result == cudaErrorNoKernelImageForDevice || result == cudaErrorInvalidDeviceFunction) {
-    (void)cudaGetLastError();
-    fail(ErrorKind::kUnsupported,
-         "mnnvl was built for " MNNVL_ARCHITECTURES
-         ", which this GPU can't run; rebuild with MNNVL_CUDA_ARCHS set to its compute capability");
-  }
+  if (result == cudaErrorNoKernelImageForDevice || result == cudaErrorInvalidDeviceFunction) fail_no_code();
   check(result, "cannot load a kernel of mnnvl");
 }
 

@@ -1,6 +1,7 @@
 // The kernels and copies that the set-up probes memory with.
 #include <cstring>
 
+#include "common/error.h"
 #include "kernels/device/memory_order.cuh"
 #include "kernels/host/runtime.cuh"
 

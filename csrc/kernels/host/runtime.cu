@@ -6,7 +6,21 @@
 #include <mutex>
 #include <vector>
 
+#include "common/error.h"
+
 namespace mnnvl::kernels {
+
+void fail_cuda(cudaError_t result, const char* what) {
+  (void)cudaGetLastError();  // or the next launch would report it again
+  fail(ErrorKind::kSystem, what, ": ", cudaGetErrorString(result));
+}
+
+void fail_no_code() {
+  (void)cudaGetLastError();
+  fail(ErrorKind::kUnsupported,
+       "mnnvl was built for " MNNVL_ARCHITECTURES
+       ", which this GPU can't run; rebuild with MNNVL_CUDA_ARCHS set to its compute capability");
+}
 
 HostMailbox* allocate_mailbox() {
   void* mailbox = nullptr;
@@ -78,14 +92,14 @@ std::optional<uint64_t> capture_id(void* stream) {
        "the capture, take that operation out of it and capture again; nothing was enqueued");
 }
 
-void beside_captures(const std::function<void()>& body) {
+void beside_captures(void (*body)(void* context), void* context) {
   struct Relaxed {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     Relaxed() { check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode"); }
     ~Relaxed() { (void)cudaThreadExchangeStreamCaptureMode(&mode); }
   };
   const Relaxed relaxed;
-  body();
+  body(context);
 }
 
 }  // namespace mnnvl::kernels

@@ -27,7 +27,7 @@ bool synchronize_device(int device) noexcept;
 void* take_stream(int device);
 void give_back_stream(int device, void* stream);
 std::optional<uint64_t> capture_id(void* stream);
-void beside_captures(const std::function<void()>& body);
+void beside_captures(void (*body)(void* context), void* context);
 
 // probes.cu
 extern const DeviceOps kProbes;

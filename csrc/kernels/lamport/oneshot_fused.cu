@@ -115,7 +115,8 @@ constexpr auto kernel_of() {
   } else {
     constexpr int kInstance = kRows == Rows::kAny ? 0 : fused_instance<T>(kWorld);
     // Larger worlds send many rows by two shots.
-    constexpr bool kHasNone = kRows >= Rows::kTwoPacks && !has_two_packs(kInstance);
+    constexpr bool kHasNone = (kRows >= Rows::kOnePack && !has_one_pack(kInstance)) ||
+                              (kRows >= Rows::kTwoPacks && !has_two_packs(kInstance));
     constexpr Rows kKind = kHasNone ? Rows::kPacked : kRows;
     return oneshot_lamport_fused<T, kInstance, kKind>;
   }
