@@ -116,7 +116,7 @@ std::vector<std::string> StoreExchange::all_gather(const std::string& mine) {
     return all;
   } catch (const Error& error) {
     failure_ = error;
-    leave(error.kind(), silent_ ? "" : error.what(), /*for_all=*/error.kind() == ErrorKind::kAborted);
+    leave(error.kind(), silent_ ? "" : error.what(), /*for_all=*/is_own(error.kind()));
     throw;
   }
 }

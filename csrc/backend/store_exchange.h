@@ -29,9 +29,9 @@
 //   from one that is meant for this try, and they are brought together: whoever looks raises its own to the highest
 //   among those present, whoever leaves a word gives it at least that, and whoever hears a word goes on counting from
 //   there. After a meeting only those met count as present for a word that blames a peer (deadline, dead process): who
-//   has come in its place waits for the next try. That this rank was aborted, or gave up, is meant for all. A word that
-//   is wrongly taken for old costs a wait until the deadline, one wrongly taken for new costs a failure at once; the
-//   next try has neither.
+//   has come in its place waits for the next try. A failure of this rank's own (abort, give_up) is meant for all. A
+//   word that is wrongly taken for old costs a wait until the deadline, one wrongly taken for new costs a failure at
+//   once; the next try has neither.
 // - `owner` (new_owner()) is the upper half of a count: words of tries that another owner made, say a group that was
 //   since destroyed, are old for the next owner's ranks, however often the former had tried. Without it (0) a rank that
 //   comes to a retry earlier than the one which failed alone would still find that one's word.

@@ -19,7 +19,6 @@ struct Outcome {
     if (!outcome.ok) outcome.payload = readable(outcome.payload);
     return outcome;
   }
-  bool own_failure() const { return kind != ErrorKind::kTimeout && kind != ErrorKind::kPeerFailed; }
 };
 
 Outcome run(const std::string& where, const std::function<std::string()>& local) {
@@ -30,10 +29,11 @@ Outcome run(const std::string& where, const std::function<std::string()>& local)
     return outcome;
   } catch (const Error& error) {
     outcome.kind = error.kind();
-    outcome.payload = readable(error.what());  // so long that a record can hold it
+    outcome.payload = error.what();
   } catch (const std::exception& error) {
-    outcome.payload = readable(error.what());
+    outcome.payload = error.what();
   }
+  outcome.payload = readable(outcome.payload);  // no longer than a record can hold
   outcome.where = where;
   return outcome;
 }
@@ -43,7 +43,7 @@ void throw_root_cause(const std::string& stage, const std::vector<Outcome>& outc
   const Outcome* root = nullptr;
   for (const Outcome& outcome : outcomes) {
     if (outcome.ok) continue;
-    if (root == nullptr || (!root->own_failure() && outcome.own_failure())) root = &outcome;
+    if (root == nullptr || (!is_own(root->kind) && is_own(outcome.kind))) root = &outcome;
   }
   if (root == nullptr) return;
   throw AgreedError(root->kind,

@@ -18,6 +18,9 @@ enum class ErrorKind {
   kAborted,          // abort() was called here
 };
 
+// Whether a failure is this rank's own: not another's, nor a deadline, which passes while others are waited for.
+constexpr bool is_own(ErrorKind kind) { return kind != ErrorKind::kTimeout && kind != ErrorKind::kPeerFailed; }
+
 class Error : public std::runtime_error {
  public:
   Error(ErrorKind kind, std::string what) : std::runtime_error(std::move(what)), kind_(kind) {}
