@@ -12,6 +12,7 @@ from mnnvl_backend.flashinfer.strategy import STRATEGY_NAMES, MNNVLAllreduceFusi
 # Smaller workspaces could not hold one pack per rank and stage at 72 ranks beside the signal area.
 MIN_WORKSPACE_BYTES = 1 << 20
 MAX_WORKSPACE_BYTES = 1 << 40  # more than any device has; what is computed from it stays far from overflow
+MAX_WORLD_SIZE = 72  # csrc/protocol/types.h
 BOOTSTRAPS = ("auto", "nccl", "store")
 
 

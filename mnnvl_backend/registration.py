@@ -67,15 +67,16 @@ def _dump_on_signal(compiled: ModuleType, signum: int) -> None:
         warnings.warn(f"MNNVL_DUMP_SIGNAL: {error}", RuntimeWarning, stacklevel=3)
 
 
-# Of a child by fork(), of any backend: their ranks are its parent's.
-inherited_groups: set[ProcessGroup] = set()
+# Of a child by fork(), of any backend, with the process that made them: their ranks are that one's.
+inherited_groups: dict[ProcessGroup, int] = {}
 
 
 def _in_child() -> None:
     _dump_on_signal.cache_clear()
     c10d = sys.modules.get("torch.distributed.distributed_c10d")
     if c10d is not None and torch.distributed.is_available():
-        inherited_groups.update(c10d._world.pg_map)
+        for group in c10d._world.pg_map:
+            inherited_groups.setdefault(group, os.getppid())
 
 
 os.register_at_fork(after_in_child=_in_child)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mnnvl_backend.options import MAX_WORLD_SIZE
+
 FORMAT = "mnnvl tuning 1"
 DEVICE_TYPES = ("cpu", "cuda")
-MAX_WORLD_SIZE = 72
 
 
 class BadFile(ValueError):

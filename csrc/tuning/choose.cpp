@@ -13,8 +13,8 @@ constexpr Crossover kCrossovers[] = {
 };
 static_assert(complete(kCrossovers));
 
-int64_t oneshot_bytes(const GroupShape& group) {
-  return group.oneshot_bytes >= 0 ? group.oneshot_bytes : oneshot_limit(kCrossovers, group.world_size);
+int64_t oneshot_limit(const GroupShape& group) {
+  return oneshot_limit(kCrossovers, group.world_size, group.oneshot_bytes);
 }
 
 // One thread a pack. Few packs go to as few threads a block as still give every multiprocessor work (the more blocks,
@@ -38,7 +38,7 @@ AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype 
   const int64_t bytes = numel * element, packs = ceil_div(bytes, kPackBytes);
   const int64_t oneshot_elements = group.layout.oneshot_capacity(world, element);
   const bool oneshot = strategy == Strategy::kOneShot ||
-                       (strategy == Strategy::kAuto && bytes <= oneshot_bytes(group) && numel <= oneshot_elements);
+                       (strategy == Strategy::kAuto && bytes <= oneshot_limit(group) && numel <= oneshot_elements);
   AllReduceChoice choice;
   if (oneshot) {
     choice.algorithm = Algorithm::kOneShotLamport;
@@ -83,7 +83,7 @@ FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_pack
   const int64_t twoshot_rows = group.layout.generation_bytes / 2 / (world * row_bytes) * world;
   const bool oneshot = strategy == Strategy::kOneShot ||
                        (strategy == Strategy::kAuto &&
-                        ((rows * row_bytes <= oneshot_bytes(group) && rows <= oneshot_rows) || twoshot_rows == 0));
+                        ((rows * row_bytes <= oneshot_limit(group) && rows <= oneshot_rows) || twoshot_rows == 0));
   FusedChoice choice;
   choice.algorithm = oneshot ? Algorithm::kOneShotLamport : Algorithm::kTwoShotLamport;
   choice.launch_rows = oneshot ? oneshot_rows : twoshot_rows;

@@ -14,8 +14,7 @@ static_assert(complete(kCrossovers));
 
 Strategy choose_cpu_strategy(Strategy asked, int64_t bytes, int world_size, int64_t oneshot_bytes) {
   if (asked != Strategy::kAuto) return asked;
-  const int64_t limit = oneshot_bytes >= 0 ? oneshot_bytes : oneshot_limit(kCrossovers, world_size);
-  return bytes <= limit ? Strategy::kOneShot : Strategy::kTwoShot;
+  return bytes <= oneshot_limit(kCrossovers, world_size, oneshot_bytes) ? Strategy::kOneShot : Strategy::kTwoShot;
 }
 
 }  // namespace mnnvl

@@ -23,8 +23,10 @@ constexpr bool complete(const Crossover (&table)[kRows]) {
   return table[kRows - 1].world_size == kMaxWorldSize;
 }
 
+// What somebody has measured (`tuned`, bytes; -1: nobody has) goes before the table.
 template <size_t kRows>
-int64_t oneshot_limit(const Crossover (&table)[kRows], int world_size) {
+int64_t oneshot_limit(const Crossover (&table)[kRows], int world_size, int64_t tuned) {
+  if (tuned >= 0) return tuned;
   for (const Crossover& row : table) {
     if (world_size <= row.world_size) return row.oneshot_bytes;
   }

@@ -58,7 +58,7 @@ class StoreComm:
         c10d = dist.distributed_c10d
         group = group or c10d._get_default_group()
         if group in registration.inherited_groups:
-            raise _of_the_parent("process group", os.getppid())
+            raise _of_the_parent("process group", registration.inherited_groups[group])
         return cls(c10d._get_process_group_store(group), group.rank(), group.size(), timeout)
 
     def Get_rank(self) -> int:

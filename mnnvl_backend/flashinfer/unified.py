@@ -20,9 +20,9 @@ from mnnvl_backend.flashinfer.quantization import (
     check_layout,
 )
 from mnnvl_backend.flashinfer.strategy import MNNVLAllreduceFusionStrategy, required_bytes, strategy_of
-from mnnvl_backend.flashinfer.workspace import MAX_WORLD_SIZE, MNNVLAllReduceFusionWorkspace
+from mnnvl_backend.flashinfer.workspace import MNNVLAllReduceFusionWorkspace
 from mnnvl_backend.flashinfer.workspace_base import AllReduceFusionWorkspace
-from mnnvl_backend.options import Options
+from mnnvl_backend.options import MAX_WORLD_SIZE, Options
 
 _Pattern = AllReduceFusionPattern
 # Pattern -> quantization, and whether the norm is written too.

@@ -26,13 +26,12 @@ from mnnvl_backend.flashinfer.strategy import (
     strategy_of,
 )
 from mnnvl_backend.flashinfer.workspace_base import AllReduceFusionWorkspace
-from mnnvl_backend.options import Options
+from mnnvl_backend.options import MAX_WORLD_SIZE, Options
 
 if TYPE_CHECKING:
     from mnnvl_backend.flashinfer.mapping import Mapping
 
 MAX_BUFFER_BYTES = 2**32 - 1  # FlashInfer's limit, kept so that the same program works with both
-MAX_WORLD_SIZE = 72  # csrc/protocol/types.h
 TOKENS = "mc_ptr, uc_ptrs_dev or uc_ptr_local"
 MAPPING_SIZES = {"tp_size": 1, "cp_size": 1, "tp_rank": 0, "cp_rank": 0, "pp_rank": 0}  # and their least values
 

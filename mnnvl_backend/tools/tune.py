@@ -20,7 +20,7 @@ from mnnvl_backend.options import Options
 from mnnvl_backend.tools.bench import NO_MULTICAST, measure
 from mnnvl_backend.tools.bench_operations import OPERATIONS
 from mnnvl_backend.tools.bench_peers import Group
-from mnnvl_backend.tools.bench_results import describe, human, report
+from mnnvl_backend.tools.bench_results import describe, human, report, usual_dtype
 from mnnvl_backend.tools.launch import Place, start
 
 FORCED = ("oneshot", "twoshot")
@@ -63,7 +63,7 @@ def table(times: dict[str, dict[int, float]], limit: int) -> str:
 def measure_all(place: Place, sizes: Sequence[int], replays: int) -> dict[str, dict[int, float]]:
     """Microseconds by strategy and size. Collective."""
     groups = {name: Group(name, "mnnvl", place, Options(strategy=name)) for name in (*FORCED, "auto")}
-    dtype = torch.bfloat16 if place.device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, usual_dtype(place))
     times: dict[str, dict[int, float]] = {name: {} for name in groups}
     for size in sizes:
         for name, group in groups.items():

@@ -45,14 +45,14 @@ def no_thread() -> Iterator[None]:
     """No memory for a thread's stack, and none of an ended thread's either, which the C library keeps for new ones."""
     over, started = threading.Event(), []
     with limited_memory(4 << 20):
-        for _ in range(2):  # a thread that was ending may leave its stack after the first time
-            with suppress(RuntimeError):
-                while True:
-                    thread = threading.Thread(target=over.wait)
-                    thread.start()
-                    started.append(thread)
-            time.sleep(0.05)
         try:
+            for _ in range(2):  # a thread that was ending may leave its stack after the first time
+                with suppress(RuntimeError):
+                    while True:
+                        thread = threading.Thread(target=over.wait)
+                        thread.start()
+                        started.append(thread)
+                time.sleep(0.05)
             yield
         finally:
             over.set()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 from torchrun import torchrun
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Attempt 0: rank 1 is killed between two steps. The others find out in a collective, or are stopped by torchrun.
 SCRIPT = """

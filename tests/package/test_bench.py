@@ -22,7 +22,6 @@ from mnnvl_backend.tools.bench_peers import Group, Prepared
 from mnnvl_backend.tools.bench_results import Point, Results
 from mnnvl_backend.tools.launch import Place
 
-ROOT = Path(__file__).resolve().parents[2]
 PICTURES = importlib.util.find_spec("matplotlib") is not None
 
 
