@@ -73,6 +73,7 @@ class Fields {
     read_enum("strategy", options.strategy);
     read("cpu_oneshot_bytes", options.cpu_oneshot_bytes);
     read("cuda_oneshot_bytes", options.cuda_oneshot_bytes);
+    read("pdl", options.pdl);
     read("multicast", options.multicast);
     read("multicast_forbidden", options.multicast_forbidden);
     read_enum("bootstrap", options.bootstrap);
@@ -238,6 +239,7 @@ void bind_function_group(py::module_& m) {
              // A process group's: here the buffer's size says it all, and every call brings its strategy.
              options.workspace_bytes = 0;
              options.strategy = Strategy::kAuto;
+             options.pdl = false;
              options.cpu_oneshot_bytes.clear();
              options.cuda_oneshot_bytes.clear();
              PythonExchange exchange(std::move(comm), rank, size);
@@ -253,6 +255,14 @@ void bind_function_group(py::module_& m) {
             self.all_reduce(input, output, Strategy(strategy), pdl);
           },
           py::arg("input"), py::arg("output"), py::arg("strategy"), py::arg("pdl"),
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "all_reduce_if_usual",
+          [](FunctionGroup& self, const at::Tensor& input, const at::Tensor& output, int strategy, bool pdl,
+             int64_t oneshot_bytes) {
+            return self.all_reduce_if_usual(input, output, Strategy(strategy), pdl, oneshot_bytes);
+          },
+          py::arg("input"), py::arg("output"), py::arg("strategy"), py::arg("pdl"), py::arg("oneshot_bytes"),
           py::call_guard<py::gil_scoped_release>())
       .def("fused_all_reduce", &fused_all_reduce, py::arg("input"), py::arg("residual_in"), py::arg("gamma"),
            py::arg("output"), py::arg("residual_out"), py::arg("quant_out"), py::arg("scale_out"), py::arg("scale"),

@@ -68,6 +68,9 @@ VARIABLES = [
              "forces the all-reduce algorithm of process groups", _choice(**STRATEGY_NAMES)),
     Variable("MNNVL_TUNING", "a file that `mnnvl tune` wrote", "shipped tables",
              "up to which sizes process groups choose one shot", tuning_files.read),
+    Variable("MNNVL_PDL", "0 or 1", "1",
+             "0: process groups don't launch kernels as programmatic dependents of those before",
+             _choice(**{"0": False, "1": True})),
     Variable("MNNVL_MULTICAST", "0, 1 or auto", "auto",
              "0 forbids multicast objects; otherwise used where supported and no other switch forbids them",
              _choice(**{"0": False, "1": True, "auto": "auto"})),
@@ -99,6 +102,7 @@ class Config:
     host_id: str | None = None
     blocking_wait: bool | None = None
     dump_signal: signal.Signals | None = None
+    pdl: bool | None = None
     multicast_forbidden_by: tuple[str, ...] = ()
     tuning: tuning_files.Tuning = NO_TUNING
 
@@ -157,6 +161,7 @@ class Settings:
     timeout_ms: int
     multicast_forbidden: str = ""  # the variables that forbid it, as "NCCL_NVLS_ENABLE=0"; empty: none does
     tuning: tuning_files.Tuning = NO_TUNING
+    pdl: bool = True
 
     def fields(self) -> dict[str, Any]:
         """The keyword arguments that every group of the compiled module takes."""
@@ -166,6 +171,7 @@ class Settings:
             "strategy": self.strategy.value,
             "cpu_oneshot_bytes": self.tuning.oneshot_bytes.get("cpu", {}),
             "cuda_oneshot_bytes": self.tuning.oneshot_bytes.get("cuda", {}),
+            "pdl": self.pdl,
             "multicast": self.multicast,
             "multicast_forbidden": self.multicast_forbidden,
             "bootstrap": BOOTSTRAP_CODES[self.bootstrap],
@@ -184,6 +190,7 @@ def merge(options: Options, config: Config, timeout_ms: int = DEFAULT_TIMEOUT_MS
     return Settings(
         workspace_bytes=config.workspace_bytes or options.workspace_bytes or 0,
         strategy=strategy if config.strategy is None else config.strategy,
+        pdl=options.pdl if config.pdl is None else config.pdl,
         multicast=options.multicast is not False and not config.multicast_forbidden_by,
         bootstrap=config.bootstrap or options.bootstrap,
         host_id=config.host_id or "",

@@ -30,6 +30,9 @@ class Options:
         bootstrap: how memory handles are exchanged. "nccl": over NCCL; "store": through the c10d store, which also
             allows several ranks on one GPU; "auto": NCCL for fabric handles, the store for file descriptors, which
             NCCL can't carry. CPU tensors always use the store.
+        pdl: launch kernels as programmatic dependents of those before (CUDA), which saves the time of a launch: they
+            wait for those before they touch anything. Large all-reduces then overlap their own parts. May differ
+            between ranks.
 
     Raises:
         TypeError, ValueError: naming the argument, when made and again when a group takes the options.
@@ -40,6 +43,7 @@ class Options:
     strategy: str | MNNVLAllreduceFusionStrategy = "auto"
     multicast: bool | Literal["auto"] = "auto"
     bootstrap: Literal["auto", "nccl", "store"] = "auto"
+    pdl: bool = True
 
     def __post_init__(self) -> None:
         self.validate()
@@ -67,3 +71,4 @@ class Options:
         arguments.instance("Options.bootstrap", self.bootstrap, str, expected)
         if self.bootstrap not in BOOTSTRAPS:
             raise arguments.wrong_value("Options.bootstrap", expected, self.bootstrap)
+        arguments.instance("Options.pdl", self.pdl, bool, "True or False")

@@ -14,7 +14,7 @@
 namespace mnnvl {
 
 CudaQueue::CudaQueue(std::shared_ptr<Transport> transport, at::Device device)
-    : device_(device), transport_(std::move(transport)) {}
+    : device_(device), transport_(std::move(transport)), events_(device.type()) {}
 
 CudaQueue::~CudaQueue() {
   if (captured_ && !closed_) (void)new std::shared_ptr<Transport>(transport_);  // never released
@@ -38,17 +38,18 @@ void CudaQueue::check_open() const {
   TORCH_CHECK_WITH(DistBackendError, !closed_, "mnnvl: this group has been shut down");
 }
 
-void CudaQueue::enqueue(bool async, const Work& work, const Then& then) {
+void CudaQueue::enqueue(bool async, Work work, Then then) {
   std::lock_guard<std::mutex> lock(mutex_);
   check_open();
   at_torch_boundary([this] { check_attached(*transport_); });
   const c10::impl::VirtualGuardImpl guard(device_.type());
   const c10::Stream current = guard.getStream(device_);
   if (async && !async_stream_) async_stream_ = guard.getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
-  enqueue_on(async ? *async_stream_ : current, current, {&order_}, work, then);
+  StreamOrder* const order = &order_;
+  enqueue_on(async ? *async_stream_ : current, current, order, work, then);
 }
 
-void CudaQueue::enqueue_messages(const ExchangeRequest& request, const Work& work, const Then& then) {
+void CudaQueue::enqueue_messages(const ExchangeRequest& request, Work work, Then then) {
   std::lock_guard<std::mutex> lock(mutex_);
   check_open();
   at_torch_boundary([this] { check_attached(*transport_); });
@@ -78,14 +79,16 @@ CudaQueue::Track& CudaQueue::track(int peer, bool incoming) {
   return tracks_.emplace(std::make_pair(peer, incoming), Track{made, StreamOrder()}).first->second;
 }
 
-void CudaQueue::enqueue_on(c10::Stream stream, c10::Stream current, const std::vector<StreamOrder*>& orders,
-                           const Work& work, const Then& then) {
+void CudaQueue::enqueue_on(c10::Stream stream, c10::Stream current, c10::ArrayRef<StreamOrder*> orders, Work work,
+                           Then then) {
+  const c10::DeviceGuard device_guard(device_);
+  std::optional<c10::StreamGuard> stream_guard;  // if need be: it costs more
   if (stream != current) {
-    c10::Event ready(device_.type());
-    ready.record(current);
-    stream.wait(ready);
+    const auto ready = events_.take();
+    ready->record(current);
+    stream.wait(*ready);
+    stream_guard.emplace(stream);
   }
-  const c10::StreamGuard stream_guard(stream);
   bool capturing = false;
   for (StreamOrder* order : orders) capturing = order->enter(stream);
   captured_ = captured_ || capturing;
@@ -97,7 +100,8 @@ void CudaQueue::enqueue_on(c10::Stream stream, c10::Stream current, const std::v
   } catch (...) {
     failure = std::current_exception();
   }
-  auto end = std::make_shared<c10::Event>(device_.type());
+  // An event of a capture stays with it.
+  auto end = capturing ? std::make_shared<c10::Event>(device_.type()) : events_.take();
   end->record(stream);
   for (StreamOrder* order : orders) order->leave(stream, end);
   then({stream, current, std::move(end), capturing});

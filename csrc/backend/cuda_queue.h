@@ -4,9 +4,10 @@
 
 #include <c10/core/Event.h>
 #include <c10/core/Stream.h>
+#include <c10/util/ArrayRef.h>
+#include <c10/util/FunctionRef.h>
 
 #include <chrono>
-#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -14,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "backend/event_pool.h"
 #include "backend/stream_order.h"
 #include "transport/transport.h"
 
@@ -40,13 +42,13 @@ class CudaQueue {
   // group's own that waits for it; behind what was enqueued here before. Throws if closed or detached, or if the
   // stream's capture is invalidated, before anything is enqueued. `then` runs under a guard of the stream, behind the
   // work, also if that failed.
-  using Work = std::function<void(void* stream)>;
-  using Then = std::function<void(const Enqueued&)>;
-  void enqueue(bool async, const Work& work, const Then& then);
+  using Work = c10::function_ref<void(void* stream)>;
+  using Then = c10::function_ref<void(const Enqueued&)>;
+  void enqueue(bool async, Work work, Then then);
 
   // The same for messages: on streams of the group's own, one for each peer and direction, so that what waits for one
   // peer keeps nothing else waiting. Behind what was enqueued before for any of its peers and directions.
-  void enqueue_messages(const ExchangeRequest& request, const Work& work, const Then& then);
+  void enqueue_messages(const ExchangeRequest& request, Work work, Then then);
 
   // The transport's, between launches: enqueue() waits meanwhile, and throws "not attached" after a detach().
   size_t detach(Exchange& exchange);
@@ -65,8 +67,7 @@ class CudaQueue {
   };
   void check_open() const;
   Track& track(int peer, bool incoming);
-  void enqueue_on(c10::Stream stream, c10::Stream current, const std::vector<StreamOrder*>& orders, const Work& work,
-                  const Then& then);
+  void enqueue_on(c10::Stream stream, c10::Stream current, c10::ArrayRef<StreamOrder*> orders, Work work, Then then);
   bool idle() const;
   void give_back_streams() noexcept;
 
@@ -74,6 +75,7 @@ class CudaQueue {
   const std::shared_ptr<Transport> transport_;
   std::mutex mutex_;  // the order of launches; against close()
   bool closed_ = false, captured_ = false;
+  EventPool events_;
   StreamOrder order_;  // of collectives
   std::optional<c10::Stream> async_stream_;
   std::map<std::pair<int, bool>, Track> tracks_;  // by peer, and whether messages come from it

@@ -1,7 +1,10 @@
 #include "backend/function_group.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "backend/call.h"
@@ -28,6 +31,24 @@ void check_arguments(const at::Tensor& input, const at::Tensor& output, at::Devi
   const bool is_added = is_float_sum(message_dtype(input), ReduceOp::kSum);
   TORCH_CHECK_TYPE(is_added, "mnnvl ", kName, ": input: expected dtype float32, float16 or bfloat16, got ",
                    input.scalar_type());
+}
+
+// Nothing that torch would do on the way to an operator: the tensor's own keys are its device's, and autocast's and
+// autograd's, which have nothing to do for it.
+bool is_plain(const at::Tensor& tensor) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kUsual({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU,
+                                        DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView,
+                                        DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
+  return tensor.defined() && (tensor.key_set() | kUsual) == kUsual && !tensor.requires_grad();
+}
+
+// Modes of this thread that want to see operators: fake tensors, functionalisation, transforms, TorchDispatchModes.
+bool is_traced() {
+  constexpr c10::DispatchKeySet kTracing(
+      {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+       c10::DispatchKey::FuncTorchDynamicLayerBackMode, c10::DispatchKey::Functionalize});
+  return c10::impl::tls_local_dispatch_key_set().included_.has_any(kTracing);
 }
 
 }  // namespace
@@ -60,6 +81,30 @@ FunctionGroup::FunctionGroup(Exchange& exchange, at::Device device, int64_t buff
 void FunctionGroup::all_reduce(const at::Tensor& input, at::Tensor& output, Strategy strategy, bool pdl) {
   if (!attached()) at_torch_boundary([] { fail_detached(); });
   check_arguments(input, output, device_);
+  all_reduce_checked(input, output, strategy, pdl);
+}
+
+bool FunctionGroup::all_reduce_if_usual(const at::Tensor& input, const at::Tensor& output, Strategy strategy, bool pdl,
+                                        int64_t oneshot_bytes) {
+  if (at::hasCallbacks() || is_traced() || !attached()) return false;
+  const bool usual =
+      is_plain(input) && is_plain(output) && input.device() == device_ && output.device() == device_ &&
+      input.dim() == 2 && input.sizes() == output.sizes() && input.is_contiguous() && output.is_contiguous() &&
+      input.scalar_type() == output.scalar_type() &&
+      (input.is_same(output) || at::get_overlap_status(input, output) == at::MemOverlapStatus::No) &&
+      (input.scalar_type() == at::kFloat || input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16);
+  if (!usual) return false;
+  const auto bytes = int64_t(input.nbytes());
+  if (strategy == Strategy::kAuto) strategy = bytes * size_ <= oneshot_bytes ? Strategy::kOneShot : Strategy::kTwoShot;
+  const int64_t rows = input.size(0), row_bytes = rows == 0 ? 0 : bytes / rows;
+  const int64_t needed =
+      strategy == Strategy::kOneShot ? bytes * size_ : 2 * align_up(rows, int64_t{size_}) * row_bytes;
+  if (needed > buffer_bytes_) return false;
+  all_reduce_checked(input, output, strategy, pdl);
+  return true;
+}
+
+void FunctionGroup::all_reduce_checked(const at::Tensor& input, const at::Tensor& output, Strategy strategy, bool pdl) {
   if (input.numel() == 0) return;
   if (size_ == 1) {
     if (!output.is_same(input)) run_below_autograd([&] { output.copy_(input); });

@@ -24,6 +24,11 @@ class FunctionGroup {
   int64_t buffer_bytes() const { return buffer_bytes_; }
   // Same shape, dtype and device, contiguous; the caller has checked the capacity. On the current stream.
   void all_reduce(const at::Tensor& input, at::Tensor& output, Strategy strategy, bool pdl);
+  // The same for a call without anything unusual about it, which this checks, room and all: two plain tensors of one
+  // shape, nobody who traces or records. Else false, and nothing has happened. kAuto: one shot where that takes at most
+  // `oneshot_bytes` of the buffer.
+  bool all_reduce_if_usual(const at::Tensor& input, const at::Tensor& output, Strategy strategy, bool pdl,
+                           int64_t oneshot_bytes);
   // Every tensor checked by fused_request(); the caller has checked the capacity. On the current stream.
   void fused_all_reduce(const FusedTensors& tensors, Strategy strategy, bool pdl);
   // Transport's, of a group of one too. For the same rank of as many. After detach() every call throws "not attached".
@@ -36,6 +41,7 @@ class FunctionGroup {
   bool is_parents() const { return birthplace_.left(); }
 
  private:
+  void all_reduce_checked(const at::Tensor& input, const at::Tensor& output, Strategy strategy, bool pdl);
   void run(const Request& request);
   void run_alone(const FusedRequest& request);
   void check_same_ranks(const Exchange& exchange) const;

@@ -1,5 +1,6 @@
 #include "backend/work.h"
 
+#include <ATen/record_function.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Logging.h>
@@ -110,20 +111,18 @@ bool CpuWork::wait(std::chrono::milliseconds timeout) {
 
 CudaWork::CudaWork(const Call& call, Place place, std::shared_ptr<GroupState> state,
                    std::shared_ptr<Transport> transport)
-    : Work(state->rank(), call.type, call.title, call.inputs),
+    // Without anybody to hear of it, not even an empty record for the profiler.
+    : Work(state->rank(), call.type, at::hasCallbacks() ? call.title : nullptr, call.inputs),
       name_(call.name),
       outputs_(call.outputs),
       place_(std::move(place)),
       state_(std::move(state)),
-      transport_(std::move(transport)),
-      future_(make_future({place_.stream.device()})) {
+      transport_(std::move(transport)) {
   if (call.async) {
     for (const auto* list : {&call.inputs, &call.outputs, &call.landing}) {
       kept_.insert(kept_.end(), list->begin(), list->end());
     }
   }
-  // The future records the end on the current stream, which the caller has made this work's.
-  future_->markCompleted(c10::IValue(outputs_));
   // For the profiler the call ends here; its kernels are in the trace by themselves.
   if (recordFunctionEndCallback_) {
     recordFunctionEndCallback_();
@@ -136,6 +135,7 @@ CudaWork::~CudaWork() {
     // Perhaps the last to hold them. Their ends would wait for threads that a child doesn't have.
     new std::shared_ptr<Transport>(transport_);
     new std::shared_ptr<GroupState>(state_);
+    (void)future_.release();  // and its events would be destroyed in the parent's context
     return;
   }
   if (kept_.empty()) return;
@@ -176,6 +176,20 @@ std::exception_ptr CudaWork::exception() const {
     return std::current_exception();
   }
   return nullptr;
+}
+
+// The future records the end on the current stream: this work's, where nothing but later calls of the group can have
+// come between if the work is asynchronous.
+c10::intrusive_ptr<Future> CudaWork::getFuture() {
+  at_torch_boundary([this] { birthplace_.check("work"); });
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!future_) {
+    const c10::StreamGuard guard(place_.stream);
+    auto future = make_future({place_.stream.device()});
+    future->markCompleted(c10::IValue(outputs_));
+    future_ = std::move(future);
+  }
+  return future_;
 }
 
 void CudaWork::synchronize() {

@@ -67,7 +67,7 @@ class CudaWork final : public c10d::Work {
   bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
   void synchronize() override;
   void abort() override;
-  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return future_; }
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
   std::vector<at::Tensor> result() override { return outputs_; }
 
  private:
@@ -84,8 +84,8 @@ class CudaWork final : public c10d::Work {
   // Of an asynchronous call: what its kernels touch, kept until somebody has waited for them. Who waits on the stream
   // that the call was made on needs no record of the other in the allocator, which in a capture would keep the memory
   // from every reuse.
-  std::vector<at::Tensor> kept_;
-  c10::intrusive_ptr<c10::ivalue::Future> future_;
+  std::vector<at::Tensor> kept_;  // under mutex_, as is the future
+  c10::intrusive_ptr<c10::ivalue::Future> future_;  // made when asked for
 };
 
 // The current stream of a device; the guard's own interface, whatever the device type.

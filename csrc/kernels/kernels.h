@@ -19,6 +19,13 @@ struct Launch {
   void* stream = nullptr;  // cudaStream_t
 };
 
+// How a launch hangs together with the one before and the one behind it, both parts of one tensor, two-shots, launched
+// with `pdl`, and no other kernel between them.
+struct Chain {
+  bool early = false;  // scatters while the one before runs; every rank owns a part of both
+  bool more = false;   // one that is early follows
+};
+
 // numel within the layout's capacity for the algorithm. `blocks` is the same on every rank, and at most one a
 // multiprocessor, so that kernels of several groups fit together.
 struct AllReduceParams {
@@ -29,6 +36,7 @@ struct AllReduceParams {
   Dtype dtype = Dtype::kFloat32;
   ReduceOp op = ReduceOp::kSum;
   int blocks = 1;
+  Chain chain;
 };
 
 // numel within the layout's one-shot capacity; `blocks` as above.

@@ -13,7 +13,7 @@ constexpr int kPackBytes = 16;        // one vector access; the unit of every La
 
 // Most threads a block of the kernels: what tuning/ may ask for, and what kernels/ compiles for (launch bounds). The
 // all-reduces of larger worlds need more registers a thread.
-MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 5 ? 512 : 256; }
+MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 4 ? 512 : 256; }
 // Of the fused ones, which keep more: this many, or half. Blocks of a cluster share a row.
 constexpr int kFusedThreads = 256;
 constexpr int kMaxFusedTeams = 4;  // of a block, each with rows of its own

@@ -84,8 +84,11 @@ struct WorkspaceLayout {
   MNNVL_HOST_DEVICE constexpr int64_t oneshot_capacity(int world_size, int element_bytes) const {
     return align_down(generation_bytes / world_size, kPackBytes) / element_bytes;
   }
-  MNNVL_HOST_DEVICE constexpr int64_t twoshot_capacity(int world_size, int element_bytes) const {
-    return align_down(generation_bytes / 2 / kPackBytes, world_size) * kPackBytes / element_bytes;
+  // Multicast fills the own slots too; without it a rank has none. Kernels count packs in 32 bits.
+  MNNVL_HOST_DEVICE constexpr int64_t twoshot_capacity(int world_size, int element_bytes, bool multicast) const {
+    constexpr int64_t kMostPacks = int64_t{1} << 30;
+    const int64_t slice = generation_bytes / 2 / kPackBytes / (multicast ? world_size : world_size - 1);
+    return min64(slice, kMostPacks / world_size) * world_size * kPackBytes / element_bytes;
   }
 
   // Channels. `at` is whose workspace it is, `peer` the other end; a channel's rings lie with its destination.

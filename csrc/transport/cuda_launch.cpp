@@ -21,8 +21,10 @@ void launch_lamport(const LaunchContext& context, const AllReduceRequest& reques
   if (TransportCounters* c = context.counters) count_one(oneshot ? c->oneshot_lamport : c->twoshot_lamport);
   kernels::Launch shape;
   shape.threads = choice.threads;
-  shape.pdl = request.pdl;
+  shape.pdl = request.pdl || context.pdl;
   shape.stream = context.stream;
+  // Two calls of a chain are on the GPU together, and leave no room to another group's.
+  const bool chained = choice.chained && shape.pdl && context.alone;
   kernels::AllReduceParams params;
   params.group = context.group;
   params.dtype = request.dtype;
@@ -32,6 +34,8 @@ void launch_lamport(const LaunchContext& context, const AllReduceRequest& reques
     params.in = static_cast<const std::byte*>(request.in) + begin * element_size(request.dtype);
     params.out = static_cast<std::byte*>(request.out) + begin * element_size(request.dtype);
     params.numel = min64(choice.launch_elements, request.numel - begin);
+    params.chain.early = chained && begin > 0;
+    params.chain.more = chained && begin + params.numel < request.numel;
     kernel.launch(params, shape);
   }
 }
@@ -76,6 +80,7 @@ void launch_exchange(const LaunchContext& context, const Exchange& exchange) {
   params.copy.blocks = choose_copy_blocks(params.copy.bytes);
   kernels::Launch shape;
   shape.threads = kernels::kMaxExchangeThreads;
+  shape.pdl = context.pdl;
   shape.stream = context.stream;
   kernels::table().exchange.launch(params, shape);
 }
@@ -111,6 +116,7 @@ void launch_reduction(const LaunchContext& context, const Reduction& reduction, 
   params.call = pack(call);
   kernels::Launch shape;
   shape.threads = kernels::kMaxExchangeThreads;
+  shape.pdl = context.pdl;
   shape.stream = context.stream;
   kernels::table().reduce.launch(params, shape);
 }
@@ -170,6 +176,7 @@ void launch_lamport(const LaunchContext& context, const ReduceScatterRequest& re
   const LamportShape choice = choose_reduce_scatter(context.shape, request.numel, request.dtype);
   kernels::Launch shape;
   shape.threads = choice.threads;
+  shape.pdl = context.pdl;
   shape.stream = context.stream;
   kernels::ReduceScatterParams params;
   params.group = context.group;

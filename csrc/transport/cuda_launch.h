@@ -13,6 +13,8 @@ struct LaunchContext {
   DeviceGroup group;  // its timeout_ns is of this request
   GroupShape shape;
   Strategy strategy = Strategy::kAuto;  // for requests that ask for kAuto
+  bool pdl = false;    // launch so whether a request asks for it or not
+  bool alone = true;   // no other group of this process uses the device; may differ between ranks
   void* stream = nullptr;
   TransportCounters* counters = nullptr;  // may stay null
 };

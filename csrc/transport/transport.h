@@ -24,6 +24,7 @@ struct TransportOptions {
   Strategy strategy = Strategy::kAuto;  // for calls that ask for kAuto
   // By world size, where somebody has measured it: up to how many bytes kAuto takes one shot. Goes before the tables.
   std::map<int, int64_t> cpu_oneshot_bytes, cuda_oneshot_bytes;
+  bool pdl = false;  // GPU: programmatic dependent launches also where a request doesn't ask; may differ between ranks
   bool multicast = true;  // allowed; used where every rank can
   std::string multicast_forbidden;  // the switches that forbid multicast objects, "NAME=value"; empty: none
   Bootstrap bootstrap = Bootstrap::kAuto;

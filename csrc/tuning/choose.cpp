@@ -27,6 +27,17 @@ void shape_lamport(LamportShape& choice, bool stores_once, int64_t packs, const 
   choice.blocks = int(std::clamp<int64_t>(ceil_div(packs, choice.threads), 1, group.multiprocessors));
 }
 
+// Equal parts, so that every rank owns a slice of each: what a call needs that begins before its predecessor's end.
+void chain(AllReduceChoice& choice, int world, int64_t numel, int element) {
+  const int64_t launches = ceil_div(numel, choice.launch_elements);
+  if (launches < 2) return;
+  const int64_t part = align_up(ceil_div(numel, launches), int64_t{world} * kPackBytes / element);
+  const int64_t last = (numel - (launches - 1) * part) * element;
+  if (last <= int64_t{world - 1} * (world - 1) * kPackBytes) return;
+  choice.launch_elements = part;
+  choice.chained = true;
+}
+
 }  // namespace
 
 const char* name(Algorithm algorithm) {
@@ -46,7 +57,8 @@ AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype 
     shape_lamport(choice, true, std::min(packs, ceil_div(oneshot_elements * element, kPackBytes)), group);
   } else {
     choice.algorithm = Algorithm::kTwoShotLamport;
-    choice.launch_elements = group.layout.twoshot_capacity(world, element);
+    choice.launch_elements = group.layout.twoshot_capacity(world, element, group.multicast);
+    chain(choice, world, numel, element);
     shape_lamport(choice, false,
                   slice_packs(std::min(packs, ceil_div(choice.launch_elements * element, kPackBytes)), world), group);
   }

@@ -16,6 +16,7 @@ struct GroupShape {
   int world_size = 1;
   int multiprocessors = 132;  // smallest of the group
   WorkspaceLayout layout{};
+  bool multicast = false;
   int64_t oneshot_bytes = -1;  // AUTO takes one shot up to so many bytes of the tensor; -1: what the table says
 };
 
@@ -27,6 +28,7 @@ struct LamportShape {
 
 struct AllReduceChoice : LamportShape {
   Algorithm algorithm = Algorithm::kOneShotLamport;
+  bool chained = false;  // several two-shots, of which each may begin before the one before it has ended
 };
 AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype dtype, Strategy strategy);
 

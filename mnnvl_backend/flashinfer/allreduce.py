@@ -1,8 +1,8 @@
 """trtllm_mnnvl_allreduce: the kernels as a function of a tensor and a workspace, under FlashInfer's name.
 
-Underneath is the custom op mnnvl::trtllm_allreduce, so that torch.compile and fake tensors see one opaque call that
-mutates `output`. It is defined through torch.library.Library and not the custom_op decorator, whose wrappers would
-cost more per call than a small all-reduce takes.
+A call with nothing unusual about it goes to the compiled module at once, which looks at everything in one go. Any other
+takes the long way: checks that say what is wrong, then the custom op mnnvl::trtllm_allreduce, so that torch.compile and
+fake tensors see one opaque call that mutates `output`.
 """
 
 from __future__ import annotations
@@ -73,10 +73,19 @@ def trtllm_mnnvl_allreduce(
         and isinstance(strategy, MNNVLAllreduceFusionStrategy)
     ):
         _refuse_types(input, workspace, launch_with_pdl, output, strategy)
-    check_input(input)
+    given = output is not None
     if output is None:
+        check_input(input)
         output = torch.empty_like(input)
-    else:
+    if (
+        type(input) is torch.Tensor
+        and type(output) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and workspace.all_reduce_if_usual(input, output, strategy, launch_with_pdl)
+    ):
+        return output
+    if given:
+        check_input(input)
         check_like("output", output, input)
     strategy = check_workspace(workspace, input, strategy)
     torch.ops.mnnvl.trtllm_allreduce(input, output, workspace.handle, strategy.value, launch_with_pdl)

@@ -247,6 +247,13 @@ class MNNVLAllReduceFusionWorkspace(AllReduceFusionWorkspace):
         finally:
             leave(comm)
 
+    def all_reduce_if_usual(
+        self, input: torch.Tensor, output: torch.Tensor, strategy: MNNVLAllreduceFusionStrategy, pdl: bool
+    ) -> bool:
+        """The all-reduce of two plain tensors that fit, where nobody traces or records. False: not done, ask why."""
+        limit, alive = MNNVL_ONE_SHOT_THRESHOLD, self._compiled
+        return alive is not None and alive.all_reduce_if_usual(input, output, strategy.value, pdl, limit)
+
     def destroy(self) -> None:
         """Unmaps and frees; idempotent. Not collective, but no rank may still be in a call on this workspace."""
         compiled, self._compiled = self._compiled, None

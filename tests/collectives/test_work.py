@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from datetime import timedelta
 
 import pytest
@@ -45,6 +47,35 @@ def work_body(rank: Rank) -> None:
 
 def test_async_work_and_its_future(ranks, device):
     ranks(work_body, 3, device)
+
+
+def forked_body(rank: Rank) -> None:
+    all_reduce_works(rank)
+    x = torch.ones(1000, device=rank.device)
+    work = dist.all_reduce(x, async_op=True)
+    pid = os.fork() if rank.rank == 1 else 0
+    if rank.rank == 1 and pid == 0:
+        try:
+            with pytest.raises(RuntimeError, match=f"work belongs to process {os.getppid()}, .* a child by fork"):
+                work.wait()
+            if rank.device.type == "cuda":
+                work.abort()
+            del work
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    if rank.rank == 1:
+        assert os.waitpid(pid, 0)[1] == 0
+    work.wait()
+    assert (x == rank.world_size).all()
+    all_reduce_works(rank)
+
+
+def test_a_work_in_a_forked_child(ranks, device):
+    """wait() raises there, and nothing that the child does to it reaches the parent."""
+    ranks(forked_body, 2, device)
 
 
 def wait_with_timeout_body(rank: Rank) -> None:

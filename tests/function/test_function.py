@@ -10,6 +10,7 @@ import pytest
 import torch
 from launcher import Rank
 from reference import DTYPES, assert_bits, every_16_bit_pattern, random_input, rank_order_sum
+from torch._subclasses.fake_tensor import FakeTensorMode
 from workspaces import workspace_of
 
 from mnnvl_backend import MNNVLAllreduceFusionStrategy as Strategy
@@ -45,6 +46,53 @@ def sums_body(rank: Rank) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_sums(ranks, device, world_size):
     ranks(sums_body, world_size, device)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def usual_body(rank: Rank) -> None:
+    with workspace_of(rank, buffer_size_in_bytes=4096) as workspace:
+
+        def usual(x: torch.Tensor, out: torch.Tensor, strategy: Strategy = Strategy.AUTO) -> bool:
+            return workspace.all_reduce_if_usual(x, out, strategy, False)
+
+        x = torch.ones(4, 16, device=rank.device)
+        out = torch.empty_like(x)
+        for dtype in DTYPES:
+            y = x.to(dtype, copy=True)
+            assert usual(y, torch.empty_like(y))
+            assert usual(y, y)
+        assert usual(x, out, Strategy.TWOSHOT)
+        assert (out == rank.world_size).all()
+        with torch.inference_mode():
+            assert usual(x, torch.empty_like(x))
+        marked = x.clone().requires_grad_()
+        wide = torch.zeros(8, 16, device=rank.device)
+        unusual = [
+            (x.flatten(), out.flatten()), (x, out.view(16, 4)), (x.int(), out.int()), (x, out.half()), (x.t(), out.t()),
+            (x.cfloat().conj(), out.cfloat()), (marked, out), (x, marked), (wide[:4], wide[2:6]), (x.to_sparse(), out),
+            (x.to("meta"), out.to("meta")), (torch.ones(4096, 16, device=rank.device),) * 2,
+        ]  # fmt: skip
+        for a, b in unusual:
+            assert not usual(a, b), (a, b)
+        with FakeTensorMode() as mode:
+            assert not usual(mode.from_tensor(x), mode.from_tensor(out))
+            assert not usual(x, out)
+        with torch.profiler.profile():
+            assert not usual(x, out)
+        workspace.checkpoint_prepare()
+        assert not usual(x, out)
+        workspace.checkpoint_restore()
+        assert usual(x, out)
+        # A subclass may want to see the operator.
+        assert trtllm_mnnvl_allreduce(x.as_subclass(Subclass), workspace, False).sum() == rank.world_size * x.numel()
+    assert not usual(x, out)
+
+
+def test_only_usual_calls_take_the_short_way(ranks, device):
+    ranks(usual_body, 2, device)
 
 
 def errors_body(rank: Rank) -> None:

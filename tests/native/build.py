@@ -71,7 +71,7 @@ def sources(of_tests: bool, emulation: bool) -> list[Path]:
         layers.remove(ROOT / "csrc/kernels/host/none.cpp")
         native += (NATIVE / "emulation").glob("*.cpp")
     elif of_tests:
-        native = [s for s in native if s.name not in ("test_exchange.cpp", "test_fused.cpp")]
+        native = [s for s in native if s.name not in ("test_exchange.cpp", "test_fused.cpp", "test_all_reduce.cpp")]
     return sorted(layers) + sorted(s for s in native if not of_tests or s.name != "bindings.cpp")
 
 

@@ -38,9 +38,20 @@ TEST(tuning_every_choice_can_be_run) {
             const bool oneshot = c.algorithm == Algorithm::kOneShotLamport;
             CHECK(strategy == Strategy::kAuto || oneshot == (strategy == Strategy::kOneShot), "asked, not given");
             const int element = element_size(dtype);
-            CHECK(c.launch_elements >= 1);
-            CHECK(c.launch_elements == (oneshot ? group.layout.oneshot_capacity(world_size, element)
-                                                : group.layout.twoshot_capacity(world_size, element)));
+            const int64_t most = oneshot ? group.layout.oneshot_capacity(world_size, element)
+                                         : group.layout.twoshot_capacity(world_size, element, group.multicast);
+            CHECK(c.launch_elements >= 1 && c.launch_elements <= most);
+            if (!c.chained) {
+              CHECK(c.launch_elements == most);
+              return;
+            }
+            // Every rank owns a slice of every part, and there are no more parts than there must be.
+            const int64_t parts = ceil_div(numel, c.launch_elements), last = numel - (parts - 1) * c.launch_elements;
+            CHECK(!oneshot && parts == ceil_div(numel, most) && parts >= 2, parts, " parts of ", numel);
+            const int64_t packs = ceil_div(last * element, kPackBytes);
+            CHECK((world_size - 1) * slice_packs(packs, world_size) < packs, "the last of ", world_size, " ranks, of ",
+                  packs, " packs");
+            CHECK(c.launch_elements * element % kPackBytes == 0);
           });
         }
       }

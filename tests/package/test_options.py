@@ -33,6 +33,7 @@ CENTURY_MS = 100 * 365 * 24 * 3600 * 1000
         ({"multicast": 1}, TypeError, r"Options.multicast: expected True, False or 'auto', got 1 \(int\)"),
         ({"bootstrap": "mpi"}, ValueError, "Options.bootstrap: expected 'auto', 'nccl' or 'store', got 'mpi'"),
         ({"bootstrap": None}, TypeError, r"Options.bootstrap: expected .*, got None"),
+        ({"pdl": 1}, TypeError, r"Options.pdl: expected True or False, got 1 \(int\)"),
     ],
 )
 def test_options_name_the_argument(options, error, text):
@@ -97,9 +98,11 @@ def test_variables_are_read():
     assert config.read_environment({"MNNVL_STRATEGY": "", "OTHER": "x"}) == config.Config()
     read = config.read_environment(
         {"MNNVL_STRATEGY": "TwoShot", "MNNVL_MULTICAST": "auto", "MNNVL_BOOTSTRAP": "store",
-         "MNNVL_WORKSPACE_BYTES": "64M", "MNNVL_HOST_ID": "h", "MNNVL_BLOCKING_WAIT": "1"}
+         "MNNVL_WORKSPACE_BYTES": "64M", "MNNVL_HOST_ID": "h", "MNNVL_BLOCKING_WAIT": "1", "MNNVL_PDL": "0"}
     )  # fmt: skip
-    assert read == config.Config(Strategy.TWOSHOT, "auto", "store", 64 << 20, "h", True)
+    assert read == config.Config(Strategy.TWOSHOT, "auto", "store", 64 << 20, "h", True, pdl=False)
+    assert config.merge(Options(), read).pdl is False
+    assert config.merge(Options(pdl=False), config.Config()).pdl is False
 
 
 def test_unknown_variable_warns():
@@ -156,6 +159,7 @@ def test_fields_are_what_the_compiled_module_takes(monkeypatch):
         "strategy": 1,
         "cpu_oneshot_bytes": {},
         "cuda_oneshot_bytes": {},
+        "pdl": True,
         "multicast": False,
         "multicast_forbidden": "MNNVL_MULTICAST=0",
         "bootstrap": 0,
@@ -167,7 +171,7 @@ def test_fields_are_what_the_compiled_module_takes(monkeypatch):
     assert (defaults["workspace_bytes"], defaults["strategy"], defaults["bootstrap"]) == (0, 99, 2)
     assert {name: type(value) for name, value in defaults.items()} == {
         "timeout_ms": int, "workspace_bytes": int, "strategy": int, "cpu_oneshot_bytes": dict,
-        "cuda_oneshot_bytes": dict, "multicast": bool, "multicast_forbidden": str,
+        "cuda_oneshot_bytes": dict, "pdl": bool, "multicast": bool, "multicast_forbidden": str,
         "bootstrap": int, "host_id": str, "nccl_path": str, "blocking_wait": bool,
     }  # fmt: skip
 

@@ -38,7 +38,12 @@
 #define MULTICAST 0 /* 1: one-shot packs and two-shot results also land in the own slot */
 #endif
 #ifndef EARLY
-#define EARLY 0 /* 1: a two-shot call may scatter while the call before it runs, when the one before that has ended */
+#define EARLY 0 /* 1: a two-shot call may scatter while the call before it runs, when the one before that has ended; 2: if it is TWO */
+#endif
+#if EARLY == 2
+#define MAY_BE_EARLY(kind) ((kind) == TWOSHOT + TWO)
+#else
+#define MAY_BE_EARLY(kind) ((kind) & TWOSHOT)
 #endif
 #ifndef FAIL
 #define FAIL 0 /* 1: one wait gives up at any time; 2: one rank dies at any time; 3: both */
@@ -303,10 +308,10 @@ begin:
       bit_ = 0 }
 #endif
 #if EARLY
-  :: atomic { !ahead && ((c + 1) % M == front || (kind[(c + 1) % M] & TWOSHOT)) ->
+  :: atomic { !ahead && ((c + 1) % M == front || MAY_BE_EARLY(kind[(c + 1) % M])) ->
       if
       :: (c + 1) % M == front && TWO > 0 -> begin_front(TWOSHOT + TWO)
-      :: (c + 1) % M == front && SMALL > 0 -> begin_front(TWOSHOT + SMALL)
+      :: (c + 1) % M == front && SMALL > 0 && MAY_BE_EARLY(TWOSHOT + SMALL) -> begin_front(TWOSHOT + SMALL)
       :: (c + 1) % M != front
       fi;
       publish(flying_next, (c + 1) % M);

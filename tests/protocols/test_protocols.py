@@ -41,7 +41,7 @@ RIGHT = [
     Search("lamport", "MULTICAST=1 ONE=0"),
     Search("lamport", "MULTICAST=1 TWO=0"),
     Search("lamport", "N=3 TWO=1"),
-    Search("lamport", "EARLY=1"),
+    Search("lamport", "EARLY=2 SMALL=1"),
     Search("lamport", "FAIL=1"),
     Search("lamport", "FAIL=2"),
     Search("channel", "PIECES=0"),

@@ -43,6 +43,16 @@ class LamportCall {
   }
   __device__ __forceinline__ uint32_t sequence() const { return calls_; }
 
+  // Of a call that has begun early, behind its wait for the one before: false if that failed meanwhile, which is then
+  // recorded. What was read early must be what stands there now, or packs went where they have no place.
+  __device__ __forceinline__ bool confirm() {
+    const uint4 head = ld_relaxed_sys_v4(own_);
+    abort_ = head.y;
+    if (aborted()) return false;
+    if (head.x == generation_ && head.z == calls_) return true;
+    return give_up(g_, FailureCause::kLocalError, g_.rank, operation_, /*stage=*/0, calls_, calls_, head.z);
+  }
+
   // Offset of a stage of this call's generation in every rank's workspace.
   __device__ __forceinline__ int64_t stage(int s) const {
     return generation_ * g_.layout.generation_bytes + s * (g_.layout.generation_bytes / 2);
@@ -51,9 +61,12 @@ class LamportCall {
   // Block-wide, once: counts this block in, and lets the last one to come write the state of the next call. Every
   // thread's load of the state has returned before its block's barrier (aborted() has looked at it), so no block of
   // this call can see the new state.
-  __device__ __forceinline__ void advance() {
+  //
+  // `more`: the next call may begin early. The last block counts itself for that behind what it has written here.
+  __device__ __forceinline__ void advance(bool more = false) {
     begin_advance();
     end_advance();
+    if (more && threadIdx.x == blockDim.x - 1) let_dependents_begin();
   }
   // In two halves, so that the thread that counts need not wait for its atomic: the second is the last thing it does.
   __device__ __forceinline__ void begin_advance() {
@@ -130,13 +143,13 @@ __device__ __forceinline__ bool take(std::byte* first, int64_t apart, int count,
 
 constexpr int kNoRank = -1;
 
-// Takes the packs of all ranks, the one of rank r from the slot `first + r * stride`, and sums them in rank order.
+// Takes the packs of all ranks, the one of rank r from `slot(r)`, and sums them in rank order.
 // Only the pack of rank `kept` (or of kNoRank) has been through no slot: it is `own`. False if the wait gave up.
 // `kClearFirst`: the slots are cleared before the sum, which costs registers and is faster where more is to be stored
 // behind it (docs/notes.md).
-template <typename T, int kWorld, bool kClearFirst>
-__device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, std::byte* first, int64_t stride, int kept,
-                                             uint4 own, Wait wait, uint64_t pack_index, Accumulator<T>& acc) {
+template <typename T, int kWorld, bool kClearFirst = false, typename Slot>
+__device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, const Slot& slot, int kept, uint4 own, Wait wait,
+                                             uint64_t pack_index, Accumulator<T>& acc) {
   if constexpr (kWorld != 0) {
     // All ranks' loads in flight at once, all again while one is missing: so no slot is cleared before all are
     // complete.
@@ -145,7 +158,7 @@ __device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, std::byte* fi
     do {
       missing = 0;
 #pragma unroll
-      for (int r = 0; r < kWorld; ++r) packs[r] = r == kept ? own : ld_relaxed_sys_v4(first + r * stride);
+      for (int r = 0; r < kWorld; ++r) packs[r] = r == kept ? own : ld_relaxed_sys_v4(slot(r));
 #pragma unroll
       for (int r = 0; r < kWorld; ++r) {
         if (has_sentinel(packs[r])) missing |= 1u << r;
@@ -155,7 +168,7 @@ __device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, std::byte* fi
     const auto clear_all = [&] {
 #pragma unroll
       for (int r = 0; r < kWorld; ++r) {
-        if (r != kept) clear(first + r * stride);
+        if (r != kept) clear(slot(r));
       }
     };
     if constexpr (kClearFirst) clear_all();
@@ -166,7 +179,7 @@ __device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, std::byte* fi
   } else {
     for (int r = 0; r < g.world_size; ++r) {
       uint4 pack = own;
-      if (r != kept && !take(first + r * stride, r, wait, pack_index, pack)) return false;
+      if (r != kept && !take(slot(r), r, wait, pack_index, pack)) return false;
       if (r == 0) {
         acc.begin(pack);
       } else {
@@ -177,18 +190,17 @@ __device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, std::byte* fi
   return true;
 }
 
-// Several packs at once, `apart` bytes from each other in their slots: `count` of them, from 1. A thread has all of
-// their loads in flight, and clears none before all are complete. `sums`: rounded.
-template <typename T, int kWorld, int kBatch>
-__device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, std::byte* first, int64_t stride, int64_t apart,
-                                             int kept, const uint4 (&own)[kBatch], int count, Wait wait,
+// Several packs at once, number n of rank r from `slot(r, n)`: `count` of them, from 1. A thread has all of their loads
+// in flight, and clears none before all are complete. `sums`: divided and rounded.
+template <typename T, int kWorld, bool kClearFirst = false, int kBatch, typename Slot>
+__device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, const Slot& slot, int kept,
+                                             const uint4 (&own)[kBatch], int count, float divisor, Wait wait,
                                              uint64_t pack_index, uint4 (&sums)[kBatch]) {
   if constexpr (kBatch == 1) {
     Accumulator<T> acc;
-    if (!take_and_sum<T, kWorld, /*kClearFirst=*/false>(g, first, stride, kept, own[0], wait, pack_index, acc)) {
-      return false;
-    }
-    sums[0] = acc.finish(1.0f);
+    const auto only = [&](int r) { return slot(r, 0); };
+    if (!take_and_sum<T, kWorld, kClearFirst>(g, only, kept, own[0], wait, pack_index, acc)) return false;
+    sums[0] = acc.finish(divisor);
   } else {
     uint4 packs[kBatch][kWorld];
     uint32_t missing;  // a bit per rank
@@ -198,9 +210,7 @@ __device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, std::byte* fi
       for (int n = 0; n < kBatch; ++n) {
         if (n != 0 && n >= count) continue;
 #pragma unroll
-        for (int r = 0; r < kWorld; ++r) {
-          packs[n][r] = r == kept ? own[n] : ld_relaxed_sys_v4(first + n * apart + r * stride);
-        }
+        for (int r = 0; r < kWorld; ++r) packs[n][r] = r == kept ? own[n] : ld_relaxed_sys_v4(slot(r, n));
       }
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
@@ -215,15 +225,19 @@ __device__ __forceinline__ bool take_and_sum(const DeviceGroup& g, std::byte* fi
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
       if (n != 0 && n >= count) continue;
+      const auto clear_all = [&] {
+#pragma unroll
+        for (int r = 0; r < kWorld; ++r) {
+          if (r != kept) clear(slot(r, n));
+        }
+      };
+      if constexpr (kClearFirst) clear_all();
       Accumulator<T> acc;
       acc.begin(packs[n][0]);
 #pragma unroll
       for (int r = 1; r < kWorld; ++r) acc.add(packs[n][r]);
-      sums[n] = acc.finish(1.0f);
-#pragma unroll
-      for (int r = 0; r < kWorld; ++r) {
-        if (r != kept) clear(first + n * apart + r * stride);
-      }
+      sums[n] = acc.finish(divisor);
+      if constexpr (!kClearFirst) clear_all();
     }
   }
   return true;

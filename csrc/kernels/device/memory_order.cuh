@@ -158,5 +158,10 @@ __device__ __forceinline__ uint64_t globaltimer_ns() {
 // Programmatic dependent launch: returns once the preceding kernel has completed and its writes are visible. Without
 // the launch attribute it returns at once, the stream having ordered the kernels already.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Counts this block: when all blocks have come here, or ended, the next kernel may begin, if it was launched as a
+// dependent. What this thread stored before is performed in this GPU's memory by then.
+__device__ __forceinline__ void let_dependents_begin() {
+  asm volatile("fence.acq_rel.gpu;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+}
 
 }  // namespace mnnvl::kernels

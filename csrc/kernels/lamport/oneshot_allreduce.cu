@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
     Accumulator<T> acc;
     Wait wait(g, Operation::kAllReduce, /*stage=*/0, call.sequence());
     std::byte* first = g.peers[g.rank] + call.stage(0) + i * kPackBytes;
-    if (!take_and_sum<T, kWorld, /*kClearFirst=*/false>(g, first, slot_bytes, kept, own, wait, i, acc)) return;
+    const auto slot = [&](int r) { return first + r * slot_bytes; };
+    if (!take_and_sum<T, kWorld>(g, slot, kept, own, wait, i, acc)) return;
     store_pack<Unit<T>>(static_cast<std::byte*>(p.out) + i * kPackBytes, bytes - i * kPackBytes, acc.finish(divisor));
   }
 }

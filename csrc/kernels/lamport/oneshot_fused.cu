@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
       load_own(row, i, own);
       Wait wait(g, Operation::kFusedAllReduce, /*stage=*/0, call.sequence());
       std::byte* first = g.peers[g.rank] + call.stage(0) + offset(row, i);
-      return take_and_sum<T, kWorld>(g, first, slot_bytes, apart, kept, own, fused.count_from(i), wait,
+      const auto slot = [&](int r, int n) { return first + n * apart + r * slot_bytes; };
+      return take_and_sum<T, kWorld>(g, slot, kept, own, fused.count_from(i), 1.0f, wait,
                                      uint64_t(offset(row, i) / kPackBytes), packs);
     };
     if (!fused.finish(row, sum) || Row::kOneBatch) break;

@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
     Accumulator<T> acc;
     Wait wait(g, Operation::kReduceScatter, /*stage=*/0, call.sequence());
     std::byte* first = g.peers[g.rank] + call.stage(0) + at;
-    if (!take_and_sum<T, kWorld, /*kClearFirst=*/false>(g, first, packs * kPackBytes, g.rank, load(g.rank, at), wait,
-                                                        uint64_t(j), acc)) {
+    const auto slot = [&](int r) { return first + r * (packs * kPackBytes); };
+    if (!take_and_sum<T, kWorld>(g, slot, g.rank, load(g.rank, at), wait, uint64_t(j), acc)) {
       return;
     }
     store_pack<Unit<T>>(out + at, bytes - at, acc.finish(divisor));

@@ -60,26 +60,25 @@ __global__ void __launch_bounds__(kFusedThreads, kMinBlocks)
       const int number = k == 0 ? j : j - step;  // of the row in its owner's slice
       const int row = owner * slice + number;
       if (number < 0 || number >= slice || row >= rows) continue;
-      const auto sum = [&](int i, uint4(&packs_of_sum)[Row::kBatch]) {
+      const auto sum = [&](int i, uint4(&sums)[Row::kBatch]) {
         const uint32_t index = uint32_t(row * packs + i);
         Wait wait(g, Operation::kFusedAllReduce, /*stage=*/k == 0 ? 0 : 1, call.sequence());
 #pragma unroll
-        for (uint4& pack : packs_of_sum) pack = {};
+        for (uint4& pack : sums) pack = {};
         if (aborted) return false;
         const int count = fused.count_from(i);
         std::byte* const result = own_workspace + call.stage(1) + offset(row, i);
-        if (k != 0) return take(result, apart, count, owner, wait, index, packs_of_sum);
+        if (k != 0) return take(result, apart, count, owner, wait, index, sums);
         uint4 own[Row::kBatch];
         load_own(row, i, own);
         std::byte* const first = own_workspace + call.stage(0) + offset(number, i);
-        if (!take_and_sum<T, kWorld>(g, first, slot_bytes, apart, g.rank, own, count, wait, index, packs_of_sum)) {
-          return false;
-        }
+        const auto slot = [&](int r, int n) { return first + n * apart + r * slot_bytes; };
+        if (!take_and_sum<T, kWorld>(g, slot, g.rank, own, count, 1.0f, wait, index, sums)) return false;
 #pragma unroll
         for (int n = 0; n < Row::kBatch; ++n) {
-          if (n == 0 || n < count) publish<kWorld>(g, call.stage(1) + offset(row, i) + n * apart, packs_of_sum[n]);
+          if (n == 0 || n < count) publish<kWorld>(g, call.stage(1) + offset(row, i) + n * apart, sums[n]);
         }
-        return g.multicast == nullptr || take(result, apart, count, owner, wait, index, packs_of_sum);
+        return g.multicast == nullptr || take(result, apart, count, owner, wait, index, sums);
       };
       if (!fused.finish(row, sum)) return call.end_advance();
     }

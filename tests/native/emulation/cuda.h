@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -42,6 +43,19 @@ struct Cluster {
   const int size;
   std::atomic<uint64_t> arrived{0};
   std::vector<std::vector<void*>> placed;  // of each block: objects in its shared memory, in one order
+};
+
+// A launch. One that may begin early, as a dependent, comes when all blocks of the one before have ended or let it.
+struct Grid {
+  Grid(int64_t all, std::shared_ptr<Grid> one_before) : blocks(all), before(std::move(one_before)) {}
+  const int64_t blocks;
+  const std::shared_ptr<Grid> before;
+  std::atomic<int64_t> letting{0}, ended{0};
+
+  static Grid*& current() {
+    static thread_local Grid* grid = nullptr;
+    return grid;
+  }
 };
 
 // The fibers of one block, run by the thread that calls run().
@@ -88,6 +102,10 @@ class Block {
   Cluster& cluster() const { return cluster_; }
   int cluster_rank() const { return int(index_) % cluster_.size; }
   uint64_t& barriers_of_thread() { return fibers_[running_]->barriers; }
+  // The dependents of this grid may begin, as far as this block goes.
+  void let_dependents_begin() {
+    if (!std::exchange(letting_, true)) ++Grid::current()->letting;
+  }
 
   // All threads of a warp bring a value, and each goes on with all 32.
   const uint32_t* meet(uint32_t value) {
@@ -151,6 +169,7 @@ class Block {
   std::vector<Warp> warps_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   size_t running_ = 0;
+  bool letting_ = false;
   Meeting all_;
   std::array<Meeting, 16> teams_;
   const std::function<void()>* kernel_ = nullptr;

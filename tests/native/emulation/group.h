@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "native/harness.h"
+#include "protocol/arithmetic.h"
 #include "transport/cuda_launch.h"
 
 namespace mnnvl::test {
@@ -39,10 +41,12 @@ class EmulatedGroup {
 
   int world_size() const { return shape_.world_size; }
   const FailureRecord& record(int rank) const { return mailboxes_[size_t(rank)].record; }
-  void run(int rank, const Request& request) const {
+  // `alone`: whether the rank takes the GPU to have no other group.
+  void run(int rank, const Request& request, bool alone = true) const {
     LaunchContext context;
     context.group = groups_[size_t(rank)];
     context.shape = shape_;
+    context.alone = alone;
     launch(context, request);
   }
 
@@ -55,5 +59,37 @@ class EmulatedGroup {
   std::vector<HostMailbox> mailboxes_;
   std::vector<DeviceGroup> groups_;
 };
+
+// Of Lamport generations alone.
+struct LamportGroup : EmulatedGroup {
+  LamportGroup(int world_size, int64_t stage_bytes, int multiprocessors, uint64_t timeout_ms = 20000)
+      : EmulatedGroup(WorkspaceLayout::make(stage_bytes, /*channel_bytes=*/0, world_size), world_size, kLamportSentinel,
+                      timeout_ms) {
+    shape_.multiprocessors = multiprocessors;
+  }
+  // Every slot of every generation.
+  void check_clear() const {
+    for (const auto& memory : memory_) {
+      const auto* words = reinterpret_cast<const uint32_t*>(memory.get());
+      for (int64_t i = 0; i < shape_.layout.slots_offset / 4; ++i) {
+        CHECK(words[i] == kLamportSentinel, "word ", i, " is left");
+      }
+    }
+  }
+};
+
+// Elements of few bits, of any sign, so that sums round and rows differ.
+inline Bytes elements(Random& random, Dtype dtype, int64_t count) {
+  Bytes bytes(static_cast<size_t>(count * element_size(dtype)));
+  for (int64_t i = 0; i < count; ++i) {
+    const float v = float(int(random.below(2001)) - 1000) / 256.0f;
+    const uint32_t wide = arithmetic::bits_as<uint32_t>(v);
+    const uint32_t bits = dtype == Dtype::kFloat32   ? wide
+                          : dtype == Dtype::kFloat16 ? arithmetic::Half::narrow_signed(v)
+                                                     : wide >> 16;
+    std::memcpy(bytes.data() + i * element_size(dtype), &bits, size_t(element_size(dtype)));
+  }
+  return bytes;
+}
 
 }  // namespace mnnvl::test

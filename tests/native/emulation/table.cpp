@@ -4,6 +4,8 @@
 namespace mnnvl::kernels {
 
 namespace rows {
+extern const KernelTable::Row<AllReduceParams> oneshot_allreduce, twoshot_allreduce;
+extern const KernelTable::Row<ReduceScatterParams> reduce_scatter;
 extern const KernelTable::Row<FusedParams> oneshot_fused, twoshot_fused;
 extern const KernelTable::Row<ExchangeParams> exchange;
 extern const KernelTable::Row<ReduceParams> reduce;
@@ -12,6 +14,9 @@ extern const KernelTable::Row<ReduceParams> reduce;
 const KernelTable& table() {
   static const KernelTable table = [] {
     KernelTable made{};
+    made.oneshot_allreduce = rows::oneshot_allreduce;
+    made.twoshot_allreduce = rows::twoshot_allreduce;
+    made.reduce_scatter = rows::reduce_scatter;
     made.oneshot_fused = rows::oneshot_fused;
     made.twoshot_fused = rows::twoshot_fused;
     made.exchange = rows::exchange;

@@ -89,6 +89,10 @@ inline void mbarrier_wait(uint64_t* shared, uint32_t phase) {
 inline uint64_t globaltimer_ns() {
   return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
 }
-inline void grid_dependency_wait() {}
+inline void grid_dependency_wait() {
+  const emulation::Grid* before = emulation::Grid::current()->before.get();
+  while (before != nullptr && before->ended != before->blocks) emulation::Block::current()->yield();
+}
+inline void let_dependents_begin() { emulation::Block::current()->let_dependents_begin(); }
 
 }  // namespace mnnvl::kernels

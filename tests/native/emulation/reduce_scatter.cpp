@@ -1,0 +1,1 @@
+#include "kernels/lamport/reduce_scatter.cu"

@@ -1,0 +1,1 @@
+#include "kernels/lamport/twoshot_allreduce.cu"

@@ -1,0 +1,163 @@
+// The plain all-reduces and the reduce-scatter of float sums, their source run on a CPU (native/emulation), among ranks
+// that are threads: every byte as cpu/ makes it, by one launch and by chains of them, whose calls begin before the one
+// before has ended.
+#include <cstring>
+#include <thread>
+
+#include "cpu/reduce.h"
+#include "native/emulation/group.h"
+#include "native/harness.h"
+
+namespace mnnvl::test {
+namespace {
+
+constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
+
+// The same for every rank, but for what only it sees.
+struct Case {
+  Dtype dtype;
+  ReduceOp op;
+  Strategy strategy;
+  int64_t numel;
+  std::vector<Bytes> inputs;
+  Bytes expected;
+
+  Case(uint64_t seed, int world_size, int64_t most_bytes) {
+    Random random(seed);
+    dtype = kDtypes[random.below(3)];
+    op = random.below(3) == 0 ? ReduceOp::kAvg : ReduceOp::kSum;
+    strategy = random.below(4) == 0 ? Strategy::kOneShot : Strategy::kTwoShot;
+    const int64_t most = most_bytes / element_size(dtype);
+    numel = 1 + random.below(random.below(4) == 0 ? 100 : most);
+    std::vector<const std::byte*> sources;
+    for (int r = 0; r < world_size; ++r) inputs.push_back(elements(random, dtype, numel));
+    for (const Bytes& input : inputs) sources.push_back(input.data());
+    expected.resize(inputs[0].size());
+    cpu::reduce_function(dtype, op)(sources.data(), world_size, expected.data(), nullptr, numel);
+  }
+};
+
+void check_same(const std::byte* got, const Bytes& wanted, uint64_t seed) {
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    CHECK(got[i] == wanted[i], "case ", seed, ", byte ", i, " of ", wanted.size(), ": ", int(got[i]), " for ",
+          int(wanted[i]));
+  }
+}
+
+// A rank may launch chains or not, for either reason, be slow, reduce in place, and begin anywhere.
+void run_cases(int world_size, int64_t stage_bytes, int multiprocessors, uint64_t first, int count) {
+  const LamportGroup group(world_size, stage_bytes, multiprocessors);
+  const int64_t most = 12 * stage_bytes;
+  run_threads(world_size, [&](int rank) {
+    for (uint64_t seed = first; seed < first + uint64_t(count); ++seed) {
+      const Case one(seed, world_size, most);
+      Random random(seed * 100 + uint64_t(rank));
+      const Bytes& input = one.inputs[size_t(rank)];
+      const size_t apart = random.below(3) == 0 ? size_t(element_size(one.dtype)) : 0;
+      Bytes in(apart), out(apart + input.size(), std::byte{0x5a});
+      in.insert(in.end(), input.begin(), input.end());
+      AllReduceRequest request;
+      request.in = in.data() + apart;
+      request.out = random.below(2) == 0 ? in.data() + apart : out.data() + apart;
+      request.numel = one.numel;
+      request.dtype = one.dtype;
+      request.op = one.op;
+      request.strategy = one.strategy;
+      request.pdl = random.below(4) != 0;
+      if (random.below(8) == 0) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+      group.run(rank, request, /*alone=*/random.below(2) == 0);
+      check_same(static_cast<const std::byte*>(request.out), one.expected, seed);
+    }
+  });
+  group.check_clear();
+}
+
+TEST(all_reduces_on_the_device_are_those_of_the_cpu) {
+  for (int world_size : {2, 3, 4, 5, 8}) {
+    const auto seed = uint64_t(1000 * world_size);
+    run_cases(world_size, 4 << 10, 1, seed, iterations(24));  // up to a dozen launches a call, of one block
+    run_cases(world_size, 24 << 10, 3, seed + 100, iterations(6));
+  }
+}
+
+// Chains and nothing else, one right behind the other, of ranks that differ in speed.
+TEST(chains_of_all_reduces_follow_each_other) {
+  for (int world_size : {2, 3, 4}) {
+    const LamportGroup group(world_size, 2 << 10, /*multiprocessors=*/1);
+    run_threads(world_size, [&](int rank) {
+      Random random{uint64_t(rank)};
+      constexpr size_t kNumel = 10'000;
+      std::vector<float> in(kNumel), out(kNumel);
+      for (int call = 0; call < iterations(40); ++call) {
+        for (size_t i = 0; i < kNumel; ++i) in[i] = float((rank + 1) * (int(i % 97) + call));
+        AllReduceRequest request;
+        request.in = in.data();
+        request.out = out.data();
+        request.numel = kNumel;
+        request.strategy = Strategy::kTwoShot;
+        request.pdl = true;
+        if (random.below(5) == 0) std::this_thread::sleep_for(std::chrono::microseconds(random.below(3000)));
+        group.run(rank, request);
+        const float ranks = float(world_size * (world_size + 1) / 2);
+        for (size_t i = 0; i < kNumel; ++i) {
+          CHECK(out[i] == ranks * float(int(i % 97) + call), "call ", call, ", element ", i, ": ", out[i]);
+        }
+      }
+    });
+    group.check_clear();
+  }
+}
+
+// Every launch of a chain ends, also those that have scattered already.
+TEST(a_chain_without_a_rank_ends_at_the_deadline) {
+  for (int world_size : {2, 3}) {
+    const LamportGroup group(world_size, 2 << 10, /*multiprocessors=*/1, /*timeout_ms=*/300);
+    run_threads(world_size, [&](int rank) {
+      std::vector<float> data(10'000, 1.0f);
+      AllReduceRequest request;
+      request.in = request.out = data.data();
+      request.numel = int64_t(data.size());
+      request.strategy = Strategy::kTwoShot;
+      request.pdl = true;
+      group.run(rank, request);
+      CHECK(group.record(rank).valid == 0, "the call with all ranks failed");
+      if (rank == 1) return;
+      for (int call = 0; call < 2; ++call) group.run(rank, request);
+      CHECK(group.record(rank).valid == 1 && group.record(rank).peer == 1, "names ", group.record(rank).peer);
+    });
+  }
+}
+
+TEST(reduce_scatters_on_the_device_are_those_of_the_cpu) {
+  for (int world_size : {2, 3, 5}) {
+    const LamportGroup group(world_size, 8 << 10, /*multiprocessors=*/2);
+    run_threads(world_size, [&](int rank) {
+      for (uint64_t seed = 1; seed <= uint64_t(iterations(30)); ++seed) {
+        Random random(seed);
+        const Dtype dtype = kDtypes[random.below(3)];
+        const int64_t numel = 1 + random.below(20'000), bytes = numel * element_size(dtype);
+        std::vector<Bytes> inputs;  // [source]: the parts of all destinations
+        for (int r = 0; r < world_size; ++r) inputs.push_back(elements(random, dtype, numel * world_size));
+        std::vector<const std::byte*> parts;
+        std::vector<const void*> mine;
+        for (int r = 0; r < world_size; ++r) {
+          parts.push_back(inputs[size_t(r)].data() + rank * bytes);
+          mine.push_back(inputs[size_t(rank)].data() + r * bytes);
+        }
+        Bytes expected(static_cast<size_t>(bytes)), out(expected.size());
+        cpu::reduce_function(dtype, ReduceOp::kSum)(parts.data(), world_size, expected.data(), nullptr, numel);
+        ReduceScatterRequest request;
+        request.ins = mine.data();
+        request.out = out.data();
+        request.numel = numel;
+        request.dtype = dtype;
+        group.run(rank, request);
+        check_same(out.data(), expected, seed);
+      }
+    });
+    group.check_clear();
+  }
+}
+
+}  // namespace
+}  // namespace mnnvl::test
