@@ -13,6 +13,7 @@ from mnnvl_backend.flashinfer.strategy import STRATEGY_NAMES, MNNVLAllreduceFusi
 MIN_WORKSPACE_BYTES = 1 << 20
 MAX_WORKSPACE_BYTES = 1 << 40  # more than any device has; what is computed from it stays far from overflow
 MAX_WORLD_SIZE = 72  # csrc/protocol/types.h
+MAX_CTAS = 1024  # more than any GPU has multiprocessors
 BOOTSTRAPS = ("auto", "nccl", "store")
 
 
@@ -31,8 +32,13 @@ class Options:
             allows several ranks on one GPU; "auto": NCCL for fabric handles, the store for file descriptors, which
             NCCL can't carry. CPU tensors always use the store.
         pdl: launch kernels as programmatic dependents of those before (CUDA), which saves the time of a launch: they
-            wait for those before they touch anything. Large all-reduces then overlap their own parts. May differ
-            between ranks.
+            wait for those before they touch anything. May differ between ranks.
+        overlap: let the parts of an all-reduce that is too large for one launch overlap (CUDA, with `pdl`). Faster, but
+            two of them together may fill the GPU: only for programs in which nothing that waits for a peer, of this
+            group (messages) or another, is ever under way beside such a call. May differ between ranks.
+        max_ctas: most thread blocks of a launch, so most multiprocessors that a call takes of the GPU, 1 to 1024, the
+            same on every rank; None: as many as are useful. NCCL's of the same name. Reductions other than float sums
+            may take more, up to one for each lane of their messages.
 
     Raises:
         TypeError, ValueError: naming the argument, when made and again when a group takes the options.
@@ -44,6 +50,8 @@ class Options:
     multicast: bool | Literal["auto"] = "auto"
     bootstrap: Literal["auto", "nccl", "store"] = "auto"
     pdl: bool = True
+    overlap: bool = False
+    max_ctas: int | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -72,3 +80,6 @@ class Options:
         if self.bootstrap not in BOOTSTRAPS:
             raise arguments.wrong_value("Options.bootstrap", expected, self.bootstrap)
         arguments.instance("Options.pdl", self.pdl, bool, "True or False")
+        arguments.instance("Options.overlap", self.overlap, bool, "True or False")
+        if self.max_ctas is not None:
+            self.max_ctas = arguments.integer("Options.max_ctas", self.max_ctas, 1, MAX_CTAS)

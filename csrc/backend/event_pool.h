@@ -17,7 +17,7 @@ class EventPool {
  public:
   explicit EventPool(c10::DeviceType type) : shared_(std::make_shared<Shared>(type)) {}
 
-  // To be recorded before it is asked or waited for. One that is recorded in a capture had better not come back.
+  // To be recorded before it is asked or waited for, whatever it was recorded in before.
   std::shared_ptr<c10::Event> take() {
     std::unique_ptr<c10::Event> event;
     {

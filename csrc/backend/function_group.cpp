@@ -1,6 +1,7 @@
 #include "backend/function_group.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/DispatchKeySet.h>
@@ -43,12 +44,14 @@ bool is_plain(const at::Tensor& tensor) {
   return tensor.defined() && (tensor.key_set() | kUsual) == kUsual && !tensor.requires_grad();
 }
 
-// Modes of this thread that want to see operators: fake tensors, functionalisation, transforms, TorchDispatchModes.
+// Whether anything of this thread wants to see operators: fake tensors, functionalisation, transforms, tracing, modes.
+// Autocast has nothing to do for this one.
 bool is_traced() {
-  constexpr c10::DispatchKeySet kTracing(
-      {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
-       c10::DispatchKey::FuncTorchDynamicLayerBackMode, c10::DispatchKey::Functionalize});
-  return c10::impl::tls_local_dispatch_key_set().included_.has_any(kTracing);
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kAtRest(
+      {DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
+  const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
+  return (included | kAtRest) != kAtRest || at::impl::torch_function_mode_enabled();
 }
 
 }  // namespace

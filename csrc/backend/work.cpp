@@ -122,6 +122,7 @@ CudaWork::CudaWork(const Call& call, Place place, std::shared_ptr<GroupState> st
     for (const auto* list : {&call.inputs, &call.outputs, &call.landing}) {
       kept_.insert(kept_.end(), list->begin(), list->end());
     }
+    make_done();
   }
   // For the profiler the call ends here; its kernels are in the trace by themselves.
   if (recordFunctionEndCallback_) {
@@ -178,16 +179,19 @@ std::exception_ptr CudaWork::exception() const {
   return nullptr;
 }
 
-// The future records the end on the current stream: this work's, where nothing but later calls of the group can have
-// come between if the work is asynchronous.
+// The future records the end on the current stream. Later it would wait for what came meanwhile, too, which may be a
+// message that needs it; of a synchronous call, on the caller's own stream, nobody asks for it.
+void CudaWork::make_done() {
+  future_ = make_future({place_.stream.device()});
+  future_->markCompleted(c10::IValue(outputs_));
+}
+
 c10::intrusive_ptr<Future> CudaWork::getFuture() {
   at_torch_boundary([this] { birthplace_.check("work"); });
   std::lock_guard<std::mutex> lock(mutex_);
   if (!future_) {
     const c10::StreamGuard guard(place_.stream);
-    auto future = make_future({place_.stream.device()});
-    future->markCompleted(c10::IValue(outputs_));
-    future_ = std::move(future);
+    make_done();
   }
   return future_;
 }

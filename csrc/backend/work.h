@@ -72,6 +72,7 @@ class CudaWork final : public c10d::Work {
 
  private:
   void check() const;
+  void make_done();
   void record_memory(const std::vector<at::Tensor>& tensors) const;
   void wait_on_host(std::chrono::milliseconds timeout);
 
@@ -85,7 +86,7 @@ class CudaWork final : public c10d::Work {
   // that the call was made on needs no record of the other in the allocator, which in a capture would keep the memory
   // from every reuse.
   std::vector<at::Tensor> kept_;  // under mutex_, as is the future
-  c10::intrusive_ptr<c10::ivalue::Future> future_;  // made when asked for
+  c10::intrusive_ptr<c10::ivalue::Future> future_;  // of a synchronous call made when asked for
 };
 
 // The current stream of a device; the guard's own interface, whatever the device type.

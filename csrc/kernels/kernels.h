@@ -15,7 +15,8 @@ namespace mnnvl::kernels {
 struct Launch {
   int threads = 128;
   int cluster = 1;         // blocks of a cluster; divides the blocks
-  bool pdl = false;        // programmatic dependent launch: the kernel waits for its predecessor before shared state
+  bool pdl = false;        // programmatic dependent launch: the kernel waits for its predecessor, early parts of a
+                           // chain (below) after their scatter
   void* stream = nullptr;  // cudaStream_t
 };
 

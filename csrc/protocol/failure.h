@@ -17,7 +17,7 @@ enum class FailureCause : uint32_t {
   kLocalAbort = 4,  // abort() on this rank
   kMismatch = 5,    // the peer came with another call
   kLocalError = 6,  // this rank failed in a call of its own, or on its other device type
-  kConcurrent = 7,  // two kernels of this rank at once on one channel, which only a captured graph can bring about
+  kConcurrent = 7,  // two kernels of this rank at once where one may be, which only a captured graph can bring about
 };
 
 // Two calls that differ, or the two ends of a message: pack()ed CallDescriptors and their tags.

@@ -75,7 +75,7 @@ std::string found(const FailureRecord& record) {
     case FailureCause::kLocalError: return str(", in another of its calls");
     case FailureCause::kMismatch:
       return str(": its call or message differs from that of rank ", finder, ", whose error names both");
-    case FailureCause::kConcurrent: return str(", in two sends or receives at once");
+    case FailureCause::kConcurrent: return str(", in two calls at once where one may be");
     case FailureCause::kNone:
     case FailureCause::kPeerFailed: break;
   }
@@ -194,7 +194,8 @@ Error to_error(const FailureRecord& record, double waited_seconds, const Failure
     case FailureCause::kConcurrent:
       return Error(
           ErrorKind::kAborted,
-          str("mnnvl: rank ", record.rank, " stopped", place, " with rank ", record.peer,
+          str("mnnvl: rank ", record.rank, " stopped", place,
+              record.peer == record.rank ? "" : str(" with rank ", record.peer),
               ": a captured graph that holds one was replayed while another was under way; wait for it first"));
     case FailureCause::kDeadline:
     case FailureCause::kNone: break;

@@ -23,8 +23,8 @@ void launch_lamport(const LaunchContext& context, const AllReduceRequest& reques
   shape.threads = choice.threads;
   shape.pdl = request.pdl || context.pdl;
   shape.stream = context.stream;
-  // Two calls of a chain are on the GPU together, and leave no room to another group's.
-  const bool chained = choice.chained && shape.pdl && context.alone;
+  // Two calls of a chain are on the GPU together, and leave no room to any other kernel: only on request.
+  const bool chained = choice.chained && shape.pdl && context.overlap;
   kernels::AllReduceParams params;
   params.group = context.group;
   params.dtype = request.dtype;
@@ -77,7 +77,7 @@ void launch_exchange(const LaunchContext& context, const Exchange& exchange) {
   params.send_shape = shape_of(context, exchange.kind, exchange.sends);
   params.receive_shape = shape_of(context, exchange.kind, exchange.receives);
   params.copy = exchange.copy;
-  params.copy.blocks = choose_copy_blocks(params.copy.bytes);
+  params.copy.blocks = choose_copy_blocks(context.shape, params.copy.bytes);
   kernels::Launch shape;
   shape.threads = kernels::kMaxExchangeThreads;
   shape.pdl = context.pdl;

@@ -14,7 +14,7 @@ struct LaunchContext {
   GroupShape shape;
   Strategy strategy = Strategy::kAuto;  // for requests that ask for kAuto
   bool pdl = false;    // launch so whether a request asks for it or not
-  bool alone = true;   // no other group of this process uses the device; may differ between ranks
+  bool overlap = false;  // of the parts of a large all-reduce, launched with `pdl`; may differ between ranks
   void* stream = nullptr;
   TransportCounters* counters = nullptr;  // may stay null
 };

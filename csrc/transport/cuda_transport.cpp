@@ -1,10 +1,8 @@
 // Requests on a GPU: kernels over the peer-mapped workspace.
+#include <algorithm>
 #include <atomic>
-#include <map>
-#include <memory>
 #include <mutex>
 #include <optional>
-#include <utility>
 
 #include "bootstrap/agreement.h"
 #include "common/error.h"
@@ -46,30 +44,6 @@ const NcclLibrary* nccl_for(const TransportOptions& options) {
   }
 }
 
-// How many groups of this process use each device, whichever thread makes them.
-class Presence {
- public:
-  explicit Presence(int device) : count_(count_of(device)) { ++*count_; }
-  ~Presence() { leave(); }
-  bool alone() const { return *count_ <= 1; }
-  void leave() {
-    if (!std::exchange(left_, true)) --*count_;
-  }
-
- private:
-  static std::shared_ptr<std::atomic<int>> count_of(int device) {
-    static std::mutex mutex;
-    static std::map<int, std::shared_ptr<std::atomic<int>>> counts;
-    std::lock_guard<std::mutex> lock(mutex);
-    auto& count = counts[device];
-    if (!count) count = std::make_shared<std::atomic<int>>(0);
-    return count;
-  }
-
-  const std::shared_ptr<std::atomic<int>> count_;
-  bool left_ = false;
-};
-
 struct MailboxDeleter {
   void operator()(HostMailbox* mailbox) const { kernels::table().host.free_mailbox(mailbox); }
 };
@@ -77,9 +51,10 @@ struct MailboxDeleter {
 class CudaTransport final : public Transport {
  public:
   CudaTransport(Exchange& exchange, int device, const TransportOptions& options)
-      : device_(device), present_(device), log_(options.log), counters_(options.counters) {
+      : device_(device), log_(options.log), counters_(options.counters) {
     context_.strategy = options.strategy;
     context_.pdl = options.pdl;
+    context_.overlap = options.overlap;
     context_.counters = counters_.get();
     timeout_ms_ = options.timeout_ms;
     context_.shape.oneshot_bytes = tuned(options.cuda_oneshot_bytes, exchange.size());
@@ -108,7 +83,6 @@ class CudaTransport final : public Transport {
     watchdog_.reset();  // takes a last look at the mailbox
     if (idle) {
       buffer_.reset();
-      present_.leave();
       return;
     }
     // Kernels may still be running on what would be unmapped: a capture elsewhere forbids the wait, or the context
@@ -184,7 +158,6 @@ class CudaTransport final : public Transport {
     LaunchContext context = context_;
     context.group.timeout_ns = uint64_t(clamp_timeout_ms(run.timeout_ms)) * 1'000'000;
     context.stream = run.stream;
-    context.alone = present_.alone();
     timeout_ms_ = run.timeout_ms;
     return context;
   }
@@ -224,6 +197,9 @@ class CudaTransport final : public Transport {
     group.mailbox = mailbox_.get();
     context_.shape.world_size = exchange.size();
     context_.shape.multiprocessors = buffer_->min_multiprocessors();
+    if (options.max_ctas > 0) {
+      context_.shape.multiprocessors = std::min(context_.shape.multiprocessors, options.max_ctas);
+    }
     context_.shape.layout = group.layout;
     context_.shape.multicast = group.multicast != nullptr;
   }
@@ -279,8 +255,6 @@ class CudaTransport final : public Transport {
 
   // Members are destroyed in reverse: the watchdog before the mailbox it reads.
   const int device_;
-  // From before the set-up's last agreement, so that no rank launches anything of this group before all count it.
-  Presence present_;
   const std::string where_ = str("cuda:", device_);
   const std::function<void(const std::string&)> log_;
   const std::shared_ptr<TransportCounters> counters_;

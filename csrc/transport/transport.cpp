@@ -35,7 +35,8 @@ int64_t tuned(const std::map<int, int64_t>& oneshot_bytes, int world_size) {
 void agree_on_options(Exchange& exchange, const TransportOptions& options, int64_t oneshot_bytes) {
   const std::string mine =
       str("strategy ", int(options.strategy), ", workspace_bytes ", options.workspace_bytes, ", buffer_size_in_bytes ",
-          2 * options.stage_bytes, oneshot_bytes < 0 ? "" : str(", MNNVL_TUNING with oneshot_bytes ", oneshot_bytes));
+          2 * options.stage_bytes, options.max_ctas == 0 ? "" : str(", max_ctas ", options.max_ctas),
+          oneshot_bytes < 0 ? "" : str(", MNNVL_TUNING with oneshot_bytes ", oneshot_bytes));
   const std::vector<std::string> all = exchange.all_gather(mine);
   for (int r = 1; r < exchange.size(); ++r) {
     if (all[r] != all[0]) {

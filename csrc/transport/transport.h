@@ -25,6 +25,8 @@ struct TransportOptions {
   // By world size, where somebody has measured it: up to how many bytes kAuto takes one shot. Goes before the tables.
   std::map<int, int64_t> cpu_oneshot_bytes, cuda_oneshot_bytes;
   bool pdl = false;  // GPU: programmatic dependent launches also where a request doesn't ask; may differ between ranks
+  bool overlap = false;  // GPU: parts of a large all-reduce overlap, and may fill it; may differ between ranks
+  int max_ctas = 0;  // GPU: most blocks of a launch, and so multiprocessors that it takes; 0: all there are
   bool multicast = true;  // allowed; used where every rank can
   std::string multicast_forbidden;  // the switches that forbid multicast objects, "NAME=value"; empty: none
   Bootstrap bootstrap = Bootstrap::kAuto;

@@ -38,6 +38,11 @@ void chain(AllReduceChoice& choice, int world, int64_t numel, int element) {
   choice.chained = true;
 }
 
+// Of one role: a launch has blocks that send, that receive, and that copy.
+int most_exchange_blocks(const GroupShape& group) {
+  return std::clamp(group.multiprocessors / 3, 1, kMaxExchangeBlocks);
+}
+
 }  // namespace
 
 const char* name(Algorithm algorithm) {
@@ -110,17 +115,17 @@ FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_pack
 int choose_exchange_blocks(const GroupShape& group, ChannelKind kind, int channels, int lanes) {
   if (channels == 0) return 0;
   const int all = channels * lanes, least = int(ceil_div(all, kMaxBlockLanes));
-  int most = kMaxExchangeBlocks;
+  int most = most_exchange_blocks(group);
   if (kind == ChannelKind::kPointToPoint) {
     const int share = group.multiprocessors / (2 * (group.world_size - 1));  // of one peer and direction
-    most = channels * std::clamp(share, 1, kMaxExchangeBlocks);
+    most = channels * std::clamp(share, 1, most);
   }
   return std::max(least, std::min(all, most));
 }
 
-int choose_copy_blocks(int64_t bytes) {
+int choose_copy_blocks(const GroupShape& group, int64_t bytes) {
   constexpr int64_t kBytesABlock = 32 << 10;
-  return int(min64(kMaxExchangeBlocks, ceil_div(bytes, kBytesABlock)));
+  return int(min64(most_exchange_blocks(group), ceil_div(bytes, kBytesABlock)));
 }
 
 }  // namespace mnnvl

@@ -14,7 +14,7 @@ const char* name(Algorithm algorithm);
 // All of it is the same on every rank of a group, so that every rank chooses the same.
 struct GroupShape {
   int world_size = 1;
-  int multiprocessors = 132;  // smallest of the group
+  int multiprocessors = 132;  // smallest of the group, or as many as it may take
   WorkspaceLayout layout{};
   bool multicast = false;
   int64_t oneshot_bytes = -1;  // AUTO takes one shot up to so many bytes of the tensor; -1: what the table says
@@ -59,6 +59,6 @@ constexpr int kMaxBlockLanes = 32;
 int choose_exchange_blocks(const GroupShape& group, ChannelKind kind, int channels, int lanes);
 
 // Blocks for a copy of this rank's own contribution, beside what moves.
-int choose_copy_blocks(int64_t bytes);
+int choose_copy_blocks(const GroupShape& group, int64_t bytes);
 
 }  // namespace mnnvl

@@ -64,6 +64,10 @@ class Group:
     def prepare(self, operation: Operation, like: torch.Tensor) -> Prepared:
         return self._makers[operation.name](torch.empty_like(like))
 
+    def asynchronous(self, x: torch.Tensor) -> Callable[[], dist.Work]:
+        """An all-reduce of `x` that the caller waits for."""
+        return lambda: dist.all_reduce(x, group=self._group, async_op=True)
+
     def _all_reduce(self, x: torch.Tensor) -> Prepared:
         return Prepared(lambda: dist.all_reduce(x, group=self._group), x, x)
 

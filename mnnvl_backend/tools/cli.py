@@ -71,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="instead: the fused all-reduce + residual + RMS norm, also quantized, beside NCCL or gloo and torch's own",
     )
+    bench.add_argument(
+        "--beside-gemm",
+        action="store_true",
+        help="instead: asynchronous all-reduces beside matrix products on another stream, of mnnvl and NCCL",
+    )
     bench.add_argument("--hidden", type=_counts, help="of --fused, comma-separated; default 4096, on CUDA also 7168")
     bench.add_argument(
         "--tokens", type=_counts, help="of --fused, comma-separated; default powers of two up to 256, on CUDA 2048"
@@ -140,6 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mnnvl_backend.tools import bench_fused
 
         return bench_fused.run(arguments)
+    if arguments.beside_gemm:
+        from mnnvl_backend.tools import bench_beside
+
+        return bench_beside.run(arguments)
     from mnnvl_backend.tools import bench
 
     return bench.run(arguments)

@@ -25,7 +25,7 @@ VARIANTS = 4  # inputs prepared per call; a replay takes one at random, so a res
 REPLAYS = 100
 # Both sides of every crossover between algorithms, and more than one launch can carry.
 SIZES = [(7, torch.bfloat16), (5001, torch.float32), (300_001, torch.bfloat16), (70_000, torch.float16),
-         (5_000_003, torch.bfloat16), (8, torch.float32), (1_100_000, torch.float32)]  # fmt: skip
+         (9_000_001, torch.bfloat16), (8, torch.float32), (1_100_000, torch.float32)]  # fmt: skip
 
 
 def world_sizes() -> list[int]:
@@ -177,11 +177,13 @@ def sizes_body(rank: Rank) -> None:
     replay_and_check(rank, [(capture(steps), steps)], seed=1)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "oneshot", "twoshot"])
+@pytest.mark.parametrize("strategy", ["auto", "oneshot", "twoshot", "overlap"])
 @pytest.mark.parametrize("world_size", world_sizes())
 def test_sizes_replayed_between_eager_calls(ranks, world_size, strategy):
     """100 replays of an odd number of calls, fresh inputs each time, every bit checked."""
-    ranks(sizes_body, world_size, "cuda", timeout=115, options={"strategy": strategy})
+    overlap = {"strategy": "twoshot", "overlap": True, "workspace_bytes": 2 << 20}  # parts of half a megabyte
+    options = overlap if strategy == "overlap" else {"strategy": strategy}
+    ranks(sizes_body, world_size, "cuda", timeout=115, options=options)
 
 
 def kinds_body(rank: Rank) -> None:

@@ -93,6 +93,38 @@ def test_overlapping_subgroups_with_options(ranks, device):
     ranks(subgroups_body, 4, device)
 
 
+def few_blocks_body(rank: Rank) -> None:
+    """Everything that a launch's blocks are dealt out by, on very few; and large all-reduces, which go in parts."""
+    n, device = rank.world_size, rank.device
+    for count in (1, 3):
+        group = dist.new_group(backend="mnnvl", pg_options=rank.options(max_ctas=count, workspace_bytes=1 << 20))
+        for numel in (7, 100_001, 2_000_003):
+            inputs = [random_input(r, numel, torch.bfloat16, numel) for r in range(n)]
+            mine, expected = inputs[rank.rank].to(device), rank_order_sum(inputs)
+            x = mine.clone()
+            for _ in range(2):
+                dist.all_reduce(x.copy_(mine), group=group)
+                assert_bits(x, expected, f"{numel} on {count}")
+            whole = torch.empty(n * numel, dtype=torch.bfloat16, device=device)
+            dist.all_gather_into_tensor(whole, mine, group=group)
+            assert_bits(whole, torch.cat(inputs), f"{numel} gathered on {count}")
+            dist.reduce_scatter_tensor(x, whole, group=group)
+            part = inputs[rank.rank]
+            assert_bits(x, rank_order_sum([part] * n), f"{numel} scattered on {count}")
+            numbers = torch.arange(numel, device=device)
+            largest = numbers * (rank.rank + 1)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+            assert (largest == numbers * n).all()
+        dist.destroy_process_group(group)
+    differ = dist.new_group(backend="mnnvl", pg_options=rank.options(max_ctas=1 + rank.rank))
+    with pytest.raises(ValueError, match="options differ: rank 0 has .* max_ctas 1; rank 1 has .* max_ctas 2"):
+        dist.all_reduce(torch.ones(1, device=device), group=differ)
+
+
+def test_on_few_blocks(ranks, device):
+    ranks(few_blocks_body, 2, device, timeout=120)
+
+
 def wrong_options_body(rank: Rank) -> None:
     with pytest.raises(TypeError, match=r"expected mnnvl_backend\.Options, got dict"):
         dist.new_group(backend="mnnvl", pg_options={"strategy": "oneshot"})

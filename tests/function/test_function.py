@@ -11,6 +11,7 @@ import torch
 from launcher import Rank
 from reference import DTYPES, assert_bits, every_16_bit_pattern, random_input, rank_order_sum
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from workspaces import workspace_of
 
 from mnnvl_backend import MNNVLAllreduceFusionStrategy as Strategy
@@ -82,6 +83,12 @@ def usual_body(rank: Rank) -> None:
             assert not usual(x, out)
         with torch.profiler.profile():
             assert not usual(x, out)
+        with torch.utils._device.DeviceContext(rank.device):  # a mode that sees functions
+            assert not usual(x, out)
+        traced: list[bool] = []
+        torch.jit.trace(lambda x: traced.append(usual(x, out)) or x + 1, x, check_trace=False)
+        make_fx(lambda x: traced.append(usual(x, out)) or x + 1, pre_dispatch=True)(x)
+        assert traced == [False, False]
         workspace.checkpoint_prepare()
         assert not usual(x, out)
         workspace.checkpoint_restore()

@@ -59,6 +59,32 @@ TEST(tuning_every_choice_can_be_run) {
   }
 }
 
+// Each stage of a two-shot has room for all slices that lie there, and none has more packs than kernels can count.
+TEST(tuning_two_shots_fit_into_a_generation) {
+  for (int world_size = 2; world_size <= kMaxWorldSize; ++world_size) {
+    for (int64_t workspace : {int64_t{1} << 20, int64_t{64} << 20, int64_t{1} << 40}) {
+      for (bool multicast : {false, true}) {
+        const WorkspaceLayout l = group_of(world_size, workspace).layout;
+        const int64_t packs = ceil_div(l.twoshot_capacity(world_size, 2, multicast) * 2, kPackBytes);
+        const int64_t slices = multicast ? world_size : world_size - 1, slice = slice_packs(packs, world_size);
+        CHECK(slices * slice * kPackBytes <= l.generation_bytes / 2 && packs <= int64_t{1} << 30, packs, " packs");
+        CHECK(
+            (slices * (slice + 1) + slices) * kPackBytes > l.generation_bytes / 2 || packs > (1 << 30) - 2 * world_size,
+            "room is left for ", world_size, " ranks");
+      }
+    }
+  }
+}
+
+TEST(tuning_large_two_shots_are_chains) {
+  for (int world_size : {2, 3, 4, 8, 72}) {
+    for (int64_t numel : {int64_t{16} << 20, (int64_t{64} << 20) + 1, int64_t{1} << 30}) {
+      CHECK(choose_all_reduce(group_of(world_size), numel, Dtype::kBFloat16, Strategy::kAuto).chained, numel);
+    }
+    CHECK(!choose_all_reduce(group_of(world_size), 1 << 20, Dtype::kBFloat16, Strategy::kTwoShot).chained);
+  }
+}
+
 TEST(tuning_exchanges_can_be_run) {
   for (int world_size = 2; world_size <= kMaxWorldSize; ++world_size) {
     const GroupShape group = group_of(world_size);
@@ -69,6 +95,13 @@ TEST(tuning_exchanges_can_be_run) {
           CHECK(blocks <= all && (blocks > 0) == (channels > 0), blocks, " blocks for ", all, " lanes");
           CHECK(channels == 0 || ceil_div(all, blocks) <= kMaxBlockLanes, "a signal warp has a thread a lane");
         }
+      }
+      // No launch takes more than it may, but for the lanes that a block can't serve.
+      GroupShape few = group;
+      for (few.multiprocessors = 1; few.multiprocessors < 40; few.multiprocessors += 3) {
+        const int least = int(ceil_div(int64_t{world_size - 1} * lanes, kMaxBlockLanes));
+        const int one = choose_exchange_blocks(few, ChannelKind::kCollective, world_size - 1, lanes);
+        CHECK(one == least || 3 * one <= few.multiprocessors || one == 1, one, " blocks of ", few.multiprocessors);
       }
       // Everything that can wait at once is on the GPU at once.
       const int one = choose_exchange_blocks(group, ChannelKind::kPointToPoint, 1, lanes);

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launcher import Rank
+from markers import cuda_only
 from torchrun import torchrun
 
 from mnnvl_backend.tools import bench, bench_picture, cli, launch
@@ -193,6 +194,23 @@ def test_smoke(ranks):
     assert done.returncode == 0, done.stderr
     run = {name for name in OPERATIONS if f"# {name}, µs" in done.stdout}
     assert run == set(OPERATIONS) - (bench.MESSAGES if ranks == 1 else set())
+
+
+def test_products_beside_want_gpus():
+    done = run_bench(2, "--device", "cpu", "--beside-gemm")
+    assert done.returncode != 0
+    assert "--beside-gemm: expected GPUs, and two ranks or more" in done.stderr
+
+
+@cuda_only
+def test_products_beside(tmp_path):
+    done = run_bench(2, "--device", "cuda", "--beside-gemm", "--smoke", "--only", "mnnvl", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*-cuda-2-beside-gemm.md")
+    rows = [line for line in file.read_text().splitlines() if "| mnnvl |" in line]
+    assert len(rows) == 9
+    for row in rows:
+        assert all(float(cell) > 0 for cell in row.split("|")[4:8])
 
 
 def test_picture(tmp_path):

@@ -6,9 +6,9 @@
 // once each word has, nothing of it is still to come that could undo the clearing.
 //
 // Safety (the long form: csrc/README.md). Rank A clears the slots of call c in call c. A peer writes there again in
-// call c + kGenerations, which it enters only after finishing the call before. That one needed data which A sent in
-// it, so A had entered it, after its own call c had ended. Kernel boundaries order A's clearing before A's sends. Two
-// generations are enough for that; the third is for chunks that scatter before their predecessor has completed.
+// call c + kGenerations, which it enters only after finishing the call before, or, as an early part of a chain, the one
+// before that. That one needed data which A sent in it, so A had entered it, after its own call c had ended. Kernel
+// boundaries order A's clearing before A's sends. Two generations are enough without chains; the third is for them.
 //
 // A wait that gives up leaves its slots dirty. The group is then broken for good: no later call publishes or reads a
 // pack.
@@ -50,7 +50,7 @@ class LamportCall {
     abort_ = head.y;
     if (aborted()) return false;
     if (head.x == generation_ && head.z == calls_) return true;
-    return give_up(g_, FailureCause::kLocalError, g_.rank, operation_, /*stage=*/0, calls_, calls_, head.z);
+    return give_up(g_, FailureCause::kConcurrent, g_.rank, operation_, /*stage=*/0, calls_, calls_, head.z);
   }
 
   // Offset of a stage of this call's generation in every rank's workspace.

@@ -123,7 +123,8 @@ class TwoShot {
     for (int n = 0; n < kBatch; ++n) {
       if (n >= count) continue;
       const int64_t at = int64_t(owner * slice_ + j + n * step()) * kPackBytes;
-      own[n] = without_negative_zero<T>(load_pack<Unit<T>>(static_cast<const std::byte*>(p_.in) + at, bytes_ - at));
+      const auto* const from = static_cast<const std::byte*>(p_.in) + at;
+      own[n] = without_negative_zero<T>(load_pack<Unit<T>, /*kPastCache=*/true>(from, bytes_ - at));
     }
   }
   __device__ __forceinline__ void store_sum(uint32_t pack, uint4 sum) const {

@@ -58,6 +58,9 @@ struct Grid {
   }
 };
 
+// Launches so far that began before the one before them had ended.
+inline std::atomic<int64_t> early_launches{0};
+
 // The fibers of one block, run by the thread that calls run().
 class Block {
  public:

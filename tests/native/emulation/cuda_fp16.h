@@ -41,6 +41,11 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
 }
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return {__float2bfloat16_rn(v.x), __float2bfloat16_rn(v.y)}; }
 
+template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
+
 // For each half: all ones where they are equal.
 inline uint32_t __vcmpeq2(uint32_t a, uint32_t b) {
   return ((a & 0xffffu) == (b & 0xffffu) ? 0xffffu : 0u) | (a >> 16 == b >> 16 ? 0xffff0000u : 0u);

@@ -41,12 +41,12 @@ class EmulatedGroup {
 
   int world_size() const { return shape_.world_size; }
   const FailureRecord& record(int rank) const { return mailboxes_[size_t(rank)].record; }
-  // `alone`: whether the rank takes the GPU to have no other group.
-  void run(int rank, const Request& request, bool alone = true) const {
+  // `overlap`: of the parts of large all-reduces.
+  void run(int rank, const Request& request, bool overlap = false) const {
     LaunchContext context;
     context.group = groups_[size_t(rank)];
     context.shape = shape_;
-    context.alone = alone;
+    context.overlap = overlap;
     launch(context, request);
   }
 

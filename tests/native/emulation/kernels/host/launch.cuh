@@ -43,6 +43,7 @@ void launch(void (*kernel)(Params), const Params& params, int64_t blocks, const 
   static thread_local std::shared_ptr<emulation::Grid> last;
   static thread_local std::vector<std::unique_ptr<Running>> all;
   const auto grid = std::make_shared<emulation::Grid>(blocks, std::exchange(last, nullptr));
+  if (grid->before != nullptr && grid->before->ended != grid->before->blocks) ++emulation::early_launches;
   all.push_back(std::make_unique<Running>());
   Running& running = *all.back();
   for (int64_t c = 0; c < blocks / shape.cluster; ++c) {
