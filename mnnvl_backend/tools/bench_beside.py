@@ -28,6 +28,7 @@ from mnnvl_backend.tools.launch import Place, start
 ALL_REDUCES = [(1 << 20, 200), (25 << 20, 100), (64 << 20, 60)]
 PRODUCTS = [(2048, 600), (4096, 100), (8192, 12)]
 SAMPLES = 7
+PEERS = ("mnnvl", "nccl")
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ def measure(place: Place, peers: list[Peer], scale: int, samples: int) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Of cli.parser()."""
+    if arguments.only and not set(arguments.only.split(",")) <= set(PEERS):
+        raise SystemExit(f"--only: expected of {', '.join(PEERS)} with --beside-gemm, got {arguments.only}")
     if not arguments.multicast:
         os.environ.update(NO_MULTICAST)
     with start(arguments.device) as place:
@@ -125,8 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise SystemExit("--beside-gemm: expected GPUs, and two ranks or more")
         dist.init_process_group("gloo")
         notes: dict[str, str] = {}
-        usual = ["mnnvl", "nccl"] if place.peer_possible else ["mnnvl"]
-        only = arguments.only.split(",") if arguments.only else usual
+        possible = [*PEERS] if place.peer_possible else ["mnnvl"]
+        only = arguments.only.split(",") if arguments.only else possible
         peers = peers_of(place, OPERATIONS["all_reduce"], ALL_REDUCES[-1][0], only, notes)
         scale, samples = (20, 1) if arguments.smoke else (1, SAMPLES)
         with torch.inference_mode():

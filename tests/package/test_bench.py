@@ -202,6 +202,12 @@ def test_products_beside_want_gpus():
     assert "--beside-gemm: expected GPUs, and two ranks or more" in done.stderr
 
 
+def test_products_beside_have_two_peers():
+    """Those whose calls are asynchronous."""
+    with pytest.raises(SystemExit, match="--only: expected of mnnvl, nccl with --beside-gemm, got mnnvl function"):
+        cli.main(["bench", "--beside-gemm", "--only", "mnnvl function"])
+
+
 @cuda_only
 def test_products_beside(tmp_path):
     done = run_bench(2, "--device", "cuda", "--beside-gemm", "--smoke", "--only", "mnnvl", "--output", str(tmp_path))
