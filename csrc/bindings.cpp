@@ -74,8 +74,8 @@ class Fields {
     read("cpu_oneshot_bytes", options.cpu_oneshot_bytes);
     read("cuda_oneshot_bytes", options.cuda_oneshot_bytes);
     read("pdl", options.pdl);
-    read("overlap", options.overlap);
     read("max_ctas", options.max_ctas);
+    read("async_max_ctas", options.async_max_ctas);
     read("multicast", options.multicast);
     read("multicast_forbidden", options.multicast_forbidden);
     read_enum("bootstrap", options.bootstrap);

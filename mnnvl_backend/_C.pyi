@@ -9,7 +9,7 @@ class _Comm(Protocol):
     def all_gather(self, data: bytes) -> list[bytes]: ...
 
 # The fields of groups, all of them keyword arguments: timeout_ms, workspace_bytes, strategy, cpu_oneshot_bytes and
-# cuda_oneshot_bytes (by world size), pdl, overlap, max_ctas, multicast, multicast_forbidden, bootstrap, host_id,
+# cuda_oneshot_bytes (by world size), pdl, max_ctas, async_max_ctas, multicast, multicast_forbidden, bootstrap, host_id,
 # nccl_path, blocking_wait (config.Settings.fields()).
 
 class ProcessGroupOptions(Backend.Options):

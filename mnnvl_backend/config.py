@@ -14,7 +14,7 @@ from typing import Any
 from mnnvl_backend import tuning as tuning_files
 from mnnvl_backend.compiled import nccl_path
 from mnnvl_backend.flashinfer.strategy import STRATEGY_NAMES, MNNVLAllreduceFusionStrategy
-from mnnvl_backend.options import MAX_CTAS, MAX_WORKSPACE_BYTES, MIN_WORKSPACE_BYTES, Options
+from mnnvl_backend.options import ASYNC_MAX_CTAS, MAX_CTAS, MAX_WORKSPACE_BYTES, MIN_WORKSPACE_BYTES, Options
 
 BOOTSTRAP_CODES = {"nccl": 0, "store": 1, "auto": 2}  # mnnvl::Bootstrap
 DEFAULT_TIMEOUT_MS = 30 * 60 * 1000  # c10d's default, for workspaces, which have no group to take one from
@@ -78,11 +78,10 @@ VARIABLES = [
     Variable("MNNVL_PDL", "0 or 1", "1",
              "0: process groups don't launch kernels as programmatic dependents of those before",
              _choice(**{"0": False, "1": True})),
-    Variable("MNNVL_OVERLAP", "0 or 1", "0",
-             "1: parts of a large all-reduce overlap; they may fill the GPU, so nothing else in flight may need a peer",
-             _choice(**{"0": False, "1": True})),
     Variable("MNNVL_MAX_CTAS", f"1 to {MAX_CTAS}", "as many as are useful",
              "most thread blocks of a launch, the same on every rank", _count),
+    Variable("MNNVL_ASYNC_MAX_CTAS", f"1 to {MAX_CTAS}", str(ASYNC_MAX_CTAS),
+             "most thread blocks of an asynchronous all_reduce or reduce_scatter of floats", _count),
     Variable("MNNVL_MULTICAST", "0, 1 or auto", "auto",
              "0 forbids multicast objects; otherwise used where supported and no other switch forbids them",
              _choice(**{"0": False, "1": True, "auto": "auto"})),
@@ -115,8 +114,8 @@ class Config:
     blocking_wait: bool | None = None
     dump_signal: signal.Signals | None = None
     pdl: bool | None = None
-    overlap: bool | None = None
     max_ctas: int | None = None
+    async_max_ctas: int | None = None
     multicast_forbidden_by: tuple[str, ...] = ()
     tuning: tuning_files.Tuning = NO_TUNING
 
@@ -176,8 +175,8 @@ class Settings:
     multicast_forbidden: str = ""  # the variables that forbid it, as "NCCL_NVLS_ENABLE=0"; empty: none does
     tuning: tuning_files.Tuning = NO_TUNING
     pdl: bool = True
-    overlap: bool = False
     max_ctas: int = 0  # 0: as many as are useful
+    async_max_ctas: int = ASYNC_MAX_CTAS
 
     def fields(self) -> dict[str, Any]:
         """The keyword arguments that every group of the compiled module takes."""
@@ -188,8 +187,8 @@ class Settings:
             "cpu_oneshot_bytes": self.tuning.oneshot_bytes.get("cpu", {}),
             "cuda_oneshot_bytes": self.tuning.oneshot_bytes.get("cuda", {}),
             "pdl": self.pdl,
-            "overlap": self.overlap,
             "max_ctas": self.max_ctas,
+            "async_max_ctas": self.async_max_ctas,
             "multicast": self.multicast,
             "multicast_forbidden": self.multicast_forbidden,
             "bootstrap": BOOTSTRAP_CODES[self.bootstrap],
@@ -209,8 +208,8 @@ def merge(options: Options, config: Config, timeout_ms: int = DEFAULT_TIMEOUT_MS
         workspace_bytes=config.workspace_bytes or options.workspace_bytes or 0,
         strategy=strategy if config.strategy is None else config.strategy,
         pdl=options.pdl if config.pdl is None else config.pdl,
-        overlap=options.overlap if config.overlap is None else config.overlap,
         max_ctas=config.max_ctas or options.max_ctas or 0,
+        async_max_ctas=config.async_max_ctas or options.async_max_ctas,
         multicast=options.multicast is not False and not config.multicast_forbidden_by,
         bootstrap=config.bootstrap or options.bootstrap,
         host_id=config.host_id or "",

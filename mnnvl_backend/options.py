@@ -14,6 +14,7 @@ MIN_WORKSPACE_BYTES = 1 << 20
 MAX_WORKSPACE_BYTES = 1 << 40  # more than any device has; what is computed from it stays far from overflow
 MAX_WORLD_SIZE = 72  # csrc/protocol/types.h
 MAX_CTAS = 1024  # more than any GPU has multiprocessors
+ASYNC_MAX_CTAS = 32
 BOOTSTRAPS = ("auto", "nccl", "store")
 
 
@@ -33,12 +34,12 @@ class Options:
             NCCL can't carry. CPU tensors always use the store.
         pdl: launch kernels as programmatic dependents of those before (CUDA), which saves the time of a launch: they
             wait for those before they touch anything. May differ between ranks.
-        overlap: let the parts of an all-reduce that is too large for one launch overlap (CUDA, with `pdl`). Faster, but
-            two of them together may fill the GPU: only for programs in which nothing that waits for a peer, of this
-            group (messages) or another, is ever under way beside such a call. May differ between ranks.
         max_ctas: most thread blocks of a launch, so most multiprocessors that a call takes of the GPU, 1 to 1024, the
             same on every rank; None: as many as are useful. NCCL's of the same name. Reductions other than float sums
             may take more, up to one for each lane of their messages.
+        async_max_ctas: the same of asynchronous all_reduces and reduce_scatters of float sums (CUDA), which run beside
+            compute: so few blocks are slower than all, and keep no more multiprocessors from it. May differ between
+            ranks. 1024: as many as of synchronous ones.
 
     Raises:
         TypeError, ValueError: naming the argument, when made and again when a group takes the options.
@@ -50,8 +51,8 @@ class Options:
     multicast: bool | Literal["auto"] = "auto"
     bootstrap: Literal["auto", "nccl", "store"] = "auto"
     pdl: bool = True
-    overlap: bool = False
     max_ctas: int | None = None
+    async_max_ctas: int = ASYNC_MAX_CTAS
 
     def __post_init__(self) -> None:
         self.validate()
@@ -80,6 +81,6 @@ class Options:
         if self.bootstrap not in BOOTSTRAPS:
             raise arguments.wrong_value("Options.bootstrap", expected, self.bootstrap)
         arguments.instance("Options.pdl", self.pdl, bool, "True or False")
-        arguments.instance("Options.overlap", self.overlap, bool, "True or False")
         if self.max_ctas is not None:
             self.max_ctas = arguments.integer("Options.max_ctas", self.max_ctas, 1, MAX_CTAS)
+        self.async_max_ctas = arguments.integer("Options.async_max_ctas", self.async_max_ctas, 1, MAX_CTAS)

@@ -28,7 +28,7 @@ declare -A TESTS=(
     tests/function/test_fused.py::test_many_rows[cuda-2]"
   [graphs]="tests/collectives/test_graphs.py::test_sizes_replayed_between_eager_calls[2-oneshot]
     tests/collectives/test_graphs.py::test_sizes_replayed_between_eager_calls[2-twoshot]
-    tests/collectives/test_graphs.py::test_sizes_replayed_between_eager_calls[2-overlap]"
+    tests/collectives/test_graphs.py::test_sizes_replayed_between_eager_calls[2-windows]"
   [operations]="tests/collectives/test_every_operation.py::test_every_operation[cuda-2]"
 )
 declare -A CASES=([fused]=6 [operations]=60) # MNNVL_TEST_CASES; of the operations a quarter on GPUs

@@ -217,6 +217,7 @@ ProcessGroupMNNVL::WorkPtr ProcessGroupMNNVL::run_on_cuda(const Call& call, cons
     Run run;
     run.timeout_ms = timeout_ms;
     run.stream = stream;
+    run.beside_compute = call.async;
     state_->run_body(call, *queue->transport(), run);
     if (call.epilogue) run_below_autograd(call.epilogue);
   };

@@ -15,20 +15,19 @@ namespace mnnvl::kernels {
 struct Launch {
   int threads = 128;
   int cluster = 1;         // blocks of a cluster; divides the blocks
-  bool pdl = false;        // programmatic dependent launch: the kernel waits for its predecessor, early parts of a
-                           // chain (below) after their scatter
+  bool pdl = false;        // programmatic dependent launch: the kernel waits for its predecessor
   void* stream = nullptr;  // cudaStream_t
 };
 
-// How a launch hangs together with the one before and the one behind it, both parts of one tensor, two-shots, launched
-// with `pdl`, and no other kernel between them.
-struct Chain {
-  bool early = false;  // scatters while the one before runs; every rank owns a part of both
-  bool more = false;   // one that is early follows
+// A two-shot takes the slices window by window, a reduce-scatter the parts: `packs` of each at a time,
+// kGenerationWindows of them in a generation; one window may fill a generation alone. The same on every rank.
+struct Windows {
+  int count = 1;
+  uint32_t packs = 0;
 };
 
-// numel within the layout's capacity for the algorithm. `blocks` is the same on every rank, and at most one a
-// multiprocessor, so that kernels of several groups fit together.
+// numel within the layout's capacity for the algorithm, but of a two-shot in windows, where they are. `blocks`: at most
+// one a multiprocessor, so that kernels of several groups fit together; may differ between ranks.
 struct AllReduceParams {
   DeviceGroup group;
   const void* in = nullptr;
@@ -37,10 +36,10 @@ struct AllReduceParams {
   Dtype dtype = Dtype::kFloat32;
   ReduceOp op = ReduceOp::kSum;
   int blocks = 1;
-  Chain chain;
+  Windows windows;  // of a two-shot
 };
 
-// numel within the layout's one-shot capacity; `blocks` as above.
+// As a two-shot in windows; `blocks` as above.
 struct ReduceScatterParams {
   DeviceGroup group;
   const void* ins[kMaxWorldSize] = {};  // [numel] each: the part of each rank
@@ -49,6 +48,7 @@ struct ReduceScatterParams {
   Dtype dtype = Dtype::kFloat32;
   ReduceOp op = ReduceOp::kSum;
   int blocks = 1;
+  Windows windows;
 };
 
 // Some rows of a request, within the layout's capacity; `blocks` as above. What all threads would reckon alike is here.

@@ -11,8 +11,9 @@ constexpr int kMaxWorldSize = 72;     // one NVL72 rack
 constexpr int kMaxFastWorldSize = 8;  // world sizes with a specialised kernel; larger ones take the loop
 constexpr int kPackBytes = 16;        // one vector access; the unit of every Lamport protocol
 
-// Most threads a block of the kernels: what tuning/ may ask for, and what kernels/ compiles for (launch bounds). The
-// all-reduces of larger worlds need more registers a thread.
+// Most threads a block of the kernels: what tuning/ may ask for, and what kernels/ compiles for (launch bounds). They
+// take half of a multiprocessor; the all-reduces of larger worlds need more registers a thread. A block of a two-shot
+// or a reduce-scatter may be of twice as many.
 MNNVL_HOST_DEVICE constexpr int max_all_reduce_threads(int world_size) { return world_size <= 4 ? 512 : 256; }
 // Of the fused ones, which keep more: this many, or half. Blocks of a cluster share a row.
 constexpr int kFusedThreads = 256;

@@ -13,17 +13,23 @@
 namespace mnnvl {
 
 constexpr uint32_t kLamportSentinel = 0x80000000u;  // "nothing here yet": -0.0f, or {+0, -0} in 16-bit pairs
-constexpr int kGenerations = 3;  // two would do for launches in a row; csrc/README.md says why a third stays
+constexpr int kGenerations = 3;  // two would do for launches in a row; windows need more slots before they come round
+// A large two-shot goes in windows, so many to a generation. A block stores nothing of window w before it has finished
+// window w - kWindowLag; csrc/README.md, "Windows", has the conditions below.
+constexpr int kGenerationWindows = 4;
+constexpr int kWindowLag = 3;
+static_assert(kWindowLag >= 2 && kWindowLag < kGenerationWindows &&
+              2 * kWindowLag <= kGenerations * kGenerationWindows);
 constexpr int kStageAlign = 128;
 
 // One cache line that peers may write to, and this rank's state that kernels advance. Zero at rest.
 struct alignas(128) DeviceControl {
   // Read with one 16-byte load at the start of every Lamport kernel.
   uint32_t generation;  // of the next Lamport call, 0..2
-  uint32_t abort;       // abort_word() of the first failure heard of; written by peers and by this rank
-  uint32_t calls;       // Lamport calls so far
-  uint32_t arrivals;    // blocks of the running call that have read this line; wraps to 0
-  uint32_t failed;      // claimed by the first thread that gives up a wait: it alone writes the record
+  uint32_t abort;  // abort_word() of the first failure heard of; written by peers and by this rank
+  uint32_t calls;  // Lamport calls so far
+  uint32_t arrivals;  // blocks of the running call that have read this line; wraps to 0
+  uint32_t failed;  // claimed by the first thread that gives up a wait: it alone writes the record
 };
 static_assert(offsetof(DeviceControl, generation) == 0 && offsetof(DeviceControl, arrivals) == 12, "one 16-byte load");
 
@@ -36,14 +42,14 @@ struct LaneState {
 
 // Pinned host memory, one per workspace, mapped on the device.
 struct HostMailbox {
-  FailureRecord record;       // device to host
+  FailureRecord record;  // device to host
   uint32_t abort;  // host to device: a FailureCause that ends every wait (abort(), or a failure of the host)
   uint32_t dead_ranks[3];  // host to device: bit r set when rank r's process has ended
 };
 
 struct WorkspaceLayout {
   int64_t generation_bytes;  // one Lamport generation; stage 1 of a two-shot starts at its half
-  ChannelLayout channel;     // of every channel
+  ChannelLayout channel;  // of every channel
   int64_t slots_offset;
   int64_t lines_offset;  // from here to the end: zero at rest
   int64_t headers_offset;
@@ -84,11 +90,10 @@ struct WorkspaceLayout {
   MNNVL_HOST_DEVICE constexpr int64_t oneshot_capacity(int world_size, int element_bytes) const {
     return align_down(generation_bytes / world_size, kPackBytes) / element_bytes;
   }
-  // Multicast fills the own slots too; without it a rank has none. Kernels count packs in 32 bits.
-  MNNVL_HOST_DEVICE constexpr int64_t twoshot_capacity(int world_size, int element_bytes, bool multicast) const {
-    constexpr int64_t kMostPacks = int64_t{1} << 30;
-    const int64_t slice = generation_bytes / 2 / kPackBytes / (multicast ? world_size : world_size - 1);
-    return min64(slice, kMostPacks / world_size) * world_size * kPackBytes / element_bytes;
+  // Most packs of each slice that a stage of a two-shot has room for. Multicast fills the own slots too; without it a
+  // rank has none.
+  MNNVL_HOST_DEVICE constexpr int64_t twoshot_slice(int world_size, bool multicast) const {
+    return generation_bytes / 2 / kPackBytes / (multicast ? world_size : world_size - 1);
   }
 
   // Channels. `at` is whose workspace it is, `peer` the other end; a channel's rings lie with its destination.

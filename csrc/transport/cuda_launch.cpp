@@ -12,31 +12,40 @@ namespace {
 
 constexpr int64_t kLeastScatteredBroadcast = int64_t{1} << 20;  // bytes
 
+// As each rank likes: slots go by packs, not by blocks.
+GroupShape lamport_shape(const LaunchContext& context) {
+  GroupShape shape = context.shape;
+  if (context.lamport_blocks > 0 && (shape.max_blocks == 0 || context.lamport_blocks < shape.max_blocks)) {
+    shape.max_blocks = context.lamport_blocks;
+  }
+  return shape;
+}
+
 void launch_lamport(const LaunchContext& context, const AllReduceRequest& request) {
-  const Strategy strategy = request.strategy == Strategy::kAuto ? context.strategy : request.strategy;
-  const AllReduceChoice choice = choose_all_reduce(context.shape, request.numel, request.dtype, strategy);
+  const GroupShape group = lamport_shape(context);
+  Strategy strategy = request.strategy == Strategy::kAuto ? context.strategy : request.strategy;
   const kernels::KernelTable& table = kernels::table();
-  const bool oneshot = choice.algorithm == Algorithm::kOneShotLamport;
-  const auto& kernel = oneshot ? table.oneshot_allreduce : table.twoshot_allreduce;
-  if (TransportCounters* c = context.counters) count_one(oneshot ? c->oneshot_lamport : c->twoshot_lamport);
   kernels::Launch shape;
-  shape.threads = choice.threads;
   shape.pdl = request.pdl || context.pdl;
   shape.stream = context.stream;
-  // Two calls of a chain are on the GPU together, and leave no room to any other kernel: only on request.
-  const bool chained = choice.chained && shape.pdl && context.overlap;
   kernels::AllReduceParams params;
   params.group = context.group;
   params.dtype = request.dtype;
-  params.blocks = choice.blocks;
   params.op = request.op;
-  for (int64_t begin = 0; begin < request.numel; begin += choice.launch_elements) {
+  for (int64_t begin = 0; begin < request.numel; begin += params.numel) {
+    const AllReduceChoice choice = choose_all_reduce(group, request.numel - begin, request.dtype, strategy);
+    const bool oneshot = choice.algorithm == Algorithm::kOneShotLamport;
+    if (begin == 0) {
+      strategy = oneshot ? Strategy::kOneShot : Strategy::kTwoShot;  // of what is left, too
+      if (TransportCounters* c = context.counters) count_one(oneshot ? c->oneshot_lamport : c->twoshot_lamport);
+    }
     params.in = static_cast<const std::byte*>(request.in) + begin * element_size(request.dtype);
     params.out = static_cast<std::byte*>(request.out) + begin * element_size(request.dtype);
     params.numel = min64(choice.launch_elements, request.numel - begin);
-    params.chain.early = chained && begin > 0;
-    params.chain.more = chained && begin + params.numel < request.numel;
-    kernel.launch(params, shape);
+    params.blocks = choice.blocks;
+    params.windows = {choice.windows, choice.window_packs};
+    shape.threads = choice.threads;
+    (oneshot ? table.oneshot_allreduce : table.twoshot_allreduce).launch(params, shape);
   }
 }
 
@@ -173,23 +182,25 @@ void launch_on_channels(const LaunchContext& context, const ReduceScatterRequest
 }
 
 void launch_lamport(const LaunchContext& context, const ReduceScatterRequest& request) {
-  const LamportShape choice = choose_reduce_scatter(context.shape, request.numel, request.dtype);
+  const GroupShape group = lamport_shape(context);
   kernels::Launch shape;
-  shape.threads = choice.threads;
   shape.pdl = context.pdl;
   shape.stream = context.stream;
   kernels::ReduceScatterParams params;
   params.group = context.group;
   params.dtype = request.dtype;
   params.op = request.op;
-  params.blocks = choice.blocks;
-  for (int64_t begin = 0; begin < request.numel; begin += choice.launch_elements) {
+  for (int64_t begin = 0; begin < request.numel; begin += params.numel) {
+    const WindowShape choice = choose_reduce_scatter(group, request.numel - begin, request.dtype);
     const int64_t offset = begin * element_size(request.dtype);
     for (int r = 0; r < context.group.world_size; ++r) {
       params.ins[r] = static_cast<const std::byte*>(request.ins[r]) + offset;
     }
     params.out = static_cast<std::byte*>(request.out) + offset;
     params.numel = min64(choice.launch_elements, request.numel - begin);
+    params.blocks = choice.blocks;
+    params.windows = {choice.windows, choice.window_packs};
+    shape.threads = choice.threads;
     kernels::table().reduce_scatter.launch(params, shape);
   }
 }

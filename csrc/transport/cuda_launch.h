@@ -14,7 +14,8 @@ struct LaunchContext {
   GroupShape shape;
   Strategy strategy = Strategy::kAuto;  // for requests that ask for kAuto
   bool pdl = false;    // launch so whether a request asks for it or not
-  bool overlap = false;  // of the parts of a large all-reduce, launched with `pdl`; may differ between ranks
+  int lamport_blocks =
+      0;  // most blocks of a float sum, but for fused ones; 0: as `shape` says; may differ between ranks
   void* stream = nullptr;
   TransportCounters* counters = nullptr;  // may stay null
 };

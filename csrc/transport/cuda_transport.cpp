@@ -54,7 +54,7 @@ class CudaTransport final : public Transport {
       : device_(device), log_(options.log), counters_(options.counters) {
     context_.strategy = options.strategy;
     context_.pdl = options.pdl;
-    context_.overlap = options.overlap;
+    async_max_ctas_ = options.async_max_ctas;
     context_.counters = counters_.get();
     timeout_ms_ = options.timeout_ms;
     context_.shape.oneshot_bytes = tuned(options.cuda_oneshot_bytes, exchange.size());
@@ -158,6 +158,7 @@ class CudaTransport final : public Transport {
     LaunchContext context = context_;
     context.group.timeout_ns = uint64_t(clamp_timeout_ms(run.timeout_ms)) * 1'000'000;
     context.stream = run.stream;
+    if (run.beside_compute) context.lamport_blocks = async_max_ctas_;
     timeout_ms_ = run.timeout_ms;
     return context;
   }
@@ -197,9 +198,7 @@ class CudaTransport final : public Transport {
     group.mailbox = mailbox_.get();
     context_.shape.world_size = exchange.size();
     context_.shape.multiprocessors = buffer_->min_multiprocessors();
-    if (options.max_ctas > 0) {
-      context_.shape.multiprocessors = std::min(context_.shape.multiprocessors, options.max_ctas);
-    }
+    context_.shape.max_blocks = options.max_ctas;
     context_.shape.layout = group.layout;
     context_.shape.multicast = group.multicast != nullptr;
   }
@@ -259,6 +258,7 @@ class CudaTransport final : public Transport {
   const std::function<void(const std::string&)> log_;
   const std::shared_ptr<TransportCounters> counters_;
   LaunchContext context_{};
+  int async_max_ctas_ = 0;
   std::atomic<int64_t> timeout_ms_{0};  // of the last request, for the words of a failure
   std::mutex close_mutex_;  // buffer_ against close(), its mappings against detach()
   std::atomic<bool> attached_{false};  // changes under close_mutex_

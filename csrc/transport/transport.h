@@ -25,8 +25,8 @@ struct TransportOptions {
   // By world size, where somebody has measured it: up to how many bytes kAuto takes one shot. Goes before the tables.
   std::map<int, int64_t> cpu_oneshot_bytes, cuda_oneshot_bytes;
   bool pdl = false;  // GPU: programmatic dependent launches also where a request doesn't ask; may differ between ranks
-  bool overlap = false;  // GPU: parts of a large all-reduce overlap, and may fill it; may differ between ranks
   int max_ctas = 0;  // GPU: most blocks of a launch, and so multiprocessors that it takes; 0: all there are
+  int async_max_ctas = 0;  // the same of float sums that run beside compute; may differ between ranks
   bool multicast = true;  // allowed; used where every rank can
   std::string multicast_forbidden;  // the switches that forbid multicast objects, "NAME=value"; empty: none
   Bootstrap bootstrap = Bootstrap::kAuto;
@@ -40,6 +40,7 @@ struct TransportOptions {
 struct Run {
   int64_t timeout_ms = 0;  // of every wait, saturating
   void* stream = nullptr;  // the native handle; null on the CPU
+  bool beside_compute = false;  // GPU: leave multiprocessors to others; may differ between ranks
 };
 
 // All Requests are collective and made in the same order on every rank, from one thread at a time. Failures are Errors;

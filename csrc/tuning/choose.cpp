@@ -17,31 +17,49 @@ int64_t oneshot_limit(const GroupShape& group) {
   return oneshot_limit(kCrossovers, group.world_size, group.oneshot_bytes);
 }
 
+int most_blocks(const GroupShape& group) {
+  return group.max_blocks > 0 ? std::min(group.max_blocks, group.multiprocessors) : group.multiprocessors;
+}
+
 // One thread a pack. Few packs go to as few threads a block as still give every multiprocessor work (the more blocks,
 // the sooner the first packs leave); of a two-shot's middle sizes full blocks on half the multiprocessors are faster.
 // From one full block a multiprocessor on, threads take several packs.
 void shape_lamport(LamportShape& choice, bool stores_once, int64_t packs, const GroupShape& group) {
-  const int most = max_all_reduce_threads(group.world_size);
-  const bool middle = stores_once && packs <= int64_t{256} * group.multiprocessors;
-  choice.threads = packs <= int64_t{128} * group.multiprocessors ? 128 : middle ? 256 : most;
-  choice.blocks = int(std::clamp<int64_t>(ceil_div(packs, choice.threads), 1, group.multiprocessors));
+  const int blocks = most_blocks(group), most = max_all_reduce_threads(group.world_size);
+  const bool middle = stores_once && packs <= int64_t{256} * blocks;
+  choice.threads = packs <= int64_t{128} * blocks ? 128 : middle ? 256 : most;
+  choice.blocks = int(std::clamp<int64_t>(ceil_div(packs, choice.threads), 1, blocks));
 }
 
-// Equal parts, so that every rank owns a slice of each: what a call needs that begins before its predecessor's end.
-void chain(AllReduceChoice& choice, int world, int64_t numel, int element) {
-  const int64_t launches = ceil_div(numel, choice.launch_elements);
-  if (launches < 2) return;
-  const int64_t part = align_up(ceil_div(numel, launches), int64_t{world} * kPackBytes / element);
-  const int64_t last = (numel - (launches - 1) * part) * element;
-  if (last <= int64_t{world - 1} * (world - 1) * kPackBytes) return;
-  choice.launch_elements = part;
-  choice.chained = true;
+// Few blocks take their multiprocessors whole: as many as messages leave to them (csrc/README.md, "Progress").
+int most_whole_blocks(const GroupShape& group) { return group.multiprocessors / 4; }
+
+void shape_windows(WindowShape& choice, bool stores_once, const GroupShape& group) {
+  shape_lamport(choice, stores_once, choice.window_packs, group);
+  const int most = max_all_reduce_threads(group.world_size);
+  if (choice.threads < most || most_blocks(group) > most_whole_blocks(group)) return;
+  choice.threads = 2 * most;
+  choice.blocks = int(std::min<int64_t>(choice.blocks, ceil_div(choice.window_packs, choice.threads)));
+}
+
+// Kernels count packs in 32 bits.
+constexpr int64_t kMostPacks = int64_t{1} << 30;
+
+// Equal windows, of whole lines of the caches, of `packs` of which a generation has room for `room`. A workspace so
+// small that ranks could be without packs in more than the last two (csrc/README.md) takes a generation a launch.
+void cut_into_windows(WindowShape& shape, int64_t packs, int64_t room, const GroupShape& group) {
+  constexpr int64_t kLinePacks = 128 / kPackBytes;
+  const int64_t most = align_down(room / kGenerationWindows, kLinePacks);
+  shape.window_packs = uint32_t(std::clamp<int64_t>(packs, 1, room));
+  if (packs > room && most >= 2 * group.world_size) {
+    const int64_t window = align_up(ceil_div(packs, ceil_div(packs, most)), kLinePacks);
+    shape.windows = int(ceil_div(packs, window));
+    shape.window_packs = uint32_t(window);
+  }
 }
 
 // Of one role: a launch has blocks that send, that receive, and that copy.
-int most_exchange_blocks(const GroupShape& group) {
-  return std::clamp(group.multiprocessors / 3, 1, kMaxExchangeBlocks);
-}
+int most_exchange_blocks(const GroupShape& group) { return std::clamp(most_blocks(group) / 3, 1, kMaxExchangeBlocks); }
 
 }  // namespace
 
@@ -62,19 +80,21 @@ AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype 
     shape_lamport(choice, true, std::min(packs, ceil_div(oneshot_elements * element, kPackBytes)), group);
   } else {
     choice.algorithm = Algorithm::kTwoShotLamport;
-    choice.launch_elements = group.layout.twoshot_capacity(world, element, group.multicast);
-    chain(choice, world, numel, element);
-    shape_lamport(choice, false,
-                  slice_packs(std::min(packs, ceil_div(choice.launch_elements * element, kPackBytes)), world), group);
+    cut_into_windows(choice, slice_packs(min64(packs, kMostPacks), world),
+                     group.layout.twoshot_slice(world, group.multicast), group);
+    shape_windows(choice, /*stores_once=*/false, group);
+    choice.launch_elements = int64_t{choice.window_packs} * choice.windows * world * kPackBytes / element;
   }
   return choice;
 }
 
-LamportShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype dtype) {
-  LamportShape shape;
-  shape.launch_elements = group.layout.oneshot_capacity(group.world_size, element_size(dtype));
-  const int64_t bytes = std::min(numel, shape.launch_elements) * element_size(dtype);
-  shape_lamport(shape, true, ceil_div(bytes, kPackBytes), group);
+WindowShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype dtype) {
+  const int element = element_size(dtype);
+  WindowShape shape;
+  cut_into_windows(shape, min64(ceil_div(numel * element, kPackBytes), kMostPacks),
+                   group.layout.generation_bytes / kPackBytes / (group.world_size - 1), group);
+  shape_windows(shape, /*stores_once=*/true, group);
+  shape.launch_elements = int64_t{shape.window_packs} * shape.windows * kPackBytes / element;
   return shape;
 }
 
@@ -106,8 +126,8 @@ FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_pack
   choice.launch_rows = oneshot ? oneshot_rows : twoshot_rows;
   int64_t at_once = min64(rows, choice.launch_rows);
   if (!oneshot) at_once = ceil_div(at_once, world);
-  static_cast<FusedShape&>(choice) = choose_fused_shape(at_once, row_packs, group.multiprocessors);
-  choice.blocks = int(std::clamp<int64_t>(at_once, 1, group.multiprocessors / choice.cluster)) * choice.cluster;
+  static_cast<FusedShape&>(choice) = choose_fused_shape(at_once, row_packs, most_blocks(group));
+  choice.blocks = int(std::clamp<int64_t>(at_once, 1, most_blocks(group) / choice.cluster)) * choice.cluster;
   return choice;
 }
 
@@ -117,7 +137,8 @@ int choose_exchange_blocks(const GroupShape& group, ChannelKind kind, int channe
   const int all = channels * lanes, least = int(ceil_div(all, kMaxBlockLanes));
   int most = most_exchange_blocks(group);
   if (kind == ChannelKind::kPointToPoint) {
-    const int share = group.multiprocessors / (2 * (group.world_size - 1));  // of one peer and direction
+    const int room = std::min(most_blocks(group), group.multiprocessors - most_whole_blocks(group));
+    const int share = room / (2 * (group.world_size - 1));  // of one peer and direction
     most = channels * std::clamp(share, 1, most);
   }
   return std::max(least, std::min(all, most));

@@ -11,10 +11,12 @@ enum class Algorithm : int { kOneShotLamport = 0, kTwoShotLamport = 1 };
 
 const char* name(Algorithm algorithm);
 
-// All of it is the same on every rank of a group, so that every rank chooses the same.
+// The same on every rank of a group, so that every rank chooses the same; but max_blocks may differ from call to call
+// and from rank to rank, where fused rows don't go by it.
 struct GroupShape {
   int world_size = 1;
-  int multiprocessors = 132;  // smallest of the group, or as many as it may take
+  int multiprocessors = 132;  // smallest of the group
+  int max_blocks = 0;  // most blocks of a launch, for fewer multiprocessors than there are; 0: one on each
   WorkspaceLayout layout{};
   bool multicast = false;
   int64_t oneshot_bytes = -1;  // AUTO takes one shot up to so many bytes of the tensor; -1: what the table says
@@ -26,14 +28,19 @@ struct LamportShape {
   int64_t launch_elements = 0;  // most elements of one launch; a larger tensor takes several
 };
 
-struct AllReduceChoice : LamportShape {
+// A launch in windows, and how many packs of each slice or part are in one.
+struct WindowShape : LamportShape {
+  int windows = 1;
+  uint32_t window_packs = 0;
+};
+
+struct AllReduceChoice : WindowShape {  // a one-shot has one window
   Algorithm algorithm = Algorithm::kOneShotLamport;
-  bool chained = false;  // several two-shots, of which each may begin before the one before it has ended
 };
 AllReduceChoice choose_all_reduce(const GroupShape& group, int64_t numel, Dtype dtype, Strategy strategy);
 
 // A reduce-scatter of float sums, `numel` elements to each rank.
-LamportShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype dtype);
+WindowShape choose_reduce_scatter(const GroupShape& group, int64_t numel, Dtype dtype);
 
 // A fused all-reduce: rows, each padded to `row_packs` whole packs. A cluster of blocks takes a row. launch_rows: most
 // of one launch.
@@ -53,7 +60,7 @@ FusedChoice choose_fused(const GroupShape& group, int64_t rows, int64_t row_pack
 
 // How many blocks serve the sends, or the receives, of an exchange: `channels` of them, whose largest message takes
 // `lanes`. A block serves kMaxBlockLanes at most. Point-to-point kernels may all wait at once, one for each peer and
-// direction: together they get a block a multiprocessor, beside a collective's.
+// direction: together they get a block on three quarters of the multiprocessors, beside a collective's.
 constexpr int kMaxExchangeBlocks = 32;
 constexpr int kMaxBlockLanes = 32;
 int choose_exchange_blocks(const GroupShape& group, ChannelKind kind, int channels, int lanes);

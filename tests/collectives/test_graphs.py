@@ -177,12 +177,12 @@ def sizes_body(rank: Rank) -> None:
     replay_and_check(rank, [(capture(steps), steps)], seed=1)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "oneshot", "twoshot", "overlap"])
+@pytest.mark.parametrize("strategy", ["auto", "oneshot", "twoshot", "windows"])
 @pytest.mark.parametrize("world_size", world_sizes())
 def test_sizes_replayed_between_eager_calls(ranks, world_size, strategy):
     """100 replays of an odd number of calls, fresh inputs each time, every bit checked."""
-    overlap = {"strategy": "twoshot", "overlap": True, "workspace_bytes": 2 << 20}  # parts of half a megabyte
-    options = overlap if strategy == "overlap" else {"strategy": strategy}
+    windows = {"strategy": "twoshot", "workspace_bytes": 2 << 20}  # of some 100 KiB
+    options = windows if strategy == "windows" else {"strategy": strategy}
     ranks(sizes_body, world_size, "cuda", timeout=115, options=options)
 
 

@@ -125,6 +125,33 @@ def test_on_few_blocks(ranks, device):
     ranks(few_blocks_body, 2, device, timeout=120)
 
 
+def asynchronous_here_body(rank: Rank) -> None:
+    """The same call may be asynchronous on some ranks, and then has blocks of its own number there; in many windows."""
+    n, device = rank.world_size, rank.device
+    options = rank.options(async_max_ctas=1 + 4 * rank.rank, workspace_bytes=2 << 20)
+    group = dist.new_group(backend="mnnvl", pg_options=options)
+    for i, numel in enumerate((7, 100_001, 2_000_003)):
+        inputs = [random_input(r, numel, torch.bfloat16, numel) for r in range(n)]
+        mine, expected = inputs[rank.rank].to(device), rank_order_sum(inputs)
+        whole, part = torch.cat([mine] * n), torch.empty_like(mine)
+        for turn in range(n + 1):
+            here = (rank.rank + turn) % (n + 1) != 0
+            x = mine.clone()
+            works = [dist.all_reduce(x, async_op=here, group=group)]
+            works.append(dist.reduce_scatter_tensor(part, whole, async_op=not here, group=group))
+            for work in filter(None, works):
+                work.wait()
+            assert_bits(x, expected, f"{numel}, turn {turn} of call {i}")
+            assert_bits(part, expected, f"{numel} scattered, turn {turn} of call {i}")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_asynchronous_on_some_ranks(ranks, device, world_size):
+    if device == "cpu" and world_size > 3:
+        pytest.skip("about what a launch takes of a GPU")
+    ranks(asynchronous_here_body, world_size, device, timeout=120)
+
+
 def wrong_options_body(rank: Rank) -> None:
     with pytest.raises(TypeError, match=r"expected mnnvl_backend\.Options, got dict"):
         dist.new_group(backend="mnnvl", pg_options={"strategy": "oneshot"})

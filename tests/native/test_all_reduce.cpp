@@ -1,6 +1,5 @@
 // The plain all-reduces and the reduce-scatter of float sums, their source run on a CPU (native/emulation), among ranks
-// that are threads: every byte as cpu/ makes it, by one launch and by chains of them, whose calls begin before the one
-// before has ended.
+// that are threads: every byte as cpu/ makes it, in one window and in many.
 #include <cstring>
 #include <thread>
 
@@ -45,7 +44,7 @@ void check_same(const std::byte* got, const Bytes& wanted, uint64_t seed) {
   }
 }
 
-// A rank may launch chains or not, for either reason, be slow, reduce in place, and begin anywhere.
+// A rank may have fewer blocks than others, be slow, reduce in place, and begin anywhere.
 void run_cases(int world_size, int64_t stage_bytes, int multiprocessors, uint64_t first, int count) {
   const LamportGroup group(world_size, stage_bytes, multiprocessors);
   const int64_t most = 12 * stage_bytes;
@@ -64,9 +63,8 @@ void run_cases(int world_size, int64_t stage_bytes, int multiprocessors, uint64_
       request.dtype = one.dtype;
       request.op = one.op;
       request.strategy = one.strategy;
-      request.pdl = random.below(4) != 0;
       if (random.below(8) == 0) std::this_thread::sleep_for(std::chrono::milliseconds(3));
-      group.run(rank, request, /*overlap=*/random.below(3) != 0);
+      group.run(rank, request, /*blocks=*/random.below(3) == 0 ? 1 : 0);
       check_same(static_cast<const std::byte*>(request.out), one.expected, seed);
     }
   });
@@ -76,56 +74,53 @@ void run_cases(int world_size, int64_t stage_bytes, int multiprocessors, uint64_
 TEST(all_reduces_on_the_device_are_those_of_the_cpu) {
   for (int world_size : {2, 3, 4, 5, 8}) {
     const auto seed = uint64_t(1000 * world_size);
-    run_cases(world_size, 4 << 10, 1, seed, iterations(24));  // up to a dozen launches a call, of one block
+    run_cases(world_size, 4 << 10, 1, seed, iterations(24));  // up to some 50 windows a call, of one block
     run_cases(world_size, 24 << 10, 3, seed + 100, iterations(6));
   }
 }
 
-// Chains and nothing else, one right behind the other, of ranks that differ in speed.
-TEST(chains_of_all_reduces_follow_each_other) {
-  const int64_t before = emulation::early_launches;
+// Windows and nothing else, call after call, of ranks that differ in speed and threads that differ in what they have to
+// do: a last window may be of one pack.
+TEST(windows_follow_each_other_through_the_same_slots) {
   for (int world_size : {2, 3, 4}) {
-    const LamportGroup group(world_size, 2 << 10, /*multiprocessors=*/1);
+    const LamportGroup group(world_size, 4 << 10, /*multiprocessors=*/1);
     run_threads(world_size, [&](int rank) {
       Random random{uint64_t(rank)};
-      constexpr size_t kNumel = 10'000;
-      std::vector<float> in(kNumel), out(kNumel);
       for (int call = 0; call < iterations(16); ++call) {
-        for (size_t i = 0; i < kNumel; ++i) in[i] = float((rank + 1) * (int(i % 97) + call));
+        const size_t numel = size_t(9'000 + 4 * call);
+        std::vector<float> in(numel), out(numel);
+        for (size_t i = 0; i < numel; ++i) in[i] = float((rank + 1) * (int(i % 97) + call));
         AllReduceRequest request;
         request.in = in.data();
         request.out = out.data();
-        request.numel = kNumel;
+        request.numel = int64_t(numel);
         request.strategy = Strategy::kTwoShot;
-        request.pdl = true;
         if (random.below(5) == 0) std::this_thread::sleep_for(std::chrono::microseconds(random.below(3000)));
-        group.run(rank, request, /*overlap=*/true);
+        group.run(rank, request);
         const float ranks = float(world_size * (world_size + 1) / 2);
-        for (size_t i = 0; i < kNumel; ++i) {
+        for (size_t i = 0; i < numel; ++i) {
           CHECK(out[i] == ranks * float(int(i % 97) + call), "call ", call, ", element ", i, ": ", out[i]);
         }
       }
     });
     group.check_clear();
   }
-  CHECK(emulation::early_launches > before, "no launch began early");
 }
 
-// Every launch of a chain ends, also those that have scattered already.
-TEST(a_chain_without_a_rank_ends_at_the_deadline) {
+// Threads that wait for others of their block leave with them.
+TEST(windows_without_a_rank_end_at_the_deadline) {
   for (int world_size : {2, 3}) {
-    const LamportGroup group(world_size, 2 << 10, /*multiprocessors=*/1, /*timeout_ms=*/300);
+    const LamportGroup group(world_size, 4 << 10, /*multiprocessors=*/1, /*timeout_ms=*/300);
     run_threads(world_size, [&](int rank) {
       std::vector<float> data(10'000, 1.0f);
       AllReduceRequest request;
       request.in = request.out = data.data();
       request.numel = int64_t(data.size());
       request.strategy = Strategy::kTwoShot;
-      request.pdl = true;
-      group.run(rank, request, /*overlap=*/true);
+      group.run(rank, request);
       CHECK(group.record(rank).valid == 0, "the call with all ranks failed");
       if (rank == 1) return;
-      for (int call = 0; call < 2; ++call) group.run(rank, request, /*overlap=*/true);
+      for (int call = 0; call < 2; ++call) group.run(rank, request);
       CHECK(group.record(rank).valid == 1 && group.record(rank).peer == 1, "names ", group.record(rank).peer);
     });
   }

@@ -35,7 +35,7 @@ CENTURY_MS = 100 * 365 * 24 * 3600 * 1000
         ({"bootstrap": None}, TypeError, r"Options.bootstrap: expected .*, got None"),
         ({"max_ctas": 0}, ValueError, "Options.max_ctas: expected an integer from 1 to 1024, got 0"),
         ({"max_ctas": True}, TypeError, "Options.max_ctas: expected .*, got True"),
-        ({"overlap": None}, TypeError, r"Options.overlap: expected True or False, got None"),
+        ({"async_max_ctas": None}, TypeError, "Options.async_max_ctas: expected an integer from 1 to 1024, got None"),
         ({"pdl": 1}, TypeError, r"Options.pdl: expected True or False, got 1 \(int\)"),
     ],
 )
@@ -102,15 +102,15 @@ def test_variables_are_read():
     read = config.read_environment(
         {"MNNVL_STRATEGY": "TwoShot", "MNNVL_MULTICAST": "auto", "MNNVL_BOOTSTRAP": "store",
          "MNNVL_WORKSPACE_BYTES": "64M", "MNNVL_HOST_ID": "h", "MNNVL_BLOCKING_WAIT": "1", "MNNVL_PDL": "0",
-         "MNNVL_MAX_CTAS": "32", "MNNVL_OVERLAP": "1"}
+         "MNNVL_MAX_CTAS": "32", "MNNVL_ASYNC_MAX_CTAS": "16"}
     )  # fmt: skip
-    assert read == config.Config(
-        Strategy.TWOSHOT, "auto", "store", 64 << 20, "h", True, pdl=False, overlap=True, max_ctas=32
-    )
+    assert read == config.Config(Strategy.TWOSHOT, "auto", "store", 64 << 20, "h", True, pdl=False, max_ctas=32,
+                                 async_max_ctas=16)  # fmt: skip
     assert config.merge(Options(), read).pdl is False
-    assert config.merge(Options(), read).overlap is config.merge(Options(overlap=True), config.Config()).overlap is True
     assert config.merge(Options(max_ctas=8), read).max_ctas == 32
     assert config.merge(Options(max_ctas=8), config.Config()).max_ctas == 8
+    assert config.merge(Options(async_max_ctas=8), read).async_max_ctas == 16
+    assert config.merge(Options(async_max_ctas=8), config.Config()).async_max_ctas == 8
     assert config.merge(Options(pdl=False), config.Config()).pdl is False
 
 
@@ -169,8 +169,8 @@ def test_fields_are_what_the_compiled_module_takes(monkeypatch):
         "cpu_oneshot_bytes": {},
         "cuda_oneshot_bytes": {},
         "pdl": True,
-        "overlap": False,
         "max_ctas": 0,
+        "async_max_ctas": 32,
         "multicast": False,
         "multicast_forbidden": "MNNVL_MULTICAST=0",
         "bootstrap": 0,
@@ -182,7 +182,7 @@ def test_fields_are_what_the_compiled_module_takes(monkeypatch):
     assert (defaults["workspace_bytes"], defaults["strategy"], defaults["bootstrap"]) == (0, 99, 2)
     assert {name: type(value) for name, value in defaults.items()} == {
         "timeout_ms": int, "workspace_bytes": int, "strategy": int, "cpu_oneshot_bytes": dict,
-        "cuda_oneshot_bytes": dict, "pdl": bool, "overlap": bool, "max_ctas": int, "multicast": bool, "multicast_forbidden": str,
+        "cuda_oneshot_bytes": dict, "pdl": bool, "max_ctas": int, "async_max_ctas": int, "multicast": bool, "multicast_forbidden": str,
         "bootstrap": int, "host_id": str, "nccl_path": str, "blocking_wait": bool,
     }  # fmt: skip
 

@@ -37,14 +37,6 @@
 #ifndef MULTICAST
 #define MULTICAST 0 /* 1: one-shot packs and two-shot results also land in the own slot */
 #endif
-#ifndef EARLY
-#define EARLY 0 /* 1: a two-shot call may scatter while the call before it runs, when the one before that has ended; 2: if it is TWO */
-#endif
-#if EARLY == 2
-#define MAY_BE_EARLY(kind) ((kind) == TWOSHOT + TWO)
-#else
-#define MAY_BE_EARLY(kind) ((kind) & TWOSHOT)
-#endif
 #ifndef FAIL
 #define FAIL 0 /* 1: one wait gives up at any time; 2: one rank dies at any time; 3: both */
 #endif
@@ -254,8 +246,6 @@ active [N] proctype Rank() {
   byte r = _pid;
   byte c;                      /* the call */
   short flying0, flying1;      /* words of stores under way, by destination, pack and word */
-  short flying_next;           /* the same of the next call's scatter, if it is early */
-  bool ahead;                  /* the next call has scattered */
   short needed0, needed1;      /* packs not yet taken, by source and pack */
   short wiping0, wiping1;      /* words of clearing stores under way */
   byte sum[PER];
@@ -271,17 +261,13 @@ begin:
     fi;
     choose(c);
     current[r] = c;
-    if
-    :: !ahead -> publish(flying0, c)
-    :: else -> flying0 = flying_next; flying_next = 0; ahead = false
-    fi;
+    publish(flying0, c);
     expect()
   };
 
   do
   :: atomic { flying0 != 0 -> land(flying0, c, 0, INPUT(c, r)) }
   :: atomic { flying1 != 0 -> land(flying1, c, 1, SUM(c)) }
-  :: atomic { flying_next != 0 -> land(flying_next, (c + 1) % M, 0, INPUT((c + 1) % M, r)) }
   :: atomic { wiping0 != 0 -> wipe(wiping0, 0) }
   :: atomic { wiping1 != 0 -> wipe(wiping1, 1) }
   :: d_step { ALL_HERE(0) -> take_and_sum(0) }
@@ -307,16 +293,6 @@ begin:
       late = 1 + AT(c, 0, bit_ / W / PER, (bit_ / W) % PER, bit_ % W);
       bit_ = 0 }
 #endif
-#if EARLY
-  :: atomic { !ahead && ((c + 1) % M == front || MAY_BE_EARLY(kind[(c + 1) % M])) ->
-      if
-      :: (c + 1) % M == front && TWO > 0 -> begin_front(TWOSHOT + TWO)
-      :: (c + 1) % M == front && SMALL > 0 && MAY_BE_EARLY(TWOSHOT + SMALL) -> begin_front(TWOSHOT + SMALL)
-      :: (c + 1) % M != front
-      fi;
-      publish(flying_next, (c + 1) % M);
-      ahead = true }
-#endif
 #if FAIL & 1
   :: atomic { !gave_up && telling == 0 && (needed0 | needed1) != 0 ->
       gave_up = true; telling = 1; failed = (failed == 0 -> c + 1 : failed) }
@@ -337,12 +313,10 @@ begin:
       :: telling == 0 ->
         /* No rank gets past the call after the one that failed. */
         assert(failed == 0 || c == failed - 1 || c == (failed + M - 2) % M);
-#if G > 1 + EARLY && MISTAKE != 5
+#if G > 1 && MISTAKE != 5
         check_clean();
 #endif
-#if !EARLY
         check_everybody_has_begun();
-#endif
       :: else
       fi;
       telling = 0;

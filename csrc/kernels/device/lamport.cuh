@@ -6,16 +6,15 @@
 // once each word has, nothing of it is still to come that could undo the clearing.
 //
 // Safety (the long form: csrc/README.md). Rank A clears the slots of call c in call c. A peer writes there again in
-// call c + kGenerations, which it enters only after finishing the call before, or, as an early part of a chain, the one
-// before that. That one needed data which A sent in it, so A had entered it, after its own call c had ended. Kernel
-// boundaries order A's clearing before A's sends. Two generations are enough without chains; the third is for them.
+// call c + kGenerations, which it enters only after finishing the call before. That one needed data which A sent in it,
+// so A had entered it, after its own call c had ended. Kernel boundaries order A's clearing before A's sends. Within a
+// call in windows, fences do: windows.cuh.
 //
 // A wait that gives up leaves its slots dirty. The group is then broken for good: no later call publishes or reads a
 // pack.
 //
-// Progress: a block waits only for packs that the blocks of the same index publish, and those publish before they
-// wait. The grid is one block a multiprocessor at most (kernels of several groups must find room beside each other),
-// and the same on every rank.
+// Progress: a thread waits only for packs that peers publish before they wait, in the order of windows. All blocks of a
+// launch find room: one a multiprocessor at most (kernels of several groups must fit beside each other).
 #pragma once
 
 #include "kernels/device/memory_order.cuh"
@@ -27,9 +26,8 @@ namespace mnnvl::kernels {
 class LamportCall {
  public:
   // Reads this rank's state. Every thread of the grid makes one.
-  __device__ __forceinline__ LamportCall(const DeviceGroup& g, Operation operation)
-      : g_(g), own_(control_of(g, g.rank)), operation_(operation) {
-    const uint4 head = ld_relaxed_sys_v4(own_);
+  __device__ __forceinline__ LamportCall(const DeviceGroup& g, Operation operation) : g_(g), operation_(operation) {
+    const uint4 head = ld_relaxed_sys_v4(own());
     generation_ = head.x;
     abort_ = head.y;
     calls_ = head.z;
@@ -43,45 +41,34 @@ class LamportCall {
   }
   __device__ __forceinline__ uint32_t sequence() const { return calls_; }
 
-  // Of a call that has begun early, behind its wait for the one before: false if that failed meanwhile, which is then
-  // recorded. What was read early must be what stands there now, or packs went where they have no place.
-  __device__ __forceinline__ bool confirm() {
-    const uint4 head = ld_relaxed_sys_v4(own_);
-    abort_ = head.y;
-    if (aborted()) return false;
-    if (head.x == generation_ && head.z == calls_) return true;
-    return give_up(g_, FailureCause::kConcurrent, g_.rank, operation_, /*stage=*/0, calls_, calls_, head.z);
-  }
-
-  // Offset of a stage of this call's generation in every rank's workspace.
-  __device__ __forceinline__ int64_t stage(int s) const {
-    return generation_ * g_.layout.generation_bytes + s * (g_.layout.generation_bytes / 2);
+  // Offset of a stage of this call's generation in every rank's workspace, or of one so many generations on.
+  __device__ __forceinline__ int64_t stage(int s, int ahead = 0) const {
+    const uint32_t generation = ahead == 0 ? generation_ : (generation_ + ahead) % kGenerations;
+    return generation * g_.layout.generation_bytes + s * (g_.layout.generation_bytes / 2);
   }
 
   // Block-wide, once: counts this block in, and lets the last one to come write the state of the next call. Every
   // thread's load of the state has returned before its block's barrier (aborted() has looked at it), so no block of
-  // this call can see the new state.
-  //
-  // `more`: the next call may begin early. The last block counts itself for that behind what it has written here.
-  __device__ __forceinline__ void advance(bool more = false) {
+  // this call can see the new state. `generations`: that this call uses.
+  __device__ __forceinline__ void advance(int generations = 1) {
     begin_advance();
-    end_advance();
-    if (more && threadIdx.x == blockDim.x - 1) let_dependents_begin();
+    end_advance(generations);
   }
   // In two halves, so that the thread that counts need not wait for its atomic: the second is the last thing it does.
   __device__ __forceinline__ void begin_advance() {
     __syncthreads();
-    if (threadIdx.x == blockDim.x - 1) before_ = atom_inc_relaxed_gpu_u32(&own_->arrivals, gridDim.x - 1);
+    if (threadIdx.x == blockDim.x - 1) before_ = atom_inc_relaxed_gpu_u32(&own()->arrivals, gridDim.x - 1);
   }
-  __device__ __forceinline__ void end_advance() const {
+  __device__ __forceinline__ void end_advance(int generations = 1) const {
     if (threadIdx.x != blockDim.x - 1 || before_ != gridDim.x - 1) return;
-    own_->generation = generation_ == kGenerations - 1 ? 0 : generation_ + 1;
-    own_->calls = calls_ + 1;
+    own()->generation = (generation_ + generations) % kGenerations;
+    own()->calls = calls_ + 1;
   }
 
  private:
+  __device__ __forceinline__ DeviceControl* own() const { return control_of(g_, g_.rank); }
+
   const DeviceGroup& g_;
-  DeviceControl* own_;
   const Operation operation_;
   uint32_t generation_, abort_, calls_;
   uint32_t before_ = 0;  // blocks that came before this one, with its last thread

@@ -93,6 +93,20 @@ __device__ __forceinline__ uint32_t ld_acquire_cta_u32(const uint32_t* shared) {
   return v;
 }
 
+// Counts up to `wrap` and back to 0.
+__device__ __forceinline__ uint32_t atom_inc_relaxed_cta_u32(uint32_t* shared, uint32_t wrap) {
+  uint32_t old;
+  asm volatile("atom.relaxed.cta.shared.inc.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "r"(uint32_t(__cvta_generic_to_shared(shared))), "r"(wrap)
+               : "memory");
+  return old;
+}
+
+__device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+// Between accesses to one place by two addresses: its own, and that of a multicast object.
+__device__ __forceinline__ void fence_proxy_alias() { asm volatile("fence.proxy.alias;" ::: "memory"); }
+
 // A barrier object in shared memory: phase n is over when `arrivals` threads have arrived n+1 times. Arriving releases,
 // waiting acquires; who waits sleeps.
 __device__ __forceinline__ void mbarrier_init(uint64_t* shared, uint32_t arrivals) {
@@ -158,10 +172,5 @@ __device__ __forceinline__ uint64_t globaltimer_ns() {
 // Programmatic dependent launch: returns once the preceding kernel has completed and its writes are visible. Without
 // the launch attribute it returns at once, the stream having ordered the kernels already.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Counts this block: when all blocks have come here, or ended, the next kernel may begin, if it was launched as a
-// dependent. What this thread stored before is performed in this GPU's memory by then.
-__device__ __forceinline__ void let_dependents_begin() {
-  asm volatile("fence.acq_rel.gpu;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
-}
 
 }  // namespace mnnvl::kernels

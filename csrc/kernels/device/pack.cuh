@@ -23,22 +23,15 @@ __device__ __forceinline__ bool is_vector_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % kPackBytes == 0;
 }
 
-// As any load, or past the multiprocessor's own cache, which may hold what was there before a kernel that this one has
-// not waited for itself.
-template <bool kPastCache, typename Unit>
-__device__ __forceinline__ Unit load_unit(const Unit* p) {
-  return kPastCache ? __ldcg(p) : *p;
-}
-
 // Loads `valid` bytes (1..16) at `p`, the rest zero. Unit is the largest access that p's alignment is known to allow.
-template <typename Unit, bool kPastCache = false>
+template <typename Unit>
 __device__ __forceinline__ uint4 load_pack(const std::byte* p, int64_t valid) {
-  if (is_vector_aligned(p) && valid >= kPackBytes) return load_unit<kPastCache>(reinterpret_cast<const uint4*>(p));
+  if (is_vector_aligned(p) && valid >= kPackBytes) return *reinterpret_cast<const uint4*>(p);
   alignas(16) Unit units[kPackBytes / sizeof(Unit)];
 #pragma unroll
   for (int i = 0; i < int(kPackBytes / sizeof(Unit)); ++i) {
     const bool there = int64_t((i + 1) * sizeof(Unit)) <= valid;
-    units[i] = there ? load_unit<kPastCache>(reinterpret_cast<const Unit*>(p) + i) : Unit(0);
+    units[i] = there ? reinterpret_cast<const Unit*>(p)[i] : Unit(0);
   }
   return *reinterpret_cast<uint4*>(units);
 }

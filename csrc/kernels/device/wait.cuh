@@ -58,7 +58,7 @@ class Wait {
   // The wait is over, and the next begins, for another `sequence`.
   __device__ __forceinline__ void restart(uint64_t sequence) {
     sequence_ = sequence;
-    start_ns_ = 0;
+    start_ = 0;
   }
 
   // Call after each fruitless poll for `peer`, or for all ranks of `absent` (a bit per rank, up to 32) of which `peer`
@@ -66,20 +66,21 @@ class Wait {
   // stack the driver may reserve local memory for every thread the device can hold (docs/notes.md).
   __device__ __forceinline__ bool keep_on(int peer, uint64_t expected, uint64_t seen, uint32_t absent = 0) {
     if (++polls_ % kCheckEvery != 0) return true;
-    const uint64_t now = globaltimer_ns();
-    if (start_ns_ == 0) start_ns_ = now;
+    const uint32_t now = uint32_t(globaltimer_ns() >> kTickShift);
+    if (start_ == 0) start_ = now;
     FailureCause cause = FailureCause::kNone;
-    if (now - start_ns_ > allowed_ns()) cause = FailureCause::kDeadline;
+    if (now - start_ > allowed_ns() >> kTickShift) cause = FailureCause::kDeadline;
     if (polls_ % kCheckHostEvery == 0) {
       const uint32_t among = absent != 0 ? absent : 1u << (peer % 32);
       const uint32_t dead = ld_relaxed_sys_u32(&g_.mailbox->dead_ranks[absent != 0 ? 0 : peer / 32]) & among;
       const int first_dead = dead != 0 ? __ffs(dead) - 1 + (absent != 0 ? 0 : peer / 32 * 32) : -1;
       // What a dead rank stored before it died still counts: give up only at the next check, after more polls.
-      if (first_dead >= 0 && first_dead == dead_seen_) {
+      const uint32_t dead_now = uint32_t(first_dead + 1) << kDeadShift;
+      if (first_dead >= 0 && dead_now == polls_ >> kDeadShift << kDeadShift) {
         cause = FailureCause::kPeerDied;
         peer = first_dead;
       }
-      dead_seen_ = first_dead;
+      polls_ = dead_now;
       if (const uint32_t here = ld_relaxed_sys_u32(&g_.mailbox->abort); here != 0) {
         cause = FailureCause(here);
         peer = g_.rank;
@@ -103,12 +104,16 @@ class Wait {
   }
 
   const DeviceGroup& g_;
-  uint64_t start_ns_ = 0;
+  // Few and narrow, as they are kept through every wait.
+  static constexpr int kTickShift = 16;  // a tick is 66 us; differences are right up to 78 hours
+  static constexpr int kDeadShift = 16;
+  static_assert(kCheckHostEvery < 1u << kDeadShift && kMaxWorldSize < 1 << (32 - kDeadShift));
   uint64_t sequence_;
   Operation operation_;
   uint32_t stage_;
-  uint32_t polls_ = 0;
-  int dead_seen_ = -1;  // the absent rank that was dead at the last check
+  uint32_t start_ = 0;  // ticks; 0: not looked yet
+  uint32_t polls_ =
+      0;  // since the last look at the host's words, and above, plus one, the absent rank that was dead then
 };
 
 }  // namespace mnnvl::kernels

@@ -37,6 +37,8 @@ constexpr Dtype dtype_of() {
 }
 
 constexpr int threads_of(int instance) { return max_all_reduce_threads(instance == 0 ? kMaxWorldSize : instance); }
+// Of a block that has a multiprocessor to itself.
+constexpr int whole_threads_of(int instance) { return kMinBlocks * threads_of(instance); }
 
 constexpr int instance_of(int world_size) { return world_size <= kMaxFastWorldSize ? world_size : 0; }
 

@@ -1,52 +1,68 @@
-// All-reduce, two shots: scatter slices, each rank reduces its own and stores the result to all. A thread serves packs
-// j, j + step, ... of every rank's slice through all phases, so nothing inside a block waits for another thread.
-//
-// A large tensor is a chain of calls: each but the first scatters while the one before it still runs (csrc/README.md
-// says why it may).
-#include "kernels/device/lamport.cuh"
+// All-reduce, two shots: scatter slices, each rank reduces its own and stores the result to all. A large tensor goes in
+// windows (csrc/README.md), the next one scattered before the results of one are waited for. A thread serves the same
+// positions of all slices in every window.
+#include "kernels/device/windows.cuh"
 #include "kernels/host/launch.cuh"
 
 namespace mnnvl::kernels {
 namespace {
 
-// Where a pack of a slice lies in a stage. Without multicast no rank has a slot for what is its own: the first stage of
-// `at` holds a slice of every other source, the second one of every other owner.
-struct StagePlaces {
-  const int64_t stage;
-  const uint32_t slice;  // packs
-  const bool own_slots;
+// What all threads would reckon alike, and keep in registers, is here.
+struct Params : AllReduceParams {
+  int64_t bytes;
+  uint32_t packs, slice;
+  float divisor;
 
-  __device__ __forceinline__ int64_t of(int at, int from, uint32_t j) const {
-    return stage + int64_t((from - (!own_slots && from > at ? 1 : 0)) * slice + j) * kPackBytes;
+  explicit Params(const AllReduceParams& p)
+      : AllReduceParams(p),
+        bytes(p.numel * element_size(p.dtype)),
+        packs(uint32_t(ceil_div(bytes, kPackBytes))),
+        slice(uint32_t(slice_packs(packs, p.group.world_size))),
+        divisor(p.op == ReduceOp::kAvg ? float(p.group.world_size) : 1.0f) {}
+};
+
+// Where the packs of a window lie in a stage. Without multicast no rank has a slot for what is its own: the first stage
+// of `at` holds packs of every other source, the second one of every other owner.
+template <int kWorld>
+struct StageWindow {
+  int64_t base;  // in every rank's workspace, of what would be position 0 of a slice
+  uint32_t end;  // behind the last position
+  uint32_t room;  // packs that a slot has room for
+  bool own_slots;
+
+  __device__ __forceinline__ int64_t place(int at, int from, uint32_t j) const {
+    const int slot = own_slots ? from : kWorld == 2 ? 0 : from - (from > at ? 1 : 0);
+    return base + int64_t(slot * room + j) * kPackBytes;
   }
 };
 
-// One thread's part in a call. It has kBatch packs under way at once, where they find room in its registers.
+// One thread's part in a window. It has kBatch packs under way at once, where they find room in its registers.
 template <typename T, int kWorld>
-class TwoShot {
+class WindowPart {
  public:
-  __device__ __forceinline__ TwoShot(const AllReduceParams& p, const LamportCall& call)
-      : p_(p),
-        g_(p.group),
-        sequence_(call.sequence()),
-        world_(kWorld ? kWorld : p.group.world_size),
-        bytes_(p.numel * int64_t(sizeof(T))),
-        packs_(uint32_t(ceil_div(bytes_, kPackBytes))),
-        slice_(uint32_t(slice_packs(packs_, world_))),
-        scattered_{call.stage(0), slice_, false},
-        collected_{call.stage(1), slice_, p.group.multicast != nullptr} {}
+  static constexpr bool kKept = false;
 
-  // Pack j of owner o's slice to o.
+  __device__ __forceinline__ WindowPart(const Params& p, const LamportCall& call, int window)
+      : p_(p), g_(p.group), call_(call), world_(kWorld ? kWorld : p.group.world_size) {
+    begin(window);
+  }
+  __device__ __forceinline__ void begin(int window) {
+    window_ = kWorld == 2 ? found_anew(window) : window;
+    rank_ = found_anew(g_.rank);
+  }
+
+  // Of every other owner's slice, to its owner.
   __device__ __forceinline__ void scatter() const {
-    for (uint32_t j = begin(); j < slice_; j += kBatch * step()) {
+    const StageWindow<kWorld> at = stage_window(0);
+    for (uint32_t j = first(); j < at.end; j += kBatch * step()) {
 #pragma unroll
       for (int k = 1; k < world_; ++k) {
-        const int owner = owner_of(k), count = count_of(owner, j);
+        const int owner = owner_of(k), count = count_of(at, owner, j);
         uint4 own[kBatch];
-        load_own(owner, j, count, own);
+        load_own(owner * p_.slice + j, count, own);
 #pragma unroll
         for (int n = 0; n < kBatch; ++n) {
-          if (n < count) st_relaxed_sys_v4(g_.peers[owner] + scattered_.of(owner, g_.rank, j + n * step()), own[n]);
+          if (n < count) st_relaxed_sys_v4(g_.peers[owner] + at.place(owner, rank_, j + n * step()), own[n]);
         }
       }
     }
@@ -54,24 +70,27 @@ class TwoShot {
 
   // The own slice: the rounded sum can be -0 again, which finish() turns into +0 before it is published. False if a
   // wait gave up, here and below.
-  __device__ __forceinline__ bool reduce_and_broadcast() const {
+  __device__ __forceinline__ bool reduce() const {
     constexpr bool kClearFirst = kWorld >= 2 && kWorld <= 4;  // larger worlds would spill
-    const float divisor = p_.op == ReduceOp::kAvg ? float(world_) : 1.0f;
-    std::byte* const mine = g_.peers[g_.rank];
-    for (uint32_t j = begin(); j < slice_; j += kBatch * step()) {
-      const int count = count_of(g_.rank, j);
+    const StageWindow<kWorld> at = stage_window(0);
+    std::byte* const mine = g_.peers[rank_];
+    for (uint32_t j = first(); j < at.end; j += kBatch * step()) {
+      const int count = count_of(at, rank_, j);
       if (count == 0) break;
+      const uint32_t pack = rank_ * p_.slice + j;
       uint4 own[kBatch], sums[kBatch];
-      load_own(g_.rank, j, count, own);
-      Wait wait(g_, Operation::kAllReduce, /*stage=*/0, sequence_);
-      const auto slot = [&](int r, int n) { return mine + scattered_.of(g_.rank, r, j + n * step()); };
-      const uint32_t pack = g_.rank * slice_ + j;
-      if (!take_and_sum<T, kWorld, kClearFirst>(g_, slot, g_.rank, own, count, divisor, wait, pack, sums)) return false;
+      load_own(pack, count, own);
+      Wait wait(g_, Operation::kAllReduce, /*stage=*/0, call_.sequence());
+      const auto slot = [&](int r, int n) { return mine + at.place(rank_, r, j + n * step()); };
+      if (!take_and_sum<T, kWorld, kClearFirst>(g_, slot, rank_, own, count, p_.divisor, wait, pack, sums)) {
+        return false;
+      }
+      const uint32_t again = found_anew(j);
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
         if (n >= count) continue;
-        broadcast(j + n * step(), sums[n]);
-        store_sum(pack + n * step(), sums[n]);
+        broadcast(again + n * step(), sums[n]);
+        store_sum(rank_ * p_.slice + again + n * step(), sums[n]);
       }
     }
     return true;
@@ -80,19 +99,21 @@ class TwoShot {
   // The other owners' results. A multicast store has put the own result into the own slot too: that copy is waited for
   // and taken like the others, so that the slot is clear when this call ends.
   __device__ __forceinline__ bool collect() const {
-    for (uint32_t j = begin(); j < slice_; j += kBatch * step()) {
+    const StageWindow<kWorld> at = stage_window(1);
+    for (uint32_t j = first(); j < at.end; j += kBatch * step()) {
 #pragma unroll
       for (int k = 0; k < world_; ++k) {
-        const int owner = owner_of(k), count = count_of(owner, j);
+        const int owner = owner_of(k), count = count_of(at, owner, j);
         if ((k == 0 && g_.multicast == nullptr) || count == 0) continue;
-        Wait wait(g_, Operation::kAllReduce, /*stage=*/1, sequence_);
-        std::byte* const first = g_.peers[g_.rank] + collected_.of(g_.rank, owner, j);
-        const uint32_t pack = owner * slice_ + j;
+        Wait wait(g_, Operation::kAllReduce, /*stage=*/1, call_.sequence());
+        std::byte* const slot = g_.peers[rank_] + at.place(rank_, owner, j);
+        const uint32_t pack = owner * p_.slice + j;
         uint4 sums[kBatch];
-        if (!take(first, int64_t(step()) * kPackBytes, count, owner, wait, pack, sums)) return false;
+        if (!take(slot, int64_t(step()) * kPackBytes, count, owner, wait, pack, sums)) return false;
+        const uint32_t again = found_anew(pack);
 #pragma unroll
         for (int n = 0; n < kBatch; ++n) {
-          if (n < count) store_sum(pack + n * step(), sums[n]);
+          if (n < count) store_sum(again + n * step(), sums[n]);
         }
       }
     }
@@ -101,77 +122,73 @@ class TwoShot {
 
  private:
   static constexpr int kBatch = kWorld == 2 ? 2 : 1;
-
-  __device__ __forceinline__ static uint32_t begin() { return blockIdx.x * blockDim.x + threadIdx.x; }
-  __device__ __forceinline__ static uint32_t step() { return gridDim.x * blockDim.x; }
-  // The k-th owner from this rank on, so that not all ranks turn to the same one first.
-  __device__ __forceinline__ int owner_of(int k) const {
-    return g_.rank + k < world_ ? g_.rank + k : g_.rank + k - world_;
+  __device__ __forceinline__ uint32_t first() const {
+    return uint32_t(window_) * p_.windows.packs + blockIdx.x * blockDim.x + threadIdx.x;
   }
-  // Of the packs j, j + step, ... of an owner's slice, how many of a batch there are.
-  __device__ __forceinline__ int count_of(int owner, uint32_t j) const {
+  __device__ __forceinline__ static uint32_t step() { return found_anew(gridDim.x * blockDim.x); }
+  // The k-th owner from this rank on, so that not all ranks turn to the same one first.
+  __device__ __forceinline__ int owner_of(int k) const { return rank_ + k < world_ ? rank_ + k : rank_ + k - world_; }
+  __device__ __forceinline__ StageWindow<kWorld> stage_window(int stage) const {
+    const uint32_t room = p_.windows.packs, begin = uint32_t(window_) * room;
+    const bool own_slots = stage == 1 && g_.multicast != nullptr;
+    const uint32_t before = uint32_t(window_ % kGenerationWindows) * (own_slots ? world_ : world_ - 1) * room;
+    return {call_.stage(stage, window_ / kGenerationWindows) + (int64_t(before) - begin) * kPackBytes,
+            room < p_.slice - begin ? begin + room : p_.slice, room, own_slots};
+  }
+  // Of the positions j, j + step, ... of an owner's slice, for how many of a batch there are packs in the window.
+  __device__ __forceinline__ int count_of(const StageWindow<kWorld>& window, int owner, uint32_t j) const {
     int count = 0;
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
       const uint32_t at = j + n * step();
-      count += at < slice_ && owner * slice_ + at < packs_ ? 1 : 0;
+      count += at < window.end && owner * p_.slice + at < p_.packs ? 1 : 0;
     }
     return count;
   }
-  __device__ __forceinline__ void load_own(int owner, uint32_t j, int count, uint4 (&own)[kBatch]) const {
+  __device__ __forceinline__ void load_own(uint32_t pack, int count, uint4 (&own)[kBatch]) const {
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
       if (n >= count) continue;
-      const int64_t at = int64_t(owner * slice_ + j + n * step()) * kPackBytes;
-      const auto* const from = static_cast<const std::byte*>(p_.in) + at;
-      own[n] = without_negative_zero<T>(load_pack<Unit<T>, /*kPastCache=*/true>(from, bytes_ - at));
+      const int64_t at = int64_t(pack + n * step()) * kPackBytes;
+      own[n] = without_negative_zero<T>(load_pack<Unit<T>>(static_cast<const std::byte*>(p_.in) + at, p_.bytes - at));
     }
   }
   __device__ __forceinline__ void store_sum(uint32_t pack, uint4 sum) const {
     const int64_t at = int64_t(pack) * kPackBytes;
-    store_pack<Unit<T>>(static_cast<std::byte*>(p_.out) + at, bytes_ - at, sum);
+    store_pack<Unit<T>>(static_cast<std::byte*>(p_.out) + at, p_.bytes - at, sum);
   }
   __device__ __forceinline__ void broadcast(uint32_t j, uint4 sum) const {
+    const StageWindow<kWorld> at = stage_window(1);
     if (g_.multicast != nullptr) {
-      multimem_st_relaxed_sys_v4(g_.multicast + collected_.of(g_.rank, g_.rank, j), sum);
+      multimem_st_relaxed_sys_v4(g_.multicast + at.place(rank_, rank_, j), sum);
       return;
     }
 #pragma unroll
     for (int k = 1; k < world_; ++k) {
       const int peer = owner_of(k);
-      st_relaxed_sys_v4(g_.peers[peer] + collected_.of(peer, g_.rank, j), sum);
+      st_relaxed_sys_v4(g_.peers[peer] + at.place(peer, rank_, j), sum);
     }
   }
 
-  const AllReduceParams& p_;
+  const Params& p_;
   const DeviceGroup& g_;
-  const uint32_t sequence_;
+  const LamportCall& call_;
   const int world_;
-  const int64_t bytes_;
-  const uint32_t packs_, slice_;
-  const StagePlaces scattered_, collected_;
+  int window_, rank_;
 };
 
 template <typename T, int kWorld>
-__global__ void __launch_bounds__(threads_of(kWorld), kMinBlocks)
-    twoshot_lamport_allreduce(const __grid_constant__ AllReduceParams p) {
-  if (!p.chain.early) grid_dependency_wait();
+__global__ void __launch_bounds__(whole_threads_of(kWorld), 1)
+    twoshot_lamport_allreduce(const __grid_constant__ Params p) {
+  grid_dependency_wait();
   LamportCall call(p.group, Operation::kAllReduce);
-  if (call.aborted()) return grid_dependency_wait();  // nothing of this stream may run beside the call before
-  const TwoShot<T, kWorld> part(p, call);
-  part.scatter();
-  if (p.chain.early) {
-    grid_dependency_wait();
-    if (!call.confirm()) return;
-  }
-  call.advance(p.chain.more);
-  if (part.reduce_and_broadcast()) part.collect();
+  if (!call.aborted()) run_windows<WindowPart<T, kWorld>>(p, call);
 }
 
 void launch_instance(const AllReduceParams& params, const Launch& shape) {
 #define MNNVL_LAUNCH(T, world) \
   if (params.dtype == dtype_of<T>() && instance_of(params.group.world_size) == world) \
-    return launch(twoshot_lamport_allreduce<T, world>, params, params.blocks, shape);
+    return launch(twoshot_lamport_allreduce<T, world>, Params(params), params.blocks, shape);
   MNNVL_FOR_EACH_INSTANCE(MNNVL_LAUNCH)
 #undef MNNVL_LAUNCH
 }

@@ -15,7 +15,6 @@
 #include <functional>
 #include <memory>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #define __device__
@@ -44,22 +43,6 @@ struct Cluster {
   std::atomic<uint64_t> arrived{0};
   std::vector<std::vector<void*>> placed;  // of each block: objects in its shared memory, in one order
 };
-
-// A launch. One that may begin early, as a dependent, comes when all blocks of the one before have ended or let it.
-struct Grid {
-  Grid(int64_t all, std::shared_ptr<Grid> one_before) : blocks(all), before(std::move(one_before)) {}
-  const int64_t blocks;
-  const std::shared_ptr<Grid> before;
-  std::atomic<int64_t> letting{0}, ended{0};
-
-  static Grid*& current() {
-    static thread_local Grid* grid = nullptr;
-    return grid;
-  }
-};
-
-// Launches so far that began before the one before them had ended.
-inline std::atomic<int64_t> early_launches{0};
 
 // The fibers of one block, run by the thread that calls run().
 class Block {
@@ -105,20 +88,14 @@ class Block {
   Cluster& cluster() const { return cluster_; }
   int cluster_rank() const { return int(index_) % cluster_.size; }
   uint64_t& barriers_of_thread() { return fibers_[running_]->barriers; }
-  // The dependents of this grid may begin, as far as this block goes.
-  void let_dependents_begin() {
-    if (!std::exchange(letting_, true)) ++Grid::current()->letting;
-  }
 
-  // All threads of a warp bring a value, and each goes on with all 32.
+  // All threads of a warp that haven't ended bring a value, and each goes on with all of them.
   const uint32_t* meet(uint32_t value) {
     Warp& warp = warps_[running_ / kWarpSize];
     const uint64_t round = warp.round;
     warp.values[round % 2][running_ % kWarpSize] = value;
-    if (++warp.arrived == kWarpSize) {
-      warp.arrived = 0;
-      ++warp.round;
-    }
+    ++warp.arrived;
+    warp.end_round();
     while (warp.round == round) yield();
     return warp.values[round % 2];
   }
@@ -137,8 +114,14 @@ class Block {
   };
   struct Warp {
     uint64_t round = 0;
-    int arrived = 0;
+    int arrived = 0, ended = 0;
     uint32_t values[2][kWarpSize] = {};
+
+    void end_round() {
+      if (arrived == 0 || arrived + ended < kWarpSize) return;
+      arrived = 0;
+      ++round;
+    }
   };
 
   struct Meeting {
@@ -164,6 +147,9 @@ class Block {
     Block* block = current();
     (*block->kernel_)();
     block->fibers_[block->running_]->ended = true;
+    Warp& warp = block->warps_[block->running_ / kWarpSize];
+    ++warp.ended;
+    warp.end_round();
     _longjmp(block->scheduler_, 1);
   }
 
@@ -172,7 +158,6 @@ class Block {
   std::vector<Warp> warps_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   size_t running_ = 0;
-  bool letting_ = false;
   Meeting all_;
   std::array<Meeting, 16> teams_;
   const std::function<void()>* kernel_ = nullptr;

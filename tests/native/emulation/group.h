@@ -41,12 +41,12 @@ class EmulatedGroup {
 
   int world_size() const { return shape_.world_size; }
   const FailureRecord& record(int rank) const { return mailboxes_[size_t(rank)].record; }
-  // `overlap`: of the parts of large all-reduces.
-  void run(int rank, const Request& request, bool overlap = false) const {
+  // `blocks`: at most so many of a launch, where that isn't what the group has.
+  void run(int rank, const Request& request, int blocks = 0) const {
     LaunchContext context;
     context.group = groups_[size_t(rank)];
     context.shape = shape_;
-    context.overlap = overlap;
+    context.lamport_blocks = blocks;
     launch(context, request);
   }
 

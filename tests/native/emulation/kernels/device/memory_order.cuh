@@ -60,6 +60,11 @@ inline void ld_relaxed_sys_b128(const void* address, uint64_t& low, uint64_t& hi
 
 inline void st_release_cta_u32(uint32_t* shared, uint32_t v) { st_release_sys_u32(shared, v); }
 inline uint32_t ld_acquire_cta_u32(const uint32_t* shared) { return ld_acquire_sys_u32(shared); }
+inline uint32_t atom_inc_relaxed_cta_u32(uint32_t* shared, uint32_t most) {
+  return atom_inc_relaxed_gpu_u32(shared, most);
+}
+inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void fence_proxy_alias() {}
 
 // Arrivals that a phase takes; arrivals that the running one lacks; phases that are over. A block is one thread of the
 // system, so plain arithmetic between two changes of fiber is atomic.
@@ -89,10 +94,6 @@ inline void mbarrier_wait(uint64_t* shared, uint32_t phase) {
 inline uint64_t globaltimer_ns() {
   return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
 }
-inline void grid_dependency_wait() {
-  const emulation::Grid* before = emulation::Grid::current()->before.get();
-  while (before != nullptr && before->ended != before->blocks) emulation::Block::current()->yield();
-}
-inline void let_dependents_begin() { emulation::Block::current()->let_dependents_begin(); }
+inline void grid_dependency_wait() {}
 
 }  // namespace mnnvl::kernels
