@@ -26,8 +26,8 @@ struct Windows {
   uint32_t packs = 0;
 };
 
-// numel within the layout's capacity for the algorithm, but of a two-shot in windows, where they are. `blocks`: at most
-// one a multiprocessor, so that kernels of several groups fit together; may differ between ranks.
+// numel within the layout's capacity for the algorithm; of a two-shot, its windows are. `blocks`: at most one a
+// multiprocessor, so that kernels of several groups fit together; may differ between ranks.
 struct AllReduceParams {
   DeviceGroup group;
   const void* in = nullptr;
@@ -51,7 +51,8 @@ struct ReduceScatterParams {
   Windows windows;
 };
 
-// Some rows of a request, within the layout's capacity; `blocks` as above. What all threads would reckon alike is here.
+// Some rows of a request, within the layout's capacity; `blocks` as above, but the same on every rank. What all threads
+// would reckon alike is here.
 struct FusedParams {
   DeviceGroup group;  // of a group of one: rank and world size alone
   const void* in = nullptr;  // at the first of these rows, as are all tensors of `work` but the scales

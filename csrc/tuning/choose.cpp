@@ -38,6 +38,7 @@ void shape_windows(WindowShape& choice, bool stores_once, const GroupShape& grou
   shape_lamport(choice, stores_once, choice.window_packs, group);
   const int most = max_all_reduce_threads(group.world_size);
   if (choice.threads < most || most_blocks(group) > most_whole_blocks(group)) return;
+  if (2 * (group.world_size - 1) > group.multiprocessors - most_whole_blocks(group)) return;
   choice.threads = 2 * most;
   choice.blocks = int(std::min<int64_t>(choice.blocks, ceil_div(choice.window_packs, choice.threads)));
 }

@@ -77,6 +77,43 @@ TEST(tuning_windows_fit_into_a_generation) {
   }
 }
 
+TEST(tuning_reduce_scatters_fit_into_a_generation) {
+  for (int world_size = 2; world_size <= kMaxWorldSize; ++world_size) {
+    for (int64_t workspace : {int64_t{1} << 20, int64_t{64} << 20, int64_t{1} << 40}) {
+      const GroupShape group = group_of(world_size, workspace);
+      for_sizes(int64_t{1} << 34, [&](int64_t numel) {
+        if (numel == 0) return;
+        const WindowShape c = choose_reduce_scatter(group, numel, Dtype::kBFloat16);
+        const int64_t windows = c.windows == 1 ? 1 : kGenerationWindows;
+        CHECK(windows * (world_size - 1) * c.window_packs * kPackBytes <= group.layout.generation_bytes,
+              c.window_packs);
+        const int64_t packs = ceil_div(min64(numel, c.launch_elements) * 2, kPackBytes);
+        CHECK(packs <= int64_t{c.windows} * c.window_packs && packs > int64_t{c.windows - 1} * c.window_packs,
+              c.windows, " windows of ", c.window_packs, " for ", packs);
+      });
+    }
+  }
+}
+
+// Blocks that take multiprocessors whole: few, and only where messages leave them some.
+TEST(tuning_few_blocks_take_multiprocessors_whole) {
+  for (int world_size = 2; world_size <= kMaxWorldSize; ++world_size) {
+    for (int blocks : {0, 1, 32, 33, 34, 64}) {
+      GroupShape group = group_of(world_size);
+      group.max_blocks = blocks;
+      const int most = max_all_reduce_threads(world_size);
+      const bool room = 2 * (world_size - 1) <= 99 && blocks > 0 && blocks <= 33;
+      const auto sum = choose_all_reduce(group, int64_t{1} << 30, Dtype::kBFloat16, Strategy::kTwoShot);
+      const auto scatter = choose_reduce_scatter(group, int64_t{1} << 30, Dtype::kBFloat16);
+      CHECK(world_size > 8 || sum.threads == (room ? 2 * most : most), sum.threads, " threads");
+      for (int threads : {sum.threads, scatter.threads}) CHECK(threads <= most || room, threads, " threads");
+      CHECK(sum.blocks <= (blocks > 0 ? blocks : group.multiprocessors), sum.blocks, " blocks");
+      CHECK(choose_all_reduce(group, 100, Dtype::kBFloat16, Strategy::kTwoShot).threads <= most);
+      CHECK(choose_all_reduce(group, 1 << 20, Dtype::kBFloat16, Strategy::kOneShot).threads <= most);
+    }
+  }
+}
+
 TEST(tuning_a_large_all_reduce_is_one_launch) {
   for (int world_size : {2, 3, 4, 8, 72}) {
     for (int64_t numel : {int64_t{16} << 20, (int64_t{64} << 20) + 1, int64_t{1} << 30}) {

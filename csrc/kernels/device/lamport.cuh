@@ -5,10 +5,10 @@
 // by one thread of its owner, which has seen all four words of the pack: a 16-byte store need not land as a whole, but
 // once each word has, nothing of it is still to come that could undo the clearing.
 //
-// Safety (the long form: csrc/README.md). Rank A clears the slots of call c in call c. A peer writes there again in
-// call c + kGenerations, which it enters only after finishing the call before. That one needed data which A sent in it,
-// so A had entered it, after its own call c had ended. Kernel boundaries order A's clearing before A's sends. Within a
-// call in windows, fences do: windows.cuh.
+// Safety (the long form: csrc/README.md), of calls of one generation. Rank A clears the slots of call c in call c. A
+// peer writes there again in call c + kGenerations, which it enters only after finishing the call before. That one
+// needed data which A sent in it, so A had entered it, after its own call c had ended. Kernel boundaries order A's
+// clearing before A's sends. Within a call in windows, fences do: windows.cuh.
 //
 // A wait that gives up leaves its slots dirty. The group is then broken for good: no later call publishes or reads a
 // pack.

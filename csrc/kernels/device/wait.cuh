@@ -105,7 +105,7 @@ class Wait {
 
   const DeviceGroup& g_;
   // Few and narrow, as they are kept through every wait.
-  static constexpr int kTickShift = 16;  // a tick is 66 us; differences are right up to 78 hours
+  static constexpr int kTickShift = 20;  // a tick is 1.05 ms, and 32 bits of them 52 days
   static constexpr int kDeadShift = 16;
   static_assert(kCheckHostEvery < 1u << kDeadShift && kMaxWorldSize < 1 << (32 - kDeadShift));
   uint64_t sequence_;

@@ -9,7 +9,7 @@ namespace mnnvl::kernels {
 // Which windows a block has finished; in its shared memory.
 class WindowGate {
  public:
-  // By one thread, before a block barrier that comes before the second window.
+  // By one thread, before a barrier of the block.
   __device__ __forceinline__ void open() {
     const uint32_t warps = blockDim.x / kWarp;
 #pragma unroll
@@ -76,7 +76,13 @@ template <typename Part, typename Params>
 __device__ __forceinline__ void run_windows(const Params& p, LamportCall& call) {
   __shared__ WindowGate gate;
   const int windows = p.windows.count;
-  if (windows > kWindowLag && threadIdx.x == 0) gate.open();
+  bool aborted = call.aborted();
+  if (windows > kWindowLag) {
+    if (threadIdx.x == 0) gate.open();
+    // An abort word may have come between the looks of two threads, and those at the gate wait for all of the block.
+    aborted = __syncthreads_or(aborted);
+  }
+  if (aborted) return;
   Part part(p, call, 0);
   part.scatter();
   call.advance(int(ceil_div(windows, kGenerationWindows)));

@@ -74,7 +74,7 @@ class WindowPart {
   // No rank has a slot for what is its own.
   __device__ __forceinline__ int64_t place(int at, int from, uint32_t j) const {
     const int slot = kWorld == 2 ? 0 : from - (from > at ? 1 : 0);
-    return base_ + int64_t(uint32_t(slot) * p_.windows.packs + j) * kPackBytes;
+    return base_ + (int64_t(slot) * p_.windows.packs + j) * kPackBytes;
   }
   __device__ __forceinline__ uint4 load(int part, uint32_t j) const {
     const int64_t at = int64_t(j) * kPackBytes;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(whole_threads_of(kWorld), 1)
     lamport_reduce_scatter(const __grid_constant__ Params p) {
   grid_dependency_wait();
   LamportCall call(p.group, Operation::kReduceScatter);
-  if (!call.aborted()) run_windows<WindowPart<T, kWorld>>(p, call);
+  run_windows<WindowPart<T, kWorld>>(p, call);
 }
 
 void launch_instance(const ReduceScatterParams& params, const Launch& shape) {

@@ -100,6 +100,15 @@ class Block {
     return warp.values[round % 2];
   }
   void meet_all() { meet_in(all_, unsigned(fibers_.size())); }
+  // Whether any of the block says so.
+  bool meet_all_or(bool vote) {
+    votes_ = votes_ || vote;
+    meet_all();
+    const bool any = votes_;
+    meet_all();
+    votes_ = false;
+    return any;
+  }
   void meet_team(unsigned team, unsigned threads) { meet_in(teams_.at(team), threads); }
 
  private:
@@ -159,10 +168,24 @@ class Block {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   size_t running_ = 0;
   Meeting all_;
+  bool votes_ = false;
   std::array<Meeting, 16> teams_;
   const std::function<void()>* kernel_ = nullptr;
   jmp_buf scheduler_;
 };
+
+// What comes from outside between two threads' looks at one place: `value`, to `word`, behind so many loads of `place`.
+struct Interruption {
+  std::atomic<const void*> place{nullptr};
+  std::atomic<int> loads{0};
+  uint32_t* word = nullptr;
+  uint32_t value = 0;
+
+  void loaded(const void* address) {
+    if (address == place.load() && loads.fetch_sub(1) == 1) __atomic_store_n(word, value, __ATOMIC_RELAXED);
+  }
+};
+inline Interruption interruption;
 
 inline Index thread_index() { return {Block::current()->thread()}; }
 inline Index block_index() { return {Block::current()->index()}; }
@@ -179,6 +202,7 @@ inline Index grid_dim() { return {Block::current()->blocks()}; }
 using uint4 = mnnvl::emulation::Pack;
 
 inline void __syncthreads() { mnnvl::emulation::Block::current()->meet_all(); }
+inline bool __syncthreads_or(bool vote) { return mnnvl::emulation::Block::current()->meet_all_or(vote); }
 inline void __syncwarp() { mnnvl::emulation::Block::current()->meet(0); }
 inline unsigned __ballot_sync(unsigned, bool vote) {
   const uint32_t* votes = mnnvl::emulation::Block::current()->meet(vote ? 1 : 0);

@@ -41,6 +41,9 @@ class EmulatedGroup {
 
   int world_size() const { return shape_.world_size; }
   const FailureRecord& record(int rank) const { return mailboxes_[size_t(rank)].record; }
+  DeviceControl* control(int rank) const {
+    return reinterpret_cast<DeviceControl*>(memory_[size_t(rank)].get() + shape_.layout.control_offset);
+  }
   // `blocks`: at most so many of a launch, where that isn't what the group has.
   void run(int rank, const Request& request, int blocks = 0) const {
     LaunchContext context;

@@ -24,8 +24,10 @@ inline void st_relaxed_sys_v4(void* address, uint4 v) {
 }
 inline uint4 ld_relaxed_sys_v4(const void* address) {
   const auto* words = static_cast<const uint32_t*>(address);
-  return {polled(words, __ATOMIC_RELAXED), __atomic_load_n(words + 1, __ATOMIC_RELAXED),
-          __atomic_load_n(words + 2, __ATOMIC_RELAXED), __atomic_load_n(words + 3, __ATOMIC_RELAXED)};
+  const uint4 v{polled(words, __ATOMIC_RELAXED), __atomic_load_n(words + 1, __ATOMIC_RELAXED),
+                __atomic_load_n(words + 2, __ATOMIC_RELAXED), __atomic_load_n(words + 3, __ATOMIC_RELAXED)};
+  emulation::interruption.loaded(address);
+  return v;
 }
 inline void multimem_st_relaxed_sys_v4(void*, uint4) { __builtin_trap(); }  // no multicast here
 // atomicInc: wraps to 0 behind `most`.
